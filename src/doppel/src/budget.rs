@@ -1,0 +1,454 @@
+//! `doppel budget`: what was spent on a corpus, and what may be.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::time::Duration;
+
+use lake::{PrivateRoot, StorageOptions, Zone};
+use ledger::{Body, Ledger, LedgerError};
+use privacy::event::Event;
+use serde_json::json;
+use stage::{Failure, Summary};
+
+use crate::cli::{BudgetSetArgs, BudgetShowArgs, PrivateArgs};
+use crate::plot::{self, Chart};
+use crate::preflight::{Finding, Invocation, storage};
+use crate::table::table;
+
+/// Sets the budget of a corpus.
+pub async fn set(args: BudgetSetArgs) -> Result<Summary, Failure> {
+    let root = open(&args.root).await?;
+    ledger::set_budget(&root, &args.corpus, args.epsilon, args.delta)
+        .await
+        .map_err(failure)?;
+    let BudgetSetArgs {
+        corpus,
+        epsilon,
+        delta,
+        ..
+    } = args;
+    Ok(Summary {
+        text: format!("{corpus}: the budget is ε = {epsilon} at δ = {delta:e}"),
+        json: json!({ "corpus": corpus, "budget": { "epsilon": epsilon, "delta": delta } }),
+    })
+}
+
+/// Shows what was spent.
+pub async fn show(args: BudgetShowArgs) -> Result<Summary, Failure> {
+    let root = open(&args.root).await?;
+    let corpora = corpora(&root).await?;
+    let one = args.name.or(args.corpus);
+    let corpora = match &one {
+        Some(corpus) if corpora.contains(corpus) => BTreeSet::from([corpus.clone()]),
+        Some(corpus) => return Err(Failure::Input(unknown(&root, corpus, &corpora))),
+        None => corpora,
+    };
+    let mut statements = Vec::new();
+    for corpus in &corpora {
+        statements.push(Statement::of(
+            ledger::read(&root, corpus).await.map_err(failure)?,
+        )?);
+    }
+    if let (Some(file), Some(statement)) = (&args.plot, statements.first()) {
+        statement.plot(file)?;
+    }
+    let text = match statements.as_slice() {
+        [] => format!("{}: no corpus has a ledger here", root.url()),
+        statements => statements
+            .iter()
+            .map(Statement::text)
+            .collect::<Vec<_>>()
+            .join("\n\n"),
+    };
+    let list: Vec<_> = statements.iter().map(Statement::json).collect();
+    let json = match (&one, list.as_slice()) {
+        (Some(_), [one]) => one.clone(),
+        _ => json!(list),
+    };
+    Ok(Summary { text, json })
+}
+
+async fn open(args: &PrivateArgs) -> Result<PrivateRoot, Failure> {
+    let url = args.private.as_deref().filter(|url| !url.is_empty());
+    let url = url.ok_or_else(|| {
+        Failure::Usage(
+            "no private root is given\nhelp: pass --private URL, or set DOPPEL_PRIVATE".to_owned(),
+        )
+    })?;
+    let options = StorageOptions {
+        timeout: Duration::from_secs(args.storage_timeout),
+    };
+    Ok(PrivateRoot::open(url, &options).await?)
+}
+
+/// Corpora that have a ledger.
+async fn corpora(root: &PrivateRoot) -> Result<BTreeSet<String>, Failure> {
+    let paths = root.list("ledger").await?;
+    Ok(paths
+        .iter()
+        .filter_map(|path| path.split('/').nth(1))
+        .map(str::to_owned)
+        .collect())
+}
+
+fn unknown(root: &PrivateRoot, corpus: &str, known: &BTreeSet<String>) -> String {
+    let known: Vec<&str> = known.iter().map(String::as_str).collect();
+    let hint = match workflow::finding::nearest(corpus, known.iter().copied()) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None if known.is_empty() => {
+            format!("`doppel budget set --corpus {corpus} --epsilon E --delta D` begins one")
+        }
+        None => format!("ledgers are there for: {}", known.join(", ")),
+    };
+    format!(
+        "{}: the corpus `{corpus}` has no ledger\nhelp: {hint}",
+        root.url()
+    )
+}
+
+/// The stage contract's failure for a ledger's error.
+fn failure(error: LedgerError) -> Failure {
+    let message = error.to_string();
+    match error {
+        LedgerError::OverBudget(_) => Failure::Budget(message),
+        LedgerError::Usage(_) | LedgerError::Accounting(_) => Failure::Usage(message),
+        LedgerError::Lake(error) => error.into(),
+        _ => Failure::Input(message),
+    }
+}
+
+/// One line of a statement.
+struct Line {
+    sequence: u64,
+    at: String,
+    run: String,
+    stage: String,
+    mechanism: String,
+    event: Event,
+    settled: bool,
+    epsilon: Option<privacy::Epsilon>,
+}
+
+/// What a corpus's ledger says.
+struct Statement {
+    corpus: String,
+    unit: Option<String>,
+    conditions: BTreeSet<String>,
+    budget: Option<ledger::Budget>,
+    remaining: Option<f64>,
+    lines: Vec<Line>,
+}
+
+impl Statement {
+    fn of(ledger: Ledger) -> Result<Self, Failure> {
+        let budget = ledger.budget();
+        let spent = match budget {
+            Some(budget) => ledger.history(budget.delta).map_err(failure)?,
+            // ε needs a δ, which only a budget names.
+            None => Vec::new(),
+        };
+        let remaining = ledger.remaining().map_err(failure)?;
+        let mut statement = Self {
+            corpus: ledger.corpus.clone(),
+            unit: None,
+            conditions: BTreeSet::new(),
+            budget,
+            remaining,
+            lines: Vec::new(),
+        };
+        for entry in &ledger.entries {
+            let Body::Reserve {
+                run,
+                stage,
+                unit,
+                event,
+                conditions,
+                ..
+            } = &entry.body
+            else {
+                continue;
+            };
+            statement.unit = Some(unit.clone());
+            statement.conditions.extend(conditions.iter().cloned());
+            statement.lines.push(Line {
+                sequence: entry.sequence,
+                at: entry.at.to_string(),
+                run: run.clone(),
+                stage: stage.clone(),
+                mechanism: mechanism(event),
+                event: event.clone(),
+                settled: ledger.is_settled(entry.sequence),
+                epsilon: spent
+                    .iter()
+                    .find(|spent| spent.sequence == entry.sequence)
+                    .map(|spent| spent.epsilon),
+            });
+        }
+        Ok(statement)
+    }
+
+    fn total(&self) -> privacy::Epsilon {
+        self.lines
+            .last()
+            .and_then(|line| line.epsilon)
+            .unwrap_or(privacy::Epsilon { pld: 0.0, rdp: 0.0 })
+    }
+
+    fn text(&self) -> String {
+        let mut text = match (self.budget, self.remaining) {
+            (Some(budget), Some(remaining)) => format!(
+                "{}: ε = {} of {} at δ = {:e} spent, about {remaining:.3} left (RDP's second opinion: {})",
+                self.corpus,
+                up(self.total().pld),
+                budget.epsilon,
+                budget.delta,
+                up(self.total().rdp),
+            ),
+            _ => format!("{}: no budget is set", self.corpus),
+        };
+        if let Some(unit) = &self.unit {
+            text += &format!("\nprivacy unit: {unit}; adjacency: add or remove one unit");
+        }
+        for condition in &self.conditions {
+            text += &format!("\ncondition: {condition}");
+        }
+        if self.lines.is_empty() {
+            return text;
+        }
+        let told = |epsilon: Option<f64>| epsilon.map(up).unwrap_or_default();
+        let rows = self.lines.iter().map(|line| {
+            vec![
+                line.sequence.to_string(),
+                line.at.get(..19).unwrap_or(&line.at).replace('T', " "),
+                line.run.clone(),
+                line.stage.clone(),
+                line.mechanism.clone(),
+                if line.settled { "settled" } else { "reserved" }.to_owned(),
+                told(line.epsilon.map(|epsilon| epsilon.pld)),
+                told(line.epsilon.map(|epsilon| epsilon.rdp)),
+            ]
+        });
+        let headings = [
+            "entry",
+            "time (UTC)",
+            "run",
+            "stage",
+            "mechanism",
+            "state",
+            "ε so far",
+            "by RDP",
+        ];
+        format!(
+            "{text}\n\n{}",
+            table(&headings, &rows.collect::<Vec<_>>(), &[0, 6, 7])
+        )
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let epsilon = |epsilon: privacy::Epsilon| json!({ "pld": epsilon.pld, "rdp": epsilon.rdp });
+        let entries = self.lines.iter().map(|line| {
+            json!({
+                "sequence": line.sequence,
+                "at": line.at,
+                "run": line.run,
+                "stage": line.stage,
+                "event": serde_json::to_value(&line.event).unwrap_or_default(),
+                "settled": line.settled,
+                "epsilon": line.epsilon.map(epsilon),
+            })
+        });
+        json!({
+            "corpus": self.corpus,
+            "unit": self.unit,
+            "adjacency": "add_or_remove_one",
+            "conditions": self.conditions,
+            "budget": self.budget.map(|budget| json!({ "epsilon": budget.epsilon, "delta": budget.delta })),
+            "spent": self.budget.map(|_| epsilon(self.total())),
+            "remaining": self.remaining,
+            "entries": entries.collect::<Vec<_>>(),
+        })
+    }
+
+    /// ε after every entry, against the budget.
+    fn plot(&self, file: &Path) -> Result<(), Failure> {
+        let Some(budget) = self.budget else {
+            return Err(Failure::Usage(format!(
+                "{}: no budget is set, so there is no δ to plot ε at\nhelp: `doppel budget set`",
+                self.corpus
+            )));
+        };
+        let steps = |value: fn(&privacy::Epsilon) -> f64| -> Vec<(f64, f64)> {
+            let mut points = vec![(0.0, 0.0)];
+            for (i, epsilon) in self
+                .lines
+                .iter()
+                .filter_map(|line| line.epsilon.as_ref())
+                .enumerate()
+            {
+                let before = points.last().map_or(0.0, |point| point.1);
+                points.extend([((i + 1) as f64, before), ((i + 1) as f64, value(epsilon))]);
+            }
+            points
+        };
+        let last = self.lines.len() as f64 + 0.5;
+        plot::write(
+            file,
+            &Chart {
+                title: format!("{}: ε at δ = {:e}", self.corpus, budget.delta),
+                x: "reservations".to_owned(),
+                y: "ε".to_owned(),
+                lines: vec![
+                    ("spent (PLD)".to_owned(), steps(|epsilon| epsilon.pld)),
+                    ("spent (RDP)".to_owned(), steps(|epsilon| epsilon.rdp)),
+                    (
+                        "budget".to_owned(),
+                        vec![(0.0, budget.epsilon), (last, budget.epsilon)],
+                    ),
+                ],
+            },
+        )
+    }
+}
+
+/// ε to four digits, rounded up.
+pub fn up(epsilon: f64) -> String {
+    format!("{:.4}", (epsilon * 1e4).ceil() / 1e4)
+}
+
+/// An event in words.
+pub fn mechanism(event: &Event) -> String {
+    match event {
+        Event::Gaussian { noise_multiplier } => format!("Gaussian σ={noise_multiplier}"),
+        Event::DiscreteGaussian { noise_multiplier } => {
+            format!("discrete Gaussian σ={noise_multiplier}")
+        }
+        Event::PoissonSampledGaussian {
+            sampling_probability,
+            noise_multiplier,
+            steps,
+        } => {
+            format!(
+                "{steps} × Poisson-sampled Gaussian q={sampling_probability:.6} σ={noise_multiplier}"
+            )
+        }
+    }
+}
+
+/// Whether the budgets suffice for what `invocations` will reserve, as far as their flags tell.
+pub async fn preflight(invocations: &[Invocation<'_>]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let mut corpora: BTreeMap<(String, &str), Vec<&Invocation>> = BTreeMap::new();
+    for invocation in invocations {
+        if let (Some(root), Some(corpus)) = (invocation.root("private"), invocation.one("corpus")) {
+            corpora.entry((root, corpus)).or_default().push(invocation);
+        }
+    }
+    for ((root, corpus), invocations) in corpora {
+        if let Some(finding) = affordable(&root, corpus, &invocations).await {
+            findings.push(finding);
+        }
+    }
+    findings
+}
+
+async fn affordable(root: &str, corpus: &str, invocations: &[&Invocation<'_>]) -> Option<Finding> {
+    // A root that cannot be opened is a finding of its own.
+    let root = PrivateRoot::open(root, &storage()).await.ok()?;
+    let ledger = match ledger::read(&root, corpus).await {
+        Ok(ledger) => ledger,
+        Err(LedgerError::Lake(_)) => return None,
+        Err(error) => {
+            let failure = failure(error);
+            return Some(Finding {
+                message: failure.to_string(),
+                code: failure.exit_code(),
+            });
+        }
+    };
+    let reserved = |invocation: &Invocation| {
+        ledger.entries.iter().any(|entry| match &entry.body {
+            Body::Reserve { run, stage, .. } => {
+                Some(run.as_str()) == invocation.one("run") && stage == invocation.program
+            }
+            _ => false,
+        })
+    };
+    let asked: Vec<(&str, Event)> = invocations
+        .iter()
+        .filter(|invocation| !reserved(invocation))
+        .filter_map(|invocation| Some((invocation.job.name.as_str(), planned_event(invocation)?)))
+        .collect();
+    if asked.is_empty() {
+        return None;
+    }
+    let set = invocations
+        .iter()
+        .rev()
+        .find(|one| one.program == "doppel" && one.words == ["budget", "set"]);
+    let set = set.and_then(|set| Some((set.number("epsilon")?, set.number("delta")?)));
+    let budget = set.or_else(|| ledger.budget().map(|budget| (budget.epsilon, budget.delta)));
+    let Some((epsilon, delta)) = budget else {
+        let message = format!(
+            "the corpus `{corpus}` has no privacy budget; `doppel budget set --corpus {corpus}` sets one"
+        );
+        return Some(Finding { message, code: 2 });
+    };
+    let mut events = ledger.spent();
+    let before = events.len();
+    events.extend(asked.iter().map(|(_, event)| event.clone()));
+    let total = privacy::epsilon(&events, delta).ok()?.pld;
+    (total > epsilon).then(|| {
+        let mut message = format!(
+            "{corpus}: the workflow would bring ε to {} at δ = {delta:e}; the budget is {epsilon}\n\
+             {before} earlier reservations",
+            up(total)
+        );
+        for (job, event) in &asked {
+            message += &format!("\n{job}: {}", mechanism(event));
+        }
+        Finding { message, code: 4 }
+    })
+}
+
+/// What an invocation will reserve, where its flags tell.
+fn planned_event(invocation: &Invocation) -> Option<Event> {
+    match invocation.program {
+        "vote" => Some(Event::DiscreteGaussian {
+            noise_multiplier: invocation.number("sigma").unwrap_or(10.0),
+        }),
+        "train" if invocation.one("no-dp").is_none() => {
+            let batch = invocation.number("expected-batch-size");
+            let probability = || Some(batch? / invocation.number("records")?);
+            let sampling_probability = invocation
+                .number("sampling-probability")
+                .or_else(probability)?;
+            let epochs = || {
+                Some(
+                    (invocation.number("epochs")? / sampling_probability - 1e-9)
+                        .ceil()
+                        .max(1.0),
+                )
+            };
+            let steps = invocation.number("steps").or_else(epochs)? as u64;
+            let event = |noise_multiplier| Event::PoissonSampledGaussian {
+                sampling_probability,
+                noise_multiplier,
+                steps,
+            };
+            let noise_multiplier = invocation.number("noise-multiplier").or_else(|| {
+                let vote = invocation.number("vote-sigma");
+                let vote =
+                    vote.map(|noise_multiplier| Event::DiscreteGaussian { noise_multiplier });
+                let events = |noise| std::iter::once(event(noise)).chain(vote.clone()).collect();
+                privacy::calibrate(
+                    events,
+                    invocation.number("target-epsilon")?,
+                    invocation.number("delta")?,
+                )
+                .ok()
+            })?;
+            Some(event(noise_multiplier)).filter(|event| event.validate().is_ok())
+        }
+        _ => None,
+    }
+}

@@ -1,0 +1,342 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use stage::Format;
+use stage::common::Verbosity;
+
+/// A synthetic double of a private collection of user instructions, with a differential-privacy guarantee.
+///
+/// `doppel run` executes a workflow file on this machine; `doppel budget`, `account` and `plan` answer questions about
+/// privacy; `doppel STAGE …` calls the stage's binary `doppel-STAGE`.
+///
+/// Exit codes: 0 done; 1 a bug; 2 wrong usage or configuration; 3 an input is missing or malformed; 4 refused by the
+/// privacy budget; 5 storage or network, safe to retry; 130 and 143 ended by SIGINT and SIGTERM.
+#[derive(Parser, Clone, Debug)]
+#[command(
+    name = "doppel",
+    version,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Commands.
+#[derive(Subcommand, Clone, Debug)]
+pub enum Command {
+    /// Run a workflow file on this machine.
+    Run(RunArgs),
+    /// Show what was spent on a corpus, or set its budget.
+    Budget(BudgetArgs),
+    /// Compute the ε of mechanisms, or the noise multiplier for a target ε.
+    Account(AccountArgs),
+    /// Tell which settings fit a privacy budget and a number of records.
+    Plan(PlanArgs),
+    /// List the runs of both roots.
+    Runs(RunsArgs),
+    /// Show the stages of one run, with inputs, outputs and configuration.
+    Show(ShowArgs),
+    /// Partition raw conversations into a corpus (doppel-partition).
+    #[command(disable_help_flag = true)]
+    Partition(Rest),
+    /// Fine-tune a model on a corpus with differential privacy (doppel-train).
+    #[command(disable_help_flag = true)]
+    Train(Rest),
+    /// Sample synthetic instructions (doppel-synthesize).
+    #[command(disable_help_flag = true)]
+    Synthesize(Rest),
+    /// Embed texts (doppel-embed).
+    #[command(disable_help_flag = true)]
+    Embed(Rest),
+    /// Let private records vote on clusters of synthetic ones, and resample (doppel-vote).
+    #[command(disable_help_flag = true)]
+    Vote(Rest),
+    /// Query the release zone with SQL (doppel-query).
+    #[command(disable_help_flag = true)]
+    Query(Rest),
+    /// Attack the training mechanism with canaries, for a lower bound on its ε (doppel-audit).
+    #[command(disable_help_flag = true)]
+    Audit(Rest),
+}
+
+/// Whatever the stage's binary takes.
+#[derive(Args, Clone, Debug)]
+pub struct Rest {
+    /// Arguments of the stage.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub args: Vec<String>,
+}
+
+/// Run a workflow file on this machine.
+///
+/// The file is an Argo Workflow (argoproj.io/v1alpha1), which Kubernetes runs as it is. Here its containers' commands
+/// run as processes: as many at a time as the dependencies and the declared CPUs, GPUs and memory allow, with retries
+/// as declared. Exit codes 2, 3 and 4 are final unless a retry expression says otherwise. Before the first task starts,
+/// a preflight checks what can be checked and reports all findings at once.
+///
+/// Ctrl-C ends all tasks in order (a second one at once). Running again continues: stages that are done do nothing.
+#[derive(Args, Clone, Debug)]
+pub struct RunArgs {
+    /// Workflow file.
+    pub file: PathBuf,
+    /// A parameter of the workflow; repeatable.
+    #[arg(short, long = "parameter", value_name = "NAME=VALUE", value_parser = name_value)]
+    pub parameters: Vec<(String, String)>,
+    /// Check the file and the parameters and print the tasks, without running anything.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Skip the preflight, file and parameters excepted.
+    #[arg(long)]
+    pub no_preflight: bool,
+    /// CPU slots; by default what this process may use.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=4096))]
+    pub cpus: Option<u64>,
+    /// GPU slots; by default those of this machine, or of CUDA_VISIBLE_DEVICES.
+    #[arg(long, value_name = "N")]
+    pub gpus: Option<usize>,
+    /// Seconds between SIGTERM and SIGKILL when the run is stopped.
+    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    pub grace: u64,
+    /// Folder for the tasks' logs; by default a temporary one, kept only when a task fails.
+    #[arg(long, value_name = "DIR")]
+    pub logs: Option<PathBuf>,
+    /// What standard output carries at the end.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
+
+/// Splits `name=value`.
+fn name_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("write it as name=value".to_owned()),
+    }
+}
+
+/// Where the private zone is.
+#[derive(Args, Clone, Debug)]
+pub struct PrivateArgs {
+    /// Private root: a path, file://, s3://, gs:// or az:// URL.
+    #[arg(
+        long,
+        env = "DOPPEL_PRIVATE",
+        value_name = "URL",
+        hide_env_values = true,
+        global = true
+    )]
+    pub private: Option<String>,
+    /// Deadline of one storage operation with its retries, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 180, global = true)]
+    pub storage_timeout: u64,
+}
+
+/// Show what was spent on a corpus, or set its budget.
+///
+/// The ledger lies in the private root. Who may read it learns parameters of mechanisms, never records.
+#[derive(Args, Clone, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct BudgetArgs {
+    /// Set a corpus's budget.
+    #[command(subcommand)]
+    pub command: Option<BudgetCommand>,
+    /// What to show.
+    #[command(flatten)]
+    pub show: BudgetShowArgs,
+}
+
+/// Commands about the budget.
+#[derive(Subcommand, Clone, Debug)]
+pub enum BudgetCommand {
+    /// Set the budget of a corpus.
+    Set(BudgetSetArgs),
+}
+
+/// Show what was spent.
+#[derive(Args, Clone, Debug)]
+pub struct BudgetShowArgs {
+    /// Corpus; all corpora of the root where none is named.
+    #[arg(value_name = "CORPUS", group = "one")]
+    pub name: Option<String>,
+    /// The same as a flag.
+    #[arg(long, value_name = "NAME", group = "one")]
+    pub corpus: Option<String>,
+    /// Write a plot of ε over the ledger's entries to this .svg or .png file.
+    #[arg(long, value_name = "FILE", requires = "one")]
+    pub plot: Option<PathBuf>,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Where the private zone is.
+    #[command(flatten)]
+    pub root: PrivateArgs,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
+
+/// Set the budget of a corpus.
+///
+/// The budget is one (ε, δ) for all mechanisms that ever touch the corpus, composed. A stage that would exceed it is
+/// refused with exit code 4 before it reads a record. Setting the same budget again does nothing.
+#[derive(Args, Clone, Debug)]
+pub struct BudgetSetArgs {
+    /// Corpus.
+    #[arg(long, value_name = "NAME")]
+    pub corpus: String,
+    /// Largest ε, under adding or removing one privacy unit.
+    #[arg(long)]
+    pub epsilon: f64,
+    /// The δ at which ε is taken.
+    #[arg(long)]
+    pub delta: f64,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Where the private zone is.
+    #[command(flatten)]
+    pub root: PrivateArgs,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
+
+/// Compute the ε of mechanisms, or the noise multiplier for a target ε.
+///
+/// Adjacency is adding or removing one privacy unit. ε is by privacy loss distributions (`pld`), rounded up, and by
+/// Rényi DP (`rdp`) as a second opinion.
+///
+/// Example: the paper's training and its vote.
+///
+/// doppel account --delta 5e-7 --mechanism noise_multiplier=1.122,sampling_probability=0.022756,steps=439
+///     --mechanism noise_multiplier=10
+#[derive(Args, Clone, Debug)]
+#[command(verbatim_doc_comment)]
+pub struct AccountArgs {
+    /// The δ at which ε is taken.
+    #[arg(long)]
+    pub delta: f64,
+    /// A mechanism: noise_multiplier=S[,sampling_probability=Q][,steps=N][,kind=gaussian|discrete_gaussian]; repeatable,
+    /// all are composed. With --target-epsilon, one of them leaves noise_multiplier out.
+    #[arg(long = "mechanism", value_name = "SPEC", required = true)]
+    pub mechanisms: Vec<String>,
+    /// Find the smallest noise multiplier for which the composition keeps to this ε.
+    #[arg(long, value_name = "E")]
+    pub target_epsilon: Option<f64>,
+    /// Print the trade-off between ε and δ; with a .svg or .png path, write it there as a plot too.
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    pub curve: Option<Option<PathBuf>>,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
+
+/// Tell which settings fit a privacy budget and a number of records.
+///
+/// Nothing private is read: N is what you declare. Each row is a Poisson-sampled training followed by one vote.
+#[derive(Args, Clone, Debug)]
+pub struct PlanArgs {
+    /// Number of privacy units in the train split, as you declare it publicly.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000_000_000))]
+    pub records: u64,
+    /// ε for training and votes together.
+    #[arg(long, value_name = "E")]
+    pub target_epsilon: f64,
+    /// The δ at which ε is taken.
+    #[arg(long)]
+    pub delta: f64,
+    /// σ of the votes' noise; 0 for no votes.
+    #[arg(long, value_name = "S", default_value_t = 10.0)]
+    pub vote_sigma: f64,
+    /// Expected batch sizes to consider; by default a range that suits N.
+    #[arg(long, value_delimiter = ',', value_name = "B,…")]
+    pub expected_batch_size: Vec<u64>,
+    /// Numbers of steps to consider; by default a range.
+    #[arg(long, value_delimiter = ',', value_name = "N,…")]
+    pub steps: Vec<u64>,
+    /// Number of trained parameters, for the noise against the signal (rank 8 on q, k, v, o of a 7B model: 8.4 million).
+    #[arg(long, value_name = "P", default_value_t = 8_388_608)]
+    pub parameters: u64,
+    /// Examples per second of one GPU, for the wall time.
+    #[arg(long, value_name = "R", default_value_t = 20.0)]
+    pub examples_per_second: f64,
+    /// GPU hours at most; settings that need more are marked.
+    #[arg(long, value_name = "H")]
+    pub gpu_hours: Option<f64>,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
+
+/// List the runs of both roots.
+#[derive(Args, Clone, Debug)]
+pub struct RunsArgs {
+    /// Where the roots are.
+    #[command(flatten)]
+    pub roots: RootsArgs,
+}
+
+/// Show the stages of one run.
+#[derive(Args, Clone, Debug)]
+pub struct ShowArgs {
+    /// Run id.
+    #[arg(value_parser = stage::common::run_id)]
+    pub id: String,
+    /// Where the roots are.
+    #[command(flatten)]
+    pub roots: RootsArgs,
+}
+
+/// Where the roots are; one is enough.
+#[derive(Args, Clone, Debug)]
+pub struct RootsArgs {
+    /// Private root.
+    #[arg(
+        long,
+        env = "DOPPEL_PRIVATE",
+        value_name = "URL",
+        hide_env_values = true
+    )]
+    pub private: Option<String>,
+    /// Release root.
+    #[arg(
+        long,
+        env = "DOPPEL_RELEASE",
+        value_name = "URL",
+        hide_env_values = true
+    )]
+    pub release: Option<String>,
+    /// Deadline of one storage operation with its retries, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 180)]
+    pub storage_timeout: u64,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

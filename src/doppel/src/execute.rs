@@ -1,0 +1,370 @@
+//! `doppel run`: load, check, run, tell.
+
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::json;
+use stage::{Failure, Format, Summary};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use workflow::run::Stop;
+use workflow::{JobReport, Machine, Observer, Options, Plan, Report, State};
+
+use crate::cli::RunArgs;
+use crate::table::{duration, table};
+use crate::{exit, preflight, stages, view};
+
+/// Runs the workflow file that `args` name.
+pub async fn run(args: RunArgs) -> Result<Summary, Failure> {
+    // Listening starts here: a signal during the preflight ends it, one during the run ends the tasks.
+    let mut signals = Signals::new()?;
+    let plan = load(&args)?;
+    if args.dry_run {
+        return Ok(Summary {
+            text: outline(&plan),
+            json: outline_json(&plan),
+        });
+    }
+    let machine = machine(&args);
+    if !args.no_preflight {
+        tokio::select! {
+            findings = preflight::check(&plan, &machine) => preflight::verdict(&findings)?,
+            () = signals.received() => return Err(signals.stopped()),
+        }
+    }
+    let logs = Logs::create(&args, &plan)?;
+    let options = Options {
+        machine,
+        grace: Duration::from_secs(args.grace),
+        env: environment(args.verbosity.quiet),
+        logs: logs.folder.clone(),
+        programs: stages::folders(),
+    };
+    let view = view::suitable(&plan, args.verbosity.quiet);
+    let report = watch_over(&plan, &options, view.as_ref(), &mut signals).await;
+    logs.keep_if(!report.success());
+    conclude(&plan, &report, args.format, &signals)
+}
+
+fn load(args: &RunArgs) -> Result<Plan, Failure> {
+    let file = args.file.display().to_string();
+    let text = std::fs::read_to_string(&args.file).map_err(|error| {
+        Failure::Usage(format!(
+            "{file}: {error}\nhelp: give the path of a workflow file"
+        ))
+    })?;
+    workflow::load(&file, &text, &args.parameters)
+        .map_err(|findings| Failure::Usage(findings.to_string()))
+}
+
+fn machine(args: &RunArgs) -> Machine {
+    let mut machine = Machine::detect();
+    if let Some(cpus) = args.cpus {
+        machine.cpu = cpus * 1_000;
+    }
+    if let Some(gpus) = args.gpus {
+        let known = machine.gpus.len();
+        machine.gpus.truncate(gpus);
+        // More than were found: the caller knows better, and numbers them from 0.
+        machine.gpus.extend((known..gpus).map(|id| id.to_string()));
+    }
+    machine
+}
+
+/// What every task's process gets: the trace, and logs for people where people look on.
+fn environment(quiet: bool) -> Vec<(String, String)> {
+    use std::io::IsTerminal;
+    let mut env = stage::telemetry::child_env();
+    if std::io::stderr().is_terminal() && !quiet && std::env::var_os("DOPPEL_LOG_FORMAT").is_none()
+    {
+        env.push(("DOPPEL_LOG_FORMAT".to_owned(), "text".to_owned()));
+    }
+    env
+}
+
+/// SIGINT, SIGTERM and SIGHUP.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hang_up: Signal,
+    /// Exit code for the first that came.
+    code: u8,
+}
+
+impl Signals {
+    fn new() -> Result<Self, Failure> {
+        let watch = |kind| {
+            signal(kind)
+                .map_err(|error| Failure::Transient(format!("cannot watch signals: {error}")))
+        };
+        Ok(Self {
+            interrupt: watch(SignalKind::interrupt())?,
+            terminate: watch(SignalKind::terminate())?,
+            hang_up: watch(SignalKind::hangup())?,
+            code: 0,
+        })
+    }
+
+    async fn received(&mut self) {
+        let code = tokio::select! {
+            _ = self.interrupt.recv() => 130,
+            _ = self.terminate.recv() => 143,
+            _ = self.hang_up.recv() => 129,
+        };
+        if self.code == 0 {
+            self.code = code;
+        }
+    }
+
+    fn stopped(&self) -> Failure {
+        exit::with(self.code);
+        Failure::Transient("stopped by a signal\nhelp: the same command continues".to_owned())
+    }
+}
+
+/// Runs the plan; the first signal ends the tasks gently, a second one at once.
+async fn watch_over(
+    plan: &Plan,
+    options: &Options,
+    view: &dyn Observer,
+    signals: &mut Signals,
+) -> Report {
+    let (wish, stop) = watch::channel(Stop::No);
+    let run = workflow::run(plan, options, stop, view);
+    tokio::pin!(run);
+    loop {
+        tokio::select! {
+            report = &mut run => return report,
+            () = signals.received() => {
+                let now = *wish.borrow();
+                let next = if now == Stop::No { Stop::Gently } else { Stop::Kill };
+                tracing::warn!("stopping all tasks; a second signal kills them");
+                wish.send_replace(next);
+            }
+        }
+    }
+}
+
+/// The folder of the tasks' logs.
+struct Logs {
+    folder: PathBuf,
+    temporary: bool,
+}
+
+impl Logs {
+    fn create(args: &RunArgs, plan: &Plan) -> Result<Self, Failure> {
+        let temporary = args.logs.is_none();
+        let folder = args.logs.clone().unwrap_or_else(|| {
+            let name = plan.name.replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+            let since = std::time::UNIX_EPOCH
+                .elapsed()
+                .unwrap_or_default()
+                .as_millis();
+            std::env::temp_dir().join(format!("doppel-{name}-{since}-{}", std::process::id()))
+        });
+        // Tasks of other people's workflows may print what is not for everybody on the machine.
+        let created = std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&folder);
+        created.map_err(|error| {
+            Failure::Usage(format!(
+                "{}: {error}\nhelp: choose a folder for the logs with --logs",
+                folder.display()
+            ))
+        })?;
+        Ok(Self { folder, temporary })
+    }
+
+    fn keep_if(&self, keep: bool) {
+        if self.temporary && !keep {
+            // What cannot be removed from a temporary folder is the system's to remove.
+            let _ = std::fs::remove_dir_all(&self.folder);
+        }
+    }
+}
+
+fn conclude(
+    plan: &Plan,
+    report: &Report,
+    format: Format,
+    signals: &Signals,
+) -> Result<Summary, Failure> {
+    let summary = Summary {
+        text: result_table(plan, report),
+        json: result_json(plan, report),
+    };
+    if report.success() {
+        return Ok(summary);
+    }
+    let data = match format {
+        Format::Text => format!("{}\n", summary.text),
+        Format::Json => format!("{}\n", summary.json),
+    };
+    stage::print(data.as_bytes())?;
+    if report.failed().is_empty() && report.stopped {
+        return Err(signals.stopped());
+    }
+    Err(failure(plan, report))
+}
+
+/// The failure of the first failed task, with what each of them last said.
+fn failure(plan: &Plan, report: &Report) -> Failure {
+    let failed = report.failed();
+    let mut text = format!("{} of {} tasks failed", failed.len(), plan.jobs.len());
+    for &job in &failed {
+        text += &format!("\n  {}", complaint(&plan.jobs[job].name, &report.jobs[job]));
+    }
+    text += "\nhelp: the same command continues with what is not done yet";
+    let first = failed
+        .first()
+        .and_then(|job| report.jobs[*job].outcome.as_ref());
+    match first.map(workflow::retry::Outcome::code) {
+        Some(3) => Failure::Input(text),
+        Some(4) => Failure::Budget(text),
+        Some(5) => Failure::Transient(text),
+        Some(2) => Failure::Usage(text),
+        _ => {
+            // A command that failed in a way of its own: it is not for the front to call that a bug.
+            exit::with(1);
+            Failure::Usage(text)
+        }
+    }
+}
+
+fn complaint(name: &str, report: &JobReport) -> String {
+    let outcome = report
+        .outcome
+        .as_ref()
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    let times = if report.attempts > 1 {
+        format!(" after {} attempts", report.attempts)
+    } else {
+        String::new()
+    };
+    let mut text = format!("{name}: {outcome}{times}");
+    for line in &report.tail {
+        text += &format!("\n    | {line}");
+    }
+    if report.attempts > 0 {
+        text += &format!("\n    log: {}", report.log.display());
+    }
+    text
+}
+
+fn result_table(plan: &Plan, report: &Report) -> String {
+    let rows: Vec<Vec<String>> = plan
+        .jobs
+        .iter()
+        .zip(&report.jobs)
+        .map(|(job, report)| {
+            let (attempts, time) = match report.state {
+                State::NotRun => (String::new(), String::new()),
+                _ => (report.attempts.to_string(), duration(report.elapsed)),
+            };
+            vec![
+                job.name.clone(),
+                report.state.word().to_owned(),
+                attempts,
+                time,
+            ]
+        })
+        .collect();
+    let done = report
+        .jobs
+        .iter()
+        .filter(|job| job.state == State::Succeeded)
+        .count();
+    let table = table(&["task", "state", "attempts", "time"], &rows, &[2, 3]);
+    format!(
+        "{table}\n{done} of {} tasks succeeded in {}",
+        plan.jobs.len(),
+        duration(report.elapsed)
+    )
+}
+
+fn result_json(plan: &Plan, report: &Report) -> serde_json::Value {
+    let tasks = plan.jobs.iter().zip(&report.jobs).map(|(job, report)| {
+        json!({
+            "task": job.name,
+            "state": report.state.word(),
+            "attempts": report.attempts,
+            "seconds": report.elapsed.as_secs_f64(),
+            "exit_code": report.outcome.as_ref().map(workflow::retry::Outcome::code),
+        })
+    });
+    json!({
+        "workflow": plan.name,
+        "succeeded": report.success(),
+        "seconds": report.elapsed.as_secs_f64(),
+        "tasks": tasks.collect::<Vec<_>>(),
+    })
+}
+
+/// What `--dry-run` prints.
+fn outline(plan: &Plan) -> String {
+    let mut text = format!("{}: {} tasks", plan.name, plan.jobs.len());
+    for job in &plan.jobs {
+        let after: Vec<&str> = job
+            .after
+            .iter()
+            .map(|job| plan.jobs[*job].name.as_str())
+            .collect();
+        let after = if after.is_empty() {
+            String::new()
+        } else {
+            format!(" (after {})", after.join(", "))
+        };
+        text += &format!("\n{}{after}\n    {}", job.name, shell_line(&job.command));
+    }
+    text
+}
+
+fn outline_json(plan: &Plan) -> serde_json::Value {
+    let tasks = plan.jobs.iter().map(|job| {
+        let after: Vec<&str> = job
+            .after
+            .iter()
+            .map(|job| plan.jobs[*job].name.as_str())
+            .collect();
+        json!({ "task": job.name, "after": after, "command": job.command, "gpus": job.gpus })
+    });
+    json!({ "workflow": plan.name, "parameters": plan.parameters, "tasks": tasks.collect::<Vec<_>>() })
+}
+
+/// A command as a shell would take it.
+fn shell_line(command: &[String]) -> String {
+    let quoted = command.iter().map(|word| {
+        let plain = !word.is_empty()
+            && word
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c));
+        if plain {
+            word.clone()
+        } else {
+            format!("'{}'", word.replace('\'', r"'\''"))
+        }
+    });
+    quoted.collect::<Vec<_>>().join(" ")
+}
+
+/// The name of a program without its folder.
+pub fn base_name(program: &str) -> &str {
+    Path::new(program)
+        .file_name()
+        .and_then(|name| name.to_str())
+        .unwrap_or(program)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_quoted_for_a_shell() {
+        let command = ["sh", "-c", "echo 'a b'", ""].map(str::to_owned);
+        assert_eq!(shell_line(&command), r"sh -c 'echo '\''a b'\''' ''");
+    }
+}

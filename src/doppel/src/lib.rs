@@ -1,0 +1,51 @@
+//! The front of doppel: `doppel run` executes a workflow file on this machine, `doppel budget` and its relatives answer
+//! questions about privacy, `doppel <stage>` calls the stage's binary.
+//!
+//! It starts stages as processes and must never link one, nor libtorch. Reading starts at [`cli`]; running at
+//! [`execute`].
+
+pub mod account;
+pub mod budget;
+pub mod cli;
+pub mod execute;
+pub mod exit;
+pub mod plan;
+pub mod plot;
+pub mod preflight;
+pub mod runs;
+pub mod stages;
+pub mod table;
+pub mod view;
+
+use cli::{BudgetCommand, Cli, Command};
+use stage::{Failure, Summary};
+
+/// Does what the command line says.
+pub async fn run(cli: Cli) -> Result<Summary, Failure> {
+    match cli.command {
+        Command::Run(args) => execute::run(args).await,
+        Command::Budget(args) => {
+            exit::on_signal(async {
+                match args.command {
+                    Some(BudgetCommand::Set(set)) => budget::set(set).await,
+                    None => budget::show(args.show).await,
+                }
+            })
+            .await
+        }
+        Command::Account(args) => exit::on_signal(async { account::account(&args) }).await,
+        Command::Plan(args) => exit::on_signal(async { plan::plan(&args) }).await,
+        Command::Runs(args) => exit::on_signal(runs::list(args)).await,
+        Command::Show(args) => exit::on_signal(runs::show(args)).await,
+        // `main` has gone there before the command line was parsed.
+        Command::Partition(_)
+        | Command::Train(_)
+        | Command::Synthesize(_)
+        | Command::Embed(_)
+        | Command::Vote(_)
+        | Command::Query(_)
+        | Command::Audit(_) => Err(Failure::Usage(
+            "a stage comes first: doppel STAGE …".to_owned(),
+        )),
+    }
+}

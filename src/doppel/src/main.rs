@@ -1,0 +1,14 @@
+//! `doppel`: the front. Runs workflows, answers for the ledger, calls the stages.
+
+use std::process::ExitCode;
+
+use stage::shell::Shell;
+
+fn main() -> ExitCode {
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some(stage) = args.first().and_then(|name| doppel::stages::named(name)) {
+        return doppel::stages::become_stage(stage, &args[1..]);
+    }
+    let code = Shell::new("doppel").leave_signals().run(doppel::run);
+    doppel::exit::code().unwrap_or(code)
+}

@@ -1,0 +1,509 @@
+//! What can be known to go wrong before the first task starts, all of it at once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use futures::StreamExt;
+use lake::{PrivateRoot, ReleaseRoot, StorageOptions, Zone};
+use stage::Failure;
+use stage::shell::CHECK_FLAGS;
+use workflow::run::find_program;
+use workflow::{Job, Machine, Plan};
+
+use crate::execute::base_name;
+use crate::{budget, stages};
+
+/// Free space below which nothing of use can be written.
+const LEAST_DISK: u64 = 256 << 20;
+
+/// A finding, with the exit code that it would have had.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Finding {
+    /// What is wrong and what to do.
+    pub message: String,
+    /// Exit code of the stage contract.
+    pub code: u8,
+}
+
+impl Finding {
+    /// A finding about usage.
+    fn usage(message: String) -> Self {
+        Self { message, code: 2 }
+    }
+}
+
+impl From<&lake::LakeError> for Finding {
+    fn from(error: &lake::LakeError) -> Self {
+        let code = match error {
+            lake::LakeError::Usage(_) | lake::LakeError::Conflict(_) => 2,
+            lake::LakeError::Transient(_) => 5,
+            _ => 3,
+        };
+        Self {
+            message: error.to_string(),
+            code,
+        }
+    }
+}
+
+/// No finding, or a failure with all of them.
+pub fn verdict(findings: &[Finding]) -> Result<(), Failure> {
+    // What only a person can mend comes before what may mend itself.
+    let Some(code) = findings.iter().map(|finding| finding.code).min() else {
+        return Ok(());
+    };
+    let many = if findings.len() == 1 {
+        "1 finding".to_owned()
+    } else {
+        format!("{} findings", findings.len())
+    };
+    let mut text = format!("the preflight has {many}; nothing was started");
+    for finding in findings {
+        text += &format!("\n- {}", finding.message.replace('\n', "\n  "));
+    }
+    Err(match code {
+        3 => Failure::Input(text),
+        4 => Failure::Budget(text),
+        5 => Failure::Transient(text),
+        _ => Failure::Usage(text),
+    })
+}
+
+/// Checks `plan` against this machine and the storage that it names.
+pub async fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
+    let mut findings = BTreeSet::new();
+    for job in &plan.jobs {
+        findings.extend(surroundings(job, machine).into_iter().map(Finding::usage));
+    }
+    let invocations: Vec<Invocation> = plan.jobs.iter().filter_map(Invocation::new).collect();
+    let (flags, roots, inputs, budget) = futures::join!(
+        check_flags(plan),
+        check_roots(plan, &invocations),
+        check_inputs(&invocations),
+        budget::preflight(&invocations),
+    );
+    findings.extend(flags.into_iter().chain(roots).chain(inputs).chain(budget));
+    findings.into_iter().collect()
+}
+
+/// What a job needs of this machine and does not find.
+fn surroundings(job: &Job, machine: &Machine) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut say = |message: String| found.push(format!("{}: {message}", job.task));
+    match job.command.first() {
+        Some(program) if find_program(program, &stages::folders()).is_none() => {
+            say(format!(
+                "the program `{program}` is neither beside doppel nor on PATH; install or build it"
+            ));
+        }
+        _ => {}
+    }
+    if let Some(reason) = machine.lacks(job) {
+        say(format!(
+            "{reason}; lower what the workflow requests, or raise --gpus if it is wrong"
+        ));
+    }
+    for folder in job.mounts.iter().chain(&job.working_dir) {
+        if !Path::new(folder).is_dir() {
+            say(format!(
+                "{folder} is no folder of this machine; the local runner mounts nothing, so create it"
+            ));
+        }
+    }
+    for name in &job.required_env {
+        if std::env::var_os(name).is_none() {
+            say(format!(
+                "the variable {name}, which a secret of the cluster holds, is not set; export it"
+            ));
+        }
+    }
+    if job.disk > 0
+        && let Some(free) = free_space(&std::env::temp_dir())
+        && free < job.disk
+    {
+        say(format!(
+            "wants {} MiB of local disk; {} MiB are free",
+            job.disk >> 20,
+            free >> 20
+        ));
+    }
+    found
+}
+
+/// Free bytes below `path`, or below the nearest folder above it that exists.
+fn free_space(path: &Path) -> Option<u64> {
+    let existing = path.ancestors().find(|folder| folder.exists())?;
+    let existing = if existing.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        existing
+    };
+    let stat = rustix::fs::statvfs(existing).ok()?;
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// A job that runs a stage or the front itself, with its flags.
+#[derive(Debug)]
+pub struct Invocation<'a> {
+    /// The job.
+    pub job: &'a Job,
+    /// `partition`, …; `doppel` for the front.
+    pub program: &'a str,
+    /// What stands before the first flag.
+    pub words: Vec<&'a str>,
+    flags: Vec<(&'a str, &'a str)>,
+}
+
+impl<'a> Invocation<'a> {
+    /// Reads the command of `job`, if it is one of ours.
+    pub fn new(job: &'a Job) -> Option<Self> {
+        let (program, mut args) = job.command.split_first()?;
+        let mut program = base_name(program);
+        if let Some(stage) = program.strip_prefix("doppel-") {
+            program = stages::STAGES.into_iter().find(|known| *known == stage)?;
+        } else if program != "doppel" {
+            return None;
+        }
+        if let (true, Some(stage)) = (program == "doppel", args.first())
+            && stages::STAGES.contains(&stage.as_str())
+        {
+            (program, args) = (stage, &args[1..]);
+        }
+        let first_flag = args
+            .iter()
+            .position(|arg| arg.starts_with("--"))
+            .unwrap_or(args.len());
+        let words = args[..first_flag].iter().map(String::as_str).collect();
+        let mut flags = Vec::new();
+        let mut rest = args[first_flag..].iter().map(String::as_str).peekable();
+        while let Some(arg) = rest.next() {
+            let Some(flag) = arg.strip_prefix("--") else {
+                continue;
+            };
+            match flag.split_once('=') {
+                Some(pair) => flags.push(pair),
+                None => flags.push((
+                    flag,
+                    rest.next_if(|value| !value.starts_with("--"))
+                        .unwrap_or_default(),
+                )),
+            }
+        }
+        Some(Self {
+            job,
+            program,
+            words,
+            flags,
+        })
+    }
+
+    /// Values of a flag.
+    pub fn all(&self, flag: &str) -> impl Iterator<Item = &'a str> {
+        self.flags
+            .iter()
+            .filter(move |(name, _)| *name == flag)
+            .map(|(_, value)| *value)
+    }
+
+    /// Last value of a flag.
+    pub fn one(&self, flag: &str) -> Option<&'a str> {
+        self.all(flag).last()
+    }
+
+    /// Last value of a flag as a number.
+    pub fn number(&self, flag: &str) -> Option<f64> {
+        self.one(flag)?.parse().ok()
+    }
+
+    /// The root of a zone: a flag, the job's environment, or that of this process.
+    pub fn root(&self, zone: &str) -> Option<String> {
+        let variable = format!("DOPPEL_{}", zone.to_uppercase());
+        let declared = || {
+            self.job
+                .env
+                .iter()
+                .rev()
+                .find(|(name, _)| *name == variable)
+                .map(|(_, value)| value.clone())
+        };
+        let root = self
+            .one(zone)
+            .map(str::to_owned)
+            .or_else(declared)
+            .or_else(|| std::env::var(&variable).ok());
+        root.filter(|root| !root.is_empty())
+    }
+}
+
+/// Storage options for a check: whoever waits wants to know soon.
+pub fn storage() -> StorageOptions {
+    StorageOptions {
+        timeout: Duration::from_secs(30),
+    }
+}
+
+/// Lets each stage read its own flags. Of a fan-out, which differs in its items only, the first and the last.
+async fn check_flags(plan: &Plan) -> Vec<Finding> {
+    let mut chosen: BTreeMap<&str, Vec<&Job>> = BTreeMap::new();
+    for job in &plan.jobs {
+        let jobs = chosen.entry(&job.task).or_default();
+        jobs.truncate(1);
+        jobs.push(job);
+    }
+    let ours = |job: &&Job| {
+        job.command
+            .first()
+            .is_some_and(|program| base_name(program).starts_with("doppel"))
+    };
+    let checks = chosen.into_values().flatten().filter(ours).map(flags_of);
+    let at_once = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    futures::stream::iter(checks)
+        .buffered(at_once)
+        .filter_map(std::future::ready)
+        .collect()
+        .await
+}
+
+async fn flags_of(job: &Job) -> Option<Finding> {
+    let program = find_program(&job.command[0], &stages::folders())?;
+    let mut command = tokio::process::Command::new(program);
+    command
+        .args(&job.command[1..])
+        .envs(job.env.iter().cloned())
+        .env(CHECK_FLAGS, "1");
+    command
+        .env("DOPPEL_LOG_FORMAT", "text")
+        .env_remove("TRACEPARENT")
+        .env("OTEL_SDK_DISABLED", "true");
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    let output = match command.output().await {
+        Ok(output) => output,
+        Err(error) => {
+            return Some(Finding::usage(format!(
+                "{}: {}: {error}",
+                job.task, job.command[0]
+            )));
+        }
+    };
+    if output.status.success() {
+        return None;
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Some(Finding::usage(format!(
+        "{}: {}",
+        job.name,
+        said.trim().trim_start_matches("error: ")
+    )))
+}
+
+/// Roots are reachable and writable, lie apart, and have room.
+async fn check_roots(plan: &Plan, invocations: &[Invocation<'_>]) -> Vec<Finding> {
+    let roots = |zone: &str| -> BTreeSet<String> {
+        invocations
+            .iter()
+            .filter_map(|one| one.root(zone))
+            .collect()
+    };
+    let (privates, releases) = (roots("private"), roots("release"));
+    let mut findings = Vec::new();
+    for url in privates.iter().chain(&releases) {
+        if let Some(path) = local(url)
+            && let Some(free) = free_space(&path)
+            && free < LEAST_DISK
+        {
+            let message = format!(
+                "{url}: only {} MiB are free; at least {} are needed",
+                free >> 20,
+                LEAST_DISK >> 20
+            );
+            findings.push(Finding::usage(message));
+        }
+    }
+    for url in &privates {
+        let root = PrivateRoot::open(url, &storage()).await;
+        findings.extend(writable(root, plan).await);
+    }
+    for url in &releases {
+        let root = ReleaseRoot::open(url, &storage()).await;
+        findings.extend(writable(root, plan).await);
+    }
+    for private in &privates {
+        for release in &releases {
+            let opened = (
+                PrivateRoot::open(private, &storage()).await,
+                ReleaseRoot::open(release, &storage()).await,
+            );
+            if let (Ok(private), Ok(release)) = opened {
+                findings.extend(
+                    lake::check_disjoint(&private, &release)
+                        .err()
+                        .as_ref()
+                        .map(Finding::from),
+                );
+            }
+        }
+    }
+    findings
+}
+
+async fn writable<Z: Zone>(root: Result<Z, lake::LakeError>, plan: &Plan) -> Option<Finding> {
+    let probe = async {
+        let root = root?;
+        let path = format!("preflight/{}-{}", plan.name, std::process::id());
+        root.put(
+            &path,
+            b"doppel checks that it can write here; this object may be removed"
+                .to_vec()
+                .into(),
+        )
+        .await?;
+        root.delete(&path).await
+    };
+    probe.await.err().as_ref().map(Finding::from)
+}
+
+/// Models and raw inputs are there.
+async fn check_inputs(invocations: &[Invocation<'_>]) -> Vec<Finding> {
+    let named = invocations.iter().flat_map(|one| {
+        ["input", "model", "encoder"]
+            .into_iter()
+            .flat_map(|flag| one.all(flag))
+            .map(|url| (url, one.job))
+    });
+    // One finding per input, with the first task that reads it.
+    let inputs: BTreeMap<&str, &Job> = named.collect::<Vec<_>>().into_iter().rev().collect();
+    let checks =
+        inputs
+            .into_iter()
+            .filter(|(url, _)| !url.is_empty())
+            .map(|(url, job)| async move {
+                let problem = present(url).await.err()?;
+                let finding = Finding::from(&problem);
+                Some(Finding {
+                    message: format!("{}: {}", job.task, finding.message),
+                    ..finding
+                })
+            });
+    futures::stream::iter(checks)
+        .buffered(8)
+        .filter_map(std::future::ready)
+        .collect()
+        .await
+}
+
+async fn present(url: &str) -> Result<(), lake::LakeError> {
+    if let Some(path) = local(url) {
+        return match std::fs::metadata(&path) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(lake::LakeError::NotFound(format!(
+                "{url}: {error}\nhelp: correct the path, or run `make setup`"
+            ))),
+        };
+    }
+    // A folder has objects below it; else the URL names one object.
+    let root = ReleaseRoot::open(url, &storage()).await?;
+    if root.list("").await?.is_empty() {
+        lake::read_stream(url, &storage()).await?;
+    }
+    Ok(())
+}
+
+fn local(url: &str) -> Option<PathBuf> {
+    match url.split_once("://") {
+        None => Some(PathBuf::from(url)),
+        Some(("file", path)) => Some(PathBuf::from(path)),
+        Some(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(command: &[&str]) -> Job {
+        Job {
+            name: "a(0:0)".into(),
+            task: "a".into(),
+            command: command.iter().map(|word| (*word).to_owned()).collect(),
+            env: vec![("DOPPEL_RELEASE".into(), "r".into())],
+            required_env: Vec::new(),
+            working_dir: None,
+            mounts: Vec::new(),
+            cpu: None,
+            cpu_limit: None,
+            gpus: 0,
+            memory: 0,
+            disk: 0,
+            retry: workflow::retry::Retry::never(),
+            after: Vec::new(),
+            dag: None,
+            at: Default::default(),
+        }
+    }
+
+    #[test]
+    fn flags_of_our_programs_are_read() {
+        let job = job(&[
+            "/opt/doppel",
+            "train",
+            "--model",
+            "m",
+            "--no-dp",
+            "--private=p",
+            "--steps",
+            "8",
+        ]);
+        let invocation = Invocation::new(&job).unwrap();
+        assert_eq!(invocation.program, "train");
+        assert_eq!(invocation.one("model"), Some("m"));
+        assert_eq!(invocation.one("no-dp"), Some(""));
+        assert_eq!(invocation.number("steps"), Some(8.0));
+        assert_eq!(invocation.root("private").as_deref(), Some("p"));
+        assert_eq!(invocation.root("release").as_deref(), Some("r"));
+    }
+
+    #[test]
+    fn words_before_the_flags_tell_subcommands() {
+        let set = job(&["doppel", "budget", "set", "--corpus", "c"]);
+        let invocation = Invocation::new(&set).unwrap();
+        assert_eq!(
+            (invocation.program, invocation.words),
+            ("doppel", vec!["budget", "set"])
+        );
+        assert!(Invocation::new(&job(&["sh", "-c", "doppel"])).is_none());
+    }
+
+    #[test]
+    fn a_job_that_finds_nothing_says_so() {
+        let mut lonely = job(&["no-such-program-anywhere"]);
+        lonely.gpus = 3;
+        lonely.mounts = vec!["/no/such/folder".into()];
+        lonely.required_env = vec!["DOPPEL_NO_SUCH_VARIABLE".into()];
+        let machine = Machine {
+            cpu: 1_000,
+            gpus: Vec::new(),
+            memory: 1 << 30,
+        };
+        let found = surroundings(&lonely, &machine);
+        assert_eq!(found.len(), 4, "{found:?}");
+        assert!(found.iter().all(|message| message.starts_with("a: ")));
+    }
+
+    #[test]
+    fn the_verdict_is_what_a_person_must_mend_first() {
+        assert!(verdict(&[]).is_ok());
+        let finding = |code| Finding {
+            message: format!("code {code}"),
+            code,
+        };
+        let failure = verdict(&[finding(5), finding(3)]).unwrap_err();
+        assert_eq!(failure.exit_code(), 3);
+        assert!(failure.to_string().contains("2 findings"));
+    }
+}

@@ -1,0 +1,190 @@
+//! Flags, and the configuration they mean.
+
+use clap::{Parser, ValueEnum};
+use lm::device::{DeviceChoice, DtypeChoice};
+use serde::Serialize;
+use stage::Failure;
+
+/// Turn texts into vectors with a sentence encoder.
+///
+/// Reads the synthetic texts of a run and writes their vectors beside them in the release zone, without any private
+/// root; or reads a corpus and writes its vectors to the private zone. Killed anywhere, it goes on where it was when
+/// run again; rows are written exactly once.
+///
+/// Exit codes: 0 done or already done; 1 a bug; 2 wrong usage; 3 an input is missing or malformed; 5 storage or
+/// network, safe to retry.
+#[derive(Parser, Clone, Debug)]
+#[command(
+    name = "doppel-embed",
+    version,
+    after_help = "Examples:\n  doppel-embed --run demo --release ./lake/release --encoder models/all-minilm-l6-v2 --of synthetic\n  \
+                  doppel-embed --run demo --private ./lake/private --encoder models/all-minilm-l6-v2 --of corpus \
+                  --corpus sharegpt\n  doppel-embed --run flan --release ./lake/release --encoder models/sentence-t5-base \
+                  --of synthetic --table runs/flan/candidates --shard 3/8"
+)]
+pub struct Args {
+    /// Flags that every stage shares.
+    #[command(flatten)]
+    pub common: stage::Common,
+    /// Encoder: URL or path of a sentence-transformers folder (BERT or T5, mean pooling).
+    #[arg(long, value_name = "URL")]
+    pub encoder: String,
+    /// Which texts: those of the run in the release zone, or those of a corpus in the private zone.
+    #[arg(long, value_enum)]
+    pub of: Of,
+    /// Name of the corpus that partition wrote; with --of corpus.
+    #[arg(long, value_name = "NAME", required_if_eq("of", "corpus"))]
+    pub corpus: Option<String>,
+    /// Table of public texts in the release zone, by its path below the root, instead of the run's `synthetic`.
+    ///
+    /// Needs the columns `id` and `text`. The texts are then voted on in place of sampled ones.
+    #[arg(long, value_name = "PATH", conflicts_with = "corpus")]
+    pub table: Option<String>,
+    /// Which of N shards this is, as i/N with i from 0: shards share the rows out and may run side by side.
+    #[arg(long, value_name = "I/N", value_parser = parse_shard)]
+    pub shard: Option<Shard>,
+    /// Padded tokens per batch: bounds memory and changes results by rounding only.
+    #[arg(long, value_name = "TOKENS", default_value_t = 4096)]
+    pub batch_tokens: usize,
+    /// Precision of the transformer; pooling and what follows are always float32.
+    #[arg(long, value_enum, default_value_t = DtypeName::Auto)]
+    pub dtype: DtypeName,
+    /// Where to compute.
+    #[arg(long, value_enum, default_value_t = DeviceName::Auto)]
+    pub device: DeviceName,
+}
+
+/// Which texts are embedded.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Of {
+    /// Public texts in the release zone.
+    Synthetic,
+    /// Private records.
+    Corpus,
+}
+
+/// Precision.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DtypeName {
+    /// bf16 where the machine has it, else f32.
+    Auto,
+    /// float32.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+/// Device.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceName {
+    /// CUDA where there is one.
+    Auto,
+    /// CPU.
+    Cpu,
+    /// CUDA.
+    Cuda,
+}
+
+/// One of several parts of the work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// From 0.
+    pub index: u32,
+    /// How many there are.
+    pub count: u32,
+}
+
+fn parse_shard(text: &str) -> Result<Shard, String> {
+    let parts = text.split_once('/').and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
+    match parts {
+        Some((index, count)) if index < count => Ok(Shard { index, count }),
+        _ => Err("expected I/N with I from 0 to N - 1, such as 0/8".into()),
+    }
+}
+
+/// What was asked for, checked: everything here changes the result and binds the run id. The encoder is an input, by
+/// its digest.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Config {
+    /// Which texts.
+    pub of: Of,
+    /// Path of the table below its root.
+    pub table: String,
+    /// Precision as asked for.
+    pub dtype: DtypeName,
+}
+
+impl Args {
+    /// Checks the flags and works out what follows from them; all findings are reported together.
+    pub fn config(&self) -> Result<Config, Failure> {
+        let mut findings = Vec::new();
+        if self.batch_tokens == 0 {
+            findings.push("--batch-tokens 0: expected at least 1".to_string());
+        }
+        if self.of == Of::Synthetic && self.corpus.is_some() {
+            findings.push("--corpus belongs to --of corpus\nhelp: leave it out, or embed the corpus".into());
+        }
+        if self.of == Of::Corpus && self.table.is_some() {
+            findings.push("--table belongs to --of synthetic: it names public texts\nhelp: leave it out".into());
+        }
+        let name = self.corpus.as_deref().unwrap_or_default();
+        if name.contains(['/', '\\']) || name.starts_with('.') {
+            findings.push(format!("--corpus {name}: expected a name, not a path"));
+        }
+        let path = self.table.as_deref().map(|path| path.trim_matches('/'));
+        if path.is_some_and(|path| path.is_empty() || path.split('/').any(|part| part == ".." || part.is_empty())) {
+            findings.push("--table: expected a path below the release root, such as runs/flan/candidates".into());
+        }
+        if !findings.is_empty() {
+            return Err(Failure::Usage(findings.join("\n")));
+        }
+        let table = match self.of {
+            Of::Corpus => format!("corpora/{name}"),
+            Of::Synthetic => path.map_or_else(|| format!("runs/{}/synthetic", self.common.run), str::to_string),
+        };
+        Ok(Config { of: self.of, table, dtype: self.dtype })
+    }
+}
+
+impl From<DtypeName> for DtypeChoice {
+    fn from(name: DtypeName) -> Self {
+        match name {
+            DtypeName::Auto => Self::Auto,
+            DtypeName::F32 => Self::F32,
+            DtypeName::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+impl From<DeviceName> for DeviceChoice {
+    fn from(name: DeviceName) -> Self {
+        match name {
+            DeviceName::Auto => Self::Auto,
+            DeviceName::Cpu => Self::Cpu,
+            DeviceName::Cuda => Self::Cuda,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shard_is_one_of_several() {
+        assert_eq!(parse_shard("0/1"), Ok(Shard { index: 0, count: 1 }));
+        assert_eq!(parse_shard("7/8"), Ok(Shard { index: 7, count: 8 }));
+        for wrong in ["8/8", "1", "/", "a/b", "-1/2", "0/0", ""] {
+            assert!(parse_shard(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Args::command().debug_assert();
+    }
+}

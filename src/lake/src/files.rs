@@ -1,0 +1,82 @@
+//! Data files of a table: their names, and their order, which is the order of rows.
+
+use std::collections::HashMap;
+
+use deltalake::DeltaTable;
+
+use crate::delta;
+use crate::error::LakeError;
+use crate::table::AppTransaction;
+
+/// `<transaction id>-<chunk>-<random>.parquet`: sorts by shard and chunk; the random part keeps a second writer of the
+/// same chunk from replacing a file that is committed already.
+pub(crate) fn file_name(transaction: &AppTransaction) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '.' };
+    // Numbers in the id are padded, so that shard 10 follows shard 9.
+    let mut id = String::new();
+    let mut digits = String::new();
+    for c in transaction.id.chars().map(plain).chain(['\0']) {
+        if c.is_ascii_digit() {
+            digits.push(c);
+            continue;
+        }
+        if !digits.is_empty() {
+            id.push_str(&format!("{digits:0>6}"));
+            digits.clear();
+        }
+        if c != '\0' {
+            id.push(c);
+        }
+    }
+    let random = uuid::Uuid::new_v4().simple().to_string();
+    format!("{}-{:08}-{}.parquet", id.trim_start_matches(['.', '_']), transaction.version, &random[..12])
+}
+
+/// A data file of a version.
+pub(crate) struct DataFile {
+    pub path: String,
+    pub size: u64,
+    pub rows: Option<u64>,
+    pub deletions: Option<String>,
+    pub partition: String,
+}
+
+/// The data files of a version, in the order of their names: the log may list them in any order.
+pub(crate) fn files(table: &DeltaTable) -> Result<Vec<DataFile>, LakeError> {
+    let state = table.snapshot().map_err(|error| delta::explain(table.table_url().as_str(), &error))?;
+    let mut files: Vec<DataFile> = state
+        .log_data()
+        .iter()
+        .map(|file| DataFile {
+            path: file.object_store_path().to_string(),
+            size: u64::try_from(file.size()).unwrap_or(0),
+            rows: file.num_records().map(|rows| rows as u64),
+            deletions: file
+                .deletion_vector_descriptor()
+                .map(|deletions| format!("{}@{:?}", deletions.path_or_inline_dv, deletions.offset)),
+            partition: partition(file.partition_values_map()),
+        })
+        .collect();
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(files)
+}
+
+fn partition(values: HashMap<String, Option<String>>) -> String {
+    let mut values: Vec<String> = values.into_iter().map(|(name, value)| format!("{name}={value:?}")).collect();
+    values.sort();
+    values.join("/")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_names_sort_by_shard_and_chunk() {
+        let name = |id: &str, version| file_name(&AppTransaction { id: id.into(), version });
+        assert!(name("demo/synthesize/9-of-16", 3) < name("demo/synthesize/10-of-16", 0));
+        assert!(name("demo/synthesize/9-of-16", 9) < name("demo/synthesize/9-of-16", 10));
+        assert!(!name("_demo/ü", 0).contains(['/', 'ü']));
+        assert!(!name("_demo", 0).starts_with('_'));
+    }
+}

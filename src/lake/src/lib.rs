@@ -1,0 +1,31 @@
+//! Roots, datasets and run manifests on object storage.
+//!
+//! Knows zones and storage formats; knows no mechanism and no model. Start at [`root`]: a stage opens a
+//! [`PrivateRoot`] or [`ReleaseRoot`], claims its run with [`manifest::begin`], reads pinned versions of [`Table`]s and
+//! appends to others exactly once.
+
+mod connect;
+pub mod corpus;
+mod delta;
+mod error;
+mod fetch;
+mod files;
+mod location;
+pub mod manifest;
+pub mod private;
+mod profile;
+#[doc(hidden)]
+pub mod promises;
+pub mod root;
+mod rows;
+pub mod schema;
+mod store;
+pub mod table;
+
+pub use corpus::CorpusTerms;
+pub use error::explain;
+pub use fetch::{ByteStream, LocalFolder, fetch_folder, read_stream};
+pub use manifest::{Begin, Claim, Input, Manifest, Output, RunHandle};
+pub use private::Private;
+pub use root::{LakeError, PrivateRoot, ReleaseRoot, StorageOptions, Zone, canonical_url, check_disjoint, open_url};
+pub use table::{AppTransaction, Table};

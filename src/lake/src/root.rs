@@ -1,0 +1,170 @@
+//! The two roots of a deployment and the objects below them.
+//!
+//! Paths inside a root are relative, `/`-separated strings such as `runs/demo/adapter/adapter_config.json`.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use object_store::ObjectStore;
+
+pub use crate::error::LakeError;
+use crate::location::Location;
+use crate::store::Store;
+
+/// How to reach storage; credentials come from the environment, never from here.
+#[derive(Clone, Debug)]
+pub struct StorageOptions {
+    /// Deadline of one storage operation with its retries.
+    pub timeout: Duration,
+}
+
+impl Default for StorageOptions {
+    fn default() -> Self {
+        // Below the five minutes for which S3 credentials and signatures are sure to stay valid.
+        Self { timeout: Duration::from_secs(180) }
+    }
+}
+
+mod sealed {
+    /// Keeps [`super::Zone`] to the two roots.
+    pub trait Sealed {
+        /// What the root stands on.
+        fn store(&self) -> &crate::store::Store;
+    }
+}
+
+use sealed::Sealed;
+
+/// What both zones can do. Sealed: the only implementations are [`PrivateRoot`] and [`ReleaseRoot`].
+pub trait Zone: Sealed + Clone + std::fmt::Debug + Send + Sync + 'static {
+    /// `private` or `release`, as manifests and messages name it.
+    const NAME: &'static str;
+
+    /// The root's URL without credentials.
+    fn url(&self) -> &str {
+        self.store().url()
+    }
+
+    /// The URL of the object at `path`, for messages and manifests.
+    fn url_of(&self, path: &str) -> String {
+        self.store().url_of(path).to_string()
+    }
+
+    /// Reads one object whole.
+    fn get(&self, path: &str) -> impl Future<Output = Result<Bytes, LakeError>> + Send {
+        self.store().get(path)
+    }
+
+    /// Writes one object, replacing what was there; large bodies go by multipart upload. Readers see the old object or
+    /// the new one, never a part.
+    fn put(&self, path: &str, body: Bytes) -> impl Future<Output = Result<(), LakeError>> + Send {
+        self.store().put(path, body)
+    }
+
+    /// Uploads the local file `from`, in parts, with memory bounded by a few of them; visible only when whole.
+    fn upload(&self, from: &Path, path: &str) -> impl Future<Output = Result<(), LakeError>> + Send {
+        self.store().upload(from, path)
+    }
+
+    /// Writes one object unless it exists; `false` when it did. Of many writers at once, exactly one gets `true`.
+    fn put_if_absent(&self, path: &str, body: Bytes) -> impl Future<Output = Result<bool, LakeError>> + Send {
+        self.store().put_if_absent(path, body)
+    }
+
+    /// Paths of all objects below the folder `prefix`, sorted; empty where there is none.
+    fn list(&self, prefix: &str) -> impl Future<Output = Result<Vec<String>, LakeError>> + Send {
+        self.store().list(prefix)
+    }
+
+    /// Removes one object; absent is fine.
+    fn delete(&self, path: &str) -> impl Future<Output = Result<(), LakeError>> + Send {
+        self.store().delete(path)
+    }
+
+    /// The table at `path` (which may not exist yet).
+    fn table(&self, path: &str) -> crate::Table {
+        crate::Table::new(self.store().clone(), path)
+    }
+
+    /// Copies all objects below `prefix` to the local folder `to`, streaming; none at all is
+    /// [`LakeError::NotFound`].
+    fn download(&self, prefix: &str, to: &Path) -> impl Future<Output = Result<(), LakeError>> + Send {
+        async move {
+            match self.store().download(prefix, to).await? {
+                0 => Err(LakeError::NotFound(format!("{}: no objects there", self.url_of(prefix)))),
+                _ => Ok(()),
+            }
+        }
+    }
+}
+
+/// Where everything computed from private records without a mechanism lives.
+#[derive(Clone, Debug)]
+pub struct PrivateRoot(Store);
+
+/// Where outputs of mechanisms, and what follows from them alone, live.
+#[derive(Clone, Debug)]
+pub struct ReleaseRoot(Store);
+
+impl PrivateRoot {
+    /// Opens the root at `url`: a path, `file://`, `s3://`, `gs://` or `az://` URL. Nothing is read or written yet.
+    pub async fn open(url: &str, options: &StorageOptions) -> Result<Self, LakeError> {
+        Store::open(url, options).map(Self)
+    }
+}
+
+impl ReleaseRoot {
+    /// Opens the root at `url`: a path, `file://`, `s3://`, `gs://` or `az://` URL. Nothing is read or written yet.
+    pub async fn open(url: &str, options: &StorageOptions) -> Result<Self, LakeError> {
+        Store::open(url, options).map(Self)
+    }
+}
+
+impl Sealed for PrivateRoot {
+    fn store(&self) -> &Store {
+        &self.0
+    }
+}
+
+impl Sealed for ReleaseRoot {
+    fn store(&self) -> &Store {
+        &self.0
+    }
+}
+
+impl Zone for PrivateRoot {
+    const NAME: &'static str = "private";
+}
+
+impl Zone for ReleaseRoot {
+    const NAME: &'static str = "release";
+}
+
+/// Refuses two roots that are the same, or of which one lies within the other: the zones would mix.
+pub fn check_disjoint(private: &PrivateRoot, release: &ReleaseRoot) -> Result<(), LakeError> {
+    if private.0.location().overlaps(release.0.location()) {
+        return Err(LakeError::Usage(format!(
+            "the private root {} and the release root {} are the same or nested, so private data would lie in the \
+             release zone\nhelp: choose two folders, prefixes or buckets of which neither contains the other",
+            private.url(),
+            release.url()
+        )));
+    }
+    Ok(())
+}
+
+/// The store that `url` names and the path in it, for plain inputs outside the roots.
+pub fn open_url(
+    url: &str,
+    options: &StorageOptions,
+) -> Result<(Arc<dyn ObjectStore>, object_store::path::Path), LakeError> {
+    let store = Store::open(url, options)?;
+    Ok((store.objects(), store.location().path.clone()))
+}
+
+/// `url` as it may be shown and written down: absolute, percent-encoded, credentials refused.
+pub fn canonical_url(url: &str) -> Result<String, LakeError> {
+    Location::parse(url).map(|location| location.url.to_string())
+}

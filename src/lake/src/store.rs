@@ -1,0 +1,431 @@
+//! One object store behind a root: how it is reached, and the operations both zones share.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
+use object_store::path::Path;
+use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
+use tokio::time::Instant;
+use url::Url;
+
+use crate::connect::{connect, request_timeout};
+use crate::error::{LakeError, explain, explain_io, is_transient};
+use crate::location::{Location, StoreKind};
+use crate::root::StorageOptions;
+
+/// Size of one range read and of one part of a multipart upload: large enough to hide latency, small enough that one of
+/// them ends within [`request_timeout`] on a slow line, and that a few in flight stay within tens of megabytes.
+pub(crate) const PART: usize = 8 << 20;
+
+/// Parts in flight at the same time.
+const IN_FLIGHT: usize = 4;
+
+/// A store, and a place in it. Public for the sealed trait of the roots, but in a private module: nobody can name it.
+#[derive(Clone)]
+pub struct Store(Arc<Inner>);
+
+struct Inner {
+    location: Location,
+    options: StorageOptions,
+    objects: Arc<dyn ObjectStore>,
+    /// The same store without retries, for conditional puts: see [`Store::put_if_absent`].
+    once: OnceLock<Arc<dyn ObjectStore>>,
+    conditional: AtomicBool,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The store's own `Debug` holds its whole configuration.
+        f.debug_tuple("Store").field(&self.url()).finish()
+    }
+}
+
+impl Store {
+    pub(crate) fn open(url: &str, options: &StorageOptions) -> Result<Self, LakeError> {
+        let location = Location::parse(url)?;
+        let objects = connect(&location, options, true)?;
+        Ok(Self(Arc::new(Inner {
+            conditional: AtomicBool::new(location.store == StoreKind::Local),
+            location,
+            options: options.clone(),
+            objects,
+            once: OnceLock::new(),
+        })))
+    }
+
+    pub(crate) fn location(&self) -> &Location {
+        &self.0.location
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        self.0.location.url.as_str()
+    }
+
+    pub(crate) fn url_of(&self, path: &str) -> Url {
+        self.0.location.url_of(path)
+    }
+
+    pub(crate) fn objects(&self) -> Arc<dyn ObjectStore> {
+        self.0.objects.clone()
+    }
+
+    pub(crate) fn timeout(&self) -> Duration {
+        self.0.options.timeout
+    }
+
+    /// Reads a range of the object at `at`, `url` for messages; a long one in parts, each under the deadline.
+    pub(crate) async fn range(&self, at: &Path, url: &str, range: Range<u64>) -> Result<Bytes, LakeError> {
+        if range.end - range.start <= 2 * PART as u64 {
+            return self.within(url, self.0.objects.get_range(at, range)).await;
+        }
+        let starts = range.clone().step_by(PART);
+        let parts = starts.map(|from| {
+            let part = from..(from + PART as u64).min(range.end);
+            self.within(url, self.0.objects.get_range(at, part))
+        });
+        let parts: Vec<Bytes> = futures::stream::iter(parts).buffered(IN_FLIGHT).try_collect().await?;
+        Ok(parts.concat().into())
+    }
+
+    /// Reads several ranges of one object, those that lie together in one request.
+    pub(crate) async fn ranges(&self, at: &Path, url: &str, ranges: Vec<Range<u64>>) -> Result<Vec<Bytes>, LakeError> {
+        let size = |range: &Range<u64>| range.end - range.start;
+        if ranges.iter().map(size).sum::<u64>() <= 2 * PART as u64 {
+            return self.within(url, self.0.objects.get_ranges(at, &ranges)).await;
+        }
+        let parts = ranges.into_iter().map(|range| self.range(at, url, range));
+        futures::stream::iter(parts).buffered(IN_FLIGHT).try_collect().await
+    }
+
+    /// Reads one object whole.
+    pub(crate) async fn get(&self, path: &str) -> Result<Bytes, LakeError> {
+        let at = self.0.location.join(path)?;
+        let url = self.url_of(path).to_string();
+        let read = async {
+            let found = self.0.objects.get(&at).await?;
+            // A large object goes range by range, so that the deadline holds for each of them.
+            if found.meta.size > 2 * PART as u64 { Ok(None) } else { found.bytes().await.map(Some) }
+        };
+        if let Some(body) = self.within(&url, read).await? {
+            return Ok(body);
+        }
+        let (size, mut parts) = self.stream(path).await?;
+        let mut body = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
+        while let Some(part) = parts.try_next().await? {
+            body.extend_from_slice(&part);
+        }
+        Ok(body.into())
+    }
+
+    /// Streams one object in ranges: a range that stalls or is cut short is read again by itself, and a deadline holds
+    /// for each. An object that is replaced meanwhile is an error, never a mixture.
+    pub(crate) async fn stream(
+        &self,
+        path: &str,
+    ) -> Result<(u64, BoxStream<'static, Result<Bytes, LakeError>>), LakeError> {
+        let at = self.0.location.join(path)?;
+        let url = self.url_of(path).to_string();
+        let meta = self.within(&url, self.0.objects.head(&at)).await?;
+        let size = meta.size;
+        let ranges = (0..size).step_by(PART).map(move |from| from..(from + PART as u64).min(size));
+        let this = self.clone();
+        let parts = futures::stream::iter(ranges).map(move |range| {
+            let (this, at, url, tag) = (this.clone(), at.clone(), url.clone(), meta.e_tag.clone());
+            async move {
+                let expected = range.end - range.start;
+                let options =
+                    GetOptions { range: Some(GetRange::Bounded(range)), if_match: tag, ..GetOptions::default() };
+                let read = async { this.0.objects.get_opts(&at, options).await?.bytes().await };
+                let part = this.within(&url, read).await?;
+                if part.len() as u64 != expected {
+                    return Err(LakeError::Transient(format!("{url}: the answer was cut short\nhelp: run again")));
+                }
+                Ok(part)
+            }
+        });
+        Ok((size, parts.buffered(IN_FLIGHT).boxed()))
+    }
+
+    /// Writes one object, replacing what was there.
+    pub(crate) async fn put(&self, path: &str, body: Bytes) -> Result<(), LakeError> {
+        if body.len() > 2 * PART {
+            let parts = (0..body.len()).step_by(PART).map(|from| Ok(body.slice(from..(from + PART).min(body.len()))));
+            return self.put_parts(path, futures::stream::iter(parts.collect::<Vec<_>>())).await;
+        }
+        let at = self.0.location.join(path)?;
+        let url = self.url_of(path).to_string();
+        self.within(&url, self.0.objects.put(&at, body.into())).await.map(drop)
+    }
+
+    /// Uploads a local file, in parts, with memory bounded by a few of them.
+    pub(crate) async fn upload(&self, from: &std::path::Path, path: &str) -> Result<(), LakeError> {
+        let name = from.display().to_string();
+        let file = tokio::fs::File::open(from).await.map_err(|error| explain_io(&name, &error))?;
+        let parts = futures::stream::try_unfold(file, move |mut file| {
+            let name = name.clone();
+            async move {
+                use tokio::io::AsyncReadExt;
+                let mut part = Vec::with_capacity(PART);
+                let read = (&mut file).take(PART as u64).read_to_end(&mut part).await;
+                read.map_err(|error| explain_io(&name, &error))?;
+                Ok::<_, LakeError>((!part.is_empty()).then(|| (Bytes::from(part), file)))
+            }
+        });
+        self.put_parts(path, parts).await
+    }
+
+    /// Uploads `parts` as one object, visible only when whole; an upload that fails is aborted.
+    async fn put_parts(
+        &self,
+        path: &str,
+        parts: impl futures::Stream<Item = Result<Bytes, LakeError>> + Send,
+    ) -> Result<(), LakeError> {
+        let mut parts = std::pin::pin!(parts.peekable());
+        let first = match parts.as_mut().next().await {
+            Some(first) => first?,
+            None => Bytes::new(),
+        };
+        let at = self.0.location.join(path)?;
+        let url = self.url_of(path).to_string();
+        if parts.as_mut().peek().await.is_none() {
+            return self.within(&url, self.0.objects.put(&at, first.into())).await.map(drop);
+        }
+        let mut upload = self.within(&url, self.0.objects.put_multipart(&at)).await?;
+        let mut sent = futures::stream::FuturesUnordered::new();
+        let result = async {
+            let mut next = Some(first);
+            while let Some(part) = next {
+                sent.push(self.within(&url, upload.put_part(part.into())));
+                while sent.len() >= IN_FLIGHT {
+                    sent.try_next().await?;
+                }
+                next = parts.as_mut().try_next().await?;
+            }
+            while sent.try_next().await?.is_some() {}
+            Ok::<(), LakeError>(())
+        };
+        let result = result.await;
+        drop(sent);
+        match result {
+            Ok(()) => self.within(&url, upload.complete()).await.map(drop),
+            Err(error) => {
+                // The store drops parts of aborted uploads; that the abort fails too changes nothing for the caller.
+                let _ = tokio::time::timeout(Duration::from_secs(5), upload.abort()).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes one object unless it exists.
+    ///
+    /// A conditional put whose answer is lost may have succeeded, and a blind retry would then report that somebody else
+    /// was first. So the client's own retries are off here: after an ambiguous failure, an object that exists with
+    /// exactly our content counts as ours.
+    pub(crate) async fn put_if_absent(&self, path: &str, body: Bytes) -> Result<bool, LakeError> {
+        let at = self.0.location.join(path)?;
+        let url = self.url_of(path).to_string();
+        let created = self.create(&at, &url, &body).await?;
+        if !self.0.conditional.load(Ordering::Relaxed) {
+            if created {
+                self.prove_conditional(&at, &url, &body).await?;
+            }
+            self.0.conditional.store(true, Ordering::Relaxed);
+        }
+        Ok(created)
+    }
+
+    /// Makes sure, once, that the store honours conditional puts: without them two writers would overwrite each other.
+    pub(crate) async fn require_conditional_puts(&self) -> Result<(), LakeError> {
+        if !self.0.conditional.load(Ordering::Relaxed) {
+            self.put_if_absent(MARKER, Bytes::from_static(b"doppel\n")).await?;
+        }
+        Ok(())
+    }
+
+    async fn create(&self, at: &Path, url: &str, body: &Bytes) -> Result<bool, LakeError> {
+        let once = self.once()?;
+        let deadline = Instant::now() + self.timeout();
+        let (mut wait, mut ambiguous) = (Backoff::default(), false);
+        loop {
+            let put = once.put_opts(at, body.clone().into(), PutOptions::from(PutMode::Create));
+            let error = match tokio::time::timeout_at(deadline, put).await {
+                Ok(Ok(_)) => return Ok(true),
+                Ok(Err(object_store::Error::AlreadyExists { .. })) => match self.existing(at, url).await? {
+                    Some(existing) => return Ok(ambiguous && existing == *body),
+                    // Refused because of a race, such as with a delete: nothing is there, so try again.
+                    None => LakeError::Transient(format!("{url}: others keep writing it\nhelp: run again")),
+                },
+                Ok(Err(error)) if is_transient(&error) && !unsupported(&error) => explain(url, &error),
+                Ok(Err(error)) => return Err(refused_condition(url, &error)),
+                Err(_) => late(url, self.timeout()),
+            };
+            ambiguous = true;
+            if Instant::now() >= deadline {
+                return Err(error);
+            }
+            wait.sleep(deadline).await;
+        }
+    }
+
+    async fn existing(&self, at: &Path, url: &str) -> Result<Option<Bytes>, LakeError> {
+        let read = async { self.0.objects.get(at).await?.bytes().await };
+        match self.within(url, read).await {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(LakeError::NotFound(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Repeats a conditional put that succeeded: a store that accepts it again ignores the condition.
+    async fn prove_conditional(&self, at: &Path, url: &str, body: &Bytes) -> Result<(), LakeError> {
+        let again = self.once()?.put_opts(at, body.clone().into(), PutOptions::from(PutMode::Create)).await;
+        match again {
+            Ok(_) => Err(LakeError::Usage(no_conditional_puts(url))),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn once(&self) -> Result<&Arc<dyn ObjectStore>, LakeError> {
+        if let Some(once) = self.0.once.get() {
+            return Ok(once);
+        }
+        let once = match self.0.location.store {
+            StoreKind::Local => self.objects(),
+            _ => connect(&self.0.location, &self.0.options, false)?,
+        };
+        Ok(self.0.once.get_or_init(|| once))
+    }
+
+    /// Paths of all objects below `prefix`, relative to this store's place, sorted.
+    pub(crate) async fn list(&self, prefix: &str) -> Result<Vec<String>, LakeError> {
+        let at = self.0.location.join(prefix)?;
+        let url = self.url_of(prefix).to_string();
+        let mut found = Vec::new();
+        let mut objects = self.0.objects.list(Some(&at));
+        loop {
+            match self.within(&url, objects.try_next()).await {
+                Ok(Some(meta)) => found.extend(self.relative(&meta.location)),
+                Ok(None) => break,
+                Err(LakeError::NotFound(message)) if message.contains("bucket") => {
+                    return Err(LakeError::NotFound(message));
+                }
+                Err(LakeError::NotFound(_)) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        found.retain(|path| path != MARKER);
+        found.sort();
+        Ok(found)
+    }
+
+    fn relative(&self, path: &Path) -> Option<String> {
+        let parts: Vec<_> = path.prefix_match(&self.0.location.path)?.map(|part| part.as_ref().to_string()).collect();
+        Some(parts.join("/"))
+    }
+
+    /// Removes one object; absent is fine.
+    pub(crate) async fn delete(&self, path: &str) -> Result<(), LakeError> {
+        let at = self.0.location.join(path)?;
+        let url = self.url_of(path).to_string();
+        match self.within(&url, self.0.objects.delete(&at)).await {
+            Err(LakeError::NotFound(_)) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Copies all objects below `prefix` to the local folder `to`; returns how many.
+    pub(crate) async fn download(&self, prefix: &str, to: &std::path::Path) -> Result<usize, LakeError> {
+        let paths = self.list(prefix).await?;
+        let count = paths.len();
+        for path in paths {
+            let below = path.strip_prefix(prefix.trim_matches('/')).unwrap_or(&path).trim_start_matches('/');
+            self.download_one(&path, &to.join(below)).await?;
+        }
+        Ok(count)
+    }
+
+    /// Copies one object to the local file `to`.
+    pub(crate) async fn download_one(&self, path: &str, to: &std::path::Path) -> Result<(), LakeError> {
+        use tokio::io::AsyncWriteExt;
+        let name = to.display().to_string();
+        let local = |error: std::io::Error| explain_io(&name, &error);
+        if let Some(folder) = to.parent() {
+            tokio::fs::create_dir_all(folder).await.map_err(local)?;
+        }
+        let (_, mut parts) = self.stream(path).await?;
+        let mut file = tokio::fs::File::create(to).await.map_err(local)?;
+        while let Some(part) = parts.try_next().await? {
+            file.write_all(&part).await.map_err(local)?;
+        }
+        file.flush().await.map_err(local)
+    }
+
+    /// Runs one request with its retries under the deadline.
+    pub(crate) async fn within<T>(
+        &self,
+        url: &str,
+        request: impl Future<Output = object_store::Result<T>> + Send,
+    ) -> Result<T, LakeError> {
+        // The client stops retrying at the deadline; the last attempt may end a little later.
+        let limit = self.timeout() + request_timeout(self.timeout());
+        match tokio::time::timeout(limit, request).await {
+            Ok(result) => result.map_err(|error| explain(url, &error)),
+            Err(_) => Err(late(url, self.timeout())),
+        }
+    }
+}
+
+/// Shows that the store at a root honours conditional puts; written once where nothing else has shown it.
+const MARKER: &str = "_doppel_root";
+
+fn late(url: &str, timeout: Duration) -> LakeError {
+    LakeError::Transient(format!(
+        "{url}: no answer within {} s\nhelp: check the endpoint and the network, or raise --storage-timeout; then run again",
+        timeout.as_secs()
+    ))
+}
+
+fn no_conditional_puts(url: &str) -> String {
+    format!(
+        "{url}: this store has no conditional puts (`If-None-Match: *`), so two writers could overwrite each other\n\
+         help: use a store that has them (Amazon S3, Google Cloud Storage, Azure Blob Storage, MinIO, SeaweedFS, …), \
+         and do not set AWS_CONDITIONAL_PUT=disabled"
+    )
+}
+
+fn unsupported(error: &object_store::Error) -> bool {
+    use object_store::Error as E;
+    let hard_link = matches!(error, E::Generic { store: "LocalFileSystem", .. })
+        && matches!(crate::error::io_kind(error), Some(std::io::ErrorKind::Unsupported));
+    hard_link || matches!(error, E::NotImplemented { .. } | E::NotSupported { .. })
+}
+
+fn refused_condition(url: &str, error: &object_store::Error) -> LakeError {
+    let not_implemented = crate::error::text(error).contains("status code: 501");
+    if unsupported(error) || not_implemented {
+        return LakeError::Usage(no_conditional_puts(url));
+    }
+    explain(url, error)
+}
+
+/// Waits that grow, with jitter, so that writers that collided do not collide again.
+#[derive(Default)]
+pub(crate) struct Backoff {
+    attempts: u32,
+}
+
+impl Backoff {
+    pub async fn sleep(&mut self, deadline: Instant) {
+        let ceiling = Duration::from_millis(50 << self.attempts.min(6));
+        self.attempts += 1;
+        // A random UUID is at hand, and this needs no better source.
+        let random = uuid::Uuid::new_v4().as_u64_pair().1 as u32;
+        let wait = ceiling.mul_f64(0.2 + 0.8 * f64::from(random) / f64::from(u32::MAX));
+        tokio::time::sleep_until(deadline.min(Instant::now() + wait)).await;
+    }
+}

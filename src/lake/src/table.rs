@@ -1,0 +1,450 @@
+//! Delta tables: pinned reads, exactly-once appends.
+//!
+//! An append reads the latest version, looks whether its application transaction is there, and commits exactly the next
+//! version with a conditional put; whoever loses the race looks again. So the look and the commit are one atomic step,
+//! and neither a lost answer nor a second copy of the same shard can write rows twice.
+//!
+//! Data files are named after their transaction, so that rows come in the order of (run, stage, shard, chunk) however
+//! the writers raced.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use deltalake::kernel::engine::arrow_conversion::{TryIntoArrow, TryIntoKernel};
+use deltalake::kernel::transaction::{CommitBuilder, CommitProperties};
+use deltalake::kernel::{Action, Add, StructType, Transaction};
+use deltalake::logstore::{LogStoreRef, StorageConfig, default_logstore};
+use deltalake::operations::create::CreateBuilder;
+use deltalake::protocol::{DeltaOperation, SaveMode};
+use deltalake::{DeltaTable, TableProperty};
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
+use object_store::prefix::PrefixStore;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+use url::Url;
+
+use crate::LakeError;
+use crate::delta::{self, Commit};
+use crate::files::{DataFile, file_name, files};
+use crate::rows;
+use crate::store::{Backoff, Store};
+
+/// Identifies one append so that a retry cannot write it twice: `id` is (run, stage, shard), `version` the chunk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AppTransaction {
+    /// Application id, such as `demo/synthesize/3-of-8`.
+    pub id: String,
+    /// Chunk number, from 0.
+    pub version: i64,
+}
+
+/// Commits between two checkpoints of a log. Each look for a transaction reads the commits since the last one, a request
+/// for each, so sharded appends pay for a longer interval.
+const CHECKPOINT_INTERVAL: &str = "10";
+
+/// A Delta table at a path of a root; it may not exist yet.
+#[derive(Clone)]
+pub struct Table {
+    store: Store,
+    path: String,
+    url: Url,
+    /// The latest version seen, so that the next look reads only newer commits.
+    latest: Arc<Mutex<Option<DeltaTable>>>,
+}
+
+impl std::fmt::Debug for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Table").field(&self.url()).finish()
+    }
+}
+
+impl Table {
+    pub(crate) fn new(store: Store, path: &str) -> Self {
+        let url = store.url_of(path);
+        Self { store, path: path.trim_matches('/').to_string(), url, latest: Arc::default() }
+    }
+
+    /// The table's URL without credentials.
+    pub fn url(&self) -> &str {
+        self.url.as_str()
+    }
+
+    /// Latest version, or `None` where there is no table.
+    pub async fn version(&self) -> Result<Option<i64>, LakeError> {
+        match self.refresh().await {
+            Ok(table) => Ok(version_of(&table)),
+            Err(LakeError::NotFound(message)) if message.contains("bucket") => Err(LakeError::NotFound(message)),
+            Err(LakeError::NotFound(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Version to pin: the latest; a missing table is [`LakeError::NotFound`].
+    pub async fn pin(&self) -> Result<i64, LakeError> {
+        self.version().await?.ok_or_else(|| self.missing())
+    }
+
+    /// Columns of `version`, as readers of the table see them.
+    pub async fn schema(&self, version: i64) -> Result<SchemaRef, LakeError> {
+        self.arrow_schema(&self.at(version).await?)
+    }
+
+    /// Creates the table with `schema` unless it exists; an existing one must have that schema.
+    pub async fn create(&self, schema: SchemaRef) -> Result<(), LakeError> {
+        let wanted: StructType = schema
+            .as_ref()
+            .try_into_kernel()
+            .map_err(|_| LakeError::Usage(format!("{}: a column has a type that Delta tables lack", self.url)))?;
+        let deadline = Instant::now() + self.store.timeout();
+        let mut wait = Backoff::default();
+        loop {
+            match self.refresh().await {
+                Ok(table) => return self.check_schema(&table, &wanted),
+                Err(LakeError::NotFound(message)) if message.contains("bucket") => {
+                    return Err(LakeError::NotFound(message));
+                }
+                Err(LakeError::NotFound(_)) => {}
+                Err(error) => return Err(error),
+            }
+            self.store.require_conditional_puts().await?;
+            let create = CreateBuilder::new()
+                .with_log_store(self.log_store()?)
+                .with_columns(wanted.fields().cloned())
+                .with_save_mode(SaveMode::ErrorIfExists)
+                .with_configuration_property(TableProperty::CheckpointInterval, Some(CHECKPOINT_INTERVAL))
+                .with_commit_properties(properties());
+            match create.await {
+                Ok(_) => return Ok(()),
+                Err(error) => match delta::after_commit(self.url(), &error) {
+                    Commit::LookAgain(error) if Instant::now() >= deadline => return Err(error),
+                    Commit::LookAgain(_) => wait.sleep(deadline).await,
+                    Commit::Failed(error) => return Err(error),
+                },
+            }
+        }
+    }
+
+    /// Appends `batches` in one commit carrying `transaction`; `false` when it was there already.
+    ///
+    /// The batches are encoded in memory, so a chunk should stay within some hundreds of megabytes.
+    pub async fn append(&self, batches: Vec<RecordBatch>, transaction: AppTransaction) -> Result<bool, LakeError> {
+        let deadline = Instant::now() + self.store.timeout();
+        let mut table = self.latest().await?;
+        if self.committed(&table, &transaction.id).await? >= Some(transaction.version) {
+            return Ok(false);
+        }
+        self.store.require_conditional_puts().await?;
+        let add = self.write_file(&table, batches, &transaction).await?;
+        let mut wait = Backoff::default();
+        loop {
+            match self.commit(&table, &add, &transaction).await {
+                Ok(()) => return Ok(true),
+                Err(Commit::Failed(error)) => return Err(error),
+                Err(Commit::LookAgain(error)) if Instant::now() >= deadline => return Err(error),
+                Err(Commit::LookAgain(_)) => wait.sleep(deadline).await,
+            }
+            table = self.latest().await?;
+            if self.committed(&table, &transaction.id).await? >= Some(transaction.version) {
+                // Ours, if the answer to our commit was lost; else another copy of this shard was first, and our file
+                // stays unreferenced.
+                return Ok(files(&table)?.iter().any(|file| file.path == add.path));
+            }
+        }
+    }
+
+    /// Last chunk committed under application id `id`, or `None`: where a killed shard goes on.
+    pub async fn last_chunk(&self, id: &str) -> Result<Option<i64>, LakeError> {
+        match self.version().await? {
+            None => Ok(None),
+            Some(_) => self.committed(&self.latest().await?, id).await,
+        }
+    }
+
+    /// Streams the rows of `version`, `columns` only and in that order, in a stable order of files and rows.
+    ///
+    /// Columns that doppel's own tables have ([`crate::schema::expected_type`]) come with exactly that Arrow type and
+    /// without nulls. A missing or wrongly typed column is [`LakeError::Malformed`] naming it.
+    pub async fn scan(
+        &self,
+        version: i64,
+        columns: &[&str],
+    ) -> Result<BoxStream<'static, Result<RecordBatch, LakeError>>, LakeError> {
+        let table = self.at(version).await?;
+        let wanted = rows::wanted(self.url(), &*self.arrow_schema(&table)?, columns)?;
+        if self.needs_engine(&table, columns)? {
+            return self.scan_by_engine(&table, wanted).await;
+        }
+        let data_file = |file: DataFile| {
+            let path = format!("{}/{}", self.path, file.path);
+            let (at, url) = (self.store.location().join(&path)?, self.store.url_of(&path).to_string());
+            Ok(rows::File { store: self.store.clone(), at, size: file.size, url })
+        };
+        let files: Vec<rows::File> = files(&table)?.into_iter().map(data_file).collect::<Result<_, LakeError>>()?;
+        let files = futures::stream::iter(files);
+        let open = move |file| rows::open(file, wanted.clone());
+        // The next file's footer is read while rows of this one are consumed.
+        Ok(files.map(open).buffered(2).try_flatten().boxed())
+    }
+
+    /// All rows of `version` in memory; for tables that a stage must hold anyway.
+    pub async fn read(&self, version: i64, columns: &[&str]) -> Result<Vec<RecordBatch>, LakeError> {
+        self.scan(version, columns).await?.try_collect().await
+    }
+
+    /// Number of rows of `version`, from the log where it says so.
+    pub async fn count(&self, version: i64) -> Result<u64, LakeError> {
+        let table = self.at(version).await?;
+        let known: Option<Vec<u64>> = match self.needs_engine(&table, &[])? {
+            true => None,
+            false => files(&table)?.into_iter().map(|file| file.rows).collect(),
+        };
+        if let Some(known) = known {
+            return Ok(known.iter().sum());
+        }
+        let schema = self.arrow_schema(&table)?;
+        let first = schema.fields().first().map(|field| field.name().clone()).unwrap_or_default();
+        let mut batches = self.scan(version, &[&first]).await?;
+        let mut rows = 0;
+        while let Some(batch) = batches.try_next().await? {
+            rows += batch.num_rows() as u64;
+        }
+        Ok(rows)
+    }
+
+    /// BLAKE3 over schema and the content of the data files of `version` in the order of rows, in hex: it changes with
+    /// any byte of the data, and is the same for a table that was written again from the same rows in the same chunks.
+    /// PRIVACY: for a private table the digest is private.
+    pub async fn digest(&self, version: i64) -> Result<String, LakeError> {
+        let table = self.at(version).await?;
+        let mut digest = blake3::Hasher::new();
+        let mut field = |bytes: &[u8]| {
+            digest.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+        };
+        let schema = self.arrow_schema(&table)?;
+        for column in schema.fields() {
+            field(column.name().as_bytes());
+            field(column.data_type().to_string().as_bytes());
+        }
+        for file in files(&table)? {
+            field(self.digest_file(&file).await?.as_bytes());
+            field(file.deletions.unwrap_or_default().as_bytes());
+            field(file.partition.as_bytes());
+        }
+        Ok(digest.finalize().to_hex().to_string())
+    }
+
+    /// The table at `version` as a DataFusion table provider, for SQL.
+    pub async fn provider(
+        &self,
+        version: i64,
+    ) -> Result<std::sync::Arc<dyn datafusion::catalog::TableProvider>, LakeError> {
+        let table = self.at(version).await?;
+        table.table_provider().await.map_err(|error| rows::engine_error(self.url(), &error))
+    }
+
+    async fn digest_file(&self, file: &DataFile) -> Result<blake3::Hash, LakeError> {
+        let mut digest = blake3::Hasher::new();
+        let (_, mut parts) =
+            self.store.stream(&format!("{}/{}", self.path, file.path)).await.map_err(|error| match error {
+                LakeError::NotFound(message) => LakeError::Malformed(format!(
+                    "{message}, though the table's log names it\nhelp: restore the file, or write the table again"
+                )),
+                other => other,
+            })?;
+        while let Some(part) = parts.try_next().await? {
+            digest.update(&part);
+        }
+        Ok(digest.finalize())
+    }
+
+    /// Whether reading needs more than the columns of plain Parquet files, as some tables of other programs do.
+    fn needs_engine(&self, table: &DeltaTable, columns: &[&str]) -> Result<bool, LakeError> {
+        let state = table.snapshot().map_err(|error| delta::explain(self.url(), &error))?;
+        let partitioned = state.metadata().partition_columns().iter().any(|name| columns.contains(&name.as_str()));
+        let mapped =
+            state.metadata().configuration().get("delta.columnMapping.mode").is_some_and(|mode| mode != "none");
+        Ok(partitioned || mapped || files(table)?.iter().any(|file| file.deletions.is_some()))
+    }
+
+    async fn scan_by_engine(
+        &self,
+        table: &DeltaTable,
+        wanted: rows::Wanted,
+    ) -> Result<BoxStream<'static, Result<RecordBatch, LakeError>>, LakeError> {
+        use datafusion::prelude::{SessionConfig, SessionContext};
+        let failed = |error| rows::engine_error(self.url(), &error);
+        // One partition, so that files and rows keep their order.
+        let session = SessionContext::new_with_config(SessionConfig::new().with_target_partitions(1));
+        let provider = table.table_provider().await.map_err(failed)?;
+        let columns = wanted.names();
+        let frame = session.read_table(provider).and_then(|frame| frame.select_columns(&columns)).map_err(failed)?;
+        let rows = frame.execute_stream().await.map_err(failed)?;
+        let url = self.url.to_string();
+        Ok(rows
+            .map(move |batch| {
+                let batch = batch.map_err(|error| rows::engine_error(&url, &error))?;
+                wanted.convert(&url, &batch)
+            })
+            .boxed())
+    }
+
+    /// Encodes and uploads `batches` as one new data file.
+    async fn write_file(
+        &self,
+        table: &DeltaTable,
+        batches: Vec<RecordBatch>,
+        transaction: &AppTransaction,
+    ) -> Result<Add, LakeError> {
+        let schema = self.arrow_schema(table)?;
+        let url = self.url.to_string();
+        let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
+        let encode = tokio::task::spawn_blocking(move || rows::encode(&url, &schema, &batches));
+        let body = encode
+            .await
+            .map_err(|_| LakeError::Transient(format!("{}: encoding was cut short\nhelp: run again", self.url)))??;
+        let path = file_name(transaction);
+        let size = i64::try_from(body.len()).unwrap_or(i64::MAX);
+        self.store.put(&format!("{}/{path}", self.path), body.into()).await?;
+        Ok(Add {
+            path,
+            partition_values: HashMap::new(),
+            size,
+            modification_time: chrono::Utc::now().timestamp_millis(),
+            data_change: true,
+            // The count alone: smallest and largest values of private texts have no place in a log.
+            stats: Some(format!("{{\"numRecords\":{rows}}}")),
+            tags: None,
+            deletion_vector: None,
+            base_row_id: None,
+            default_row_commit_version: None,
+            clustering_provider: None,
+        })
+    }
+
+    /// Commits `add` as exactly the version after `table`.
+    async fn commit(&self, table: &DeltaTable, add: &Add, transaction: &AppTransaction) -> Result<(), Commit> {
+        let state = table.snapshot().map_err(|error| Commit::Failed(delta::explain(self.url(), &error)))?;
+        let transaction = Transaction::new(&transaction.id, transaction.version);
+        let operation = DeltaOperation::Write { mode: SaveMode::Append, partition_by: None, predicate: None };
+        let commit = CommitBuilder::from(properties().with_application_transaction(transaction))
+            .with_actions(vec![Action::Add(add.clone())])
+            .build(Some(state), self.log_store().map_err(Commit::Failed)?, operation);
+        commit.await.map(drop).map_err(|error| delta::after_commit(self.url(), &error))
+    }
+
+    async fn committed(&self, table: &DeltaTable, id: &str) -> Result<Option<i64>, LakeError> {
+        let failed = |error| delta::explain(self.url(), &error);
+        let state = table.snapshot().map_err(failed)?;
+        state.transaction_version(table.log_store().as_ref(), id).await.map_err(failed)
+    }
+
+    fn check_schema(&self, table: &DeltaTable, wanted: &StructType) -> Result<(), LakeError> {
+        let state = table.snapshot().map_err(|error| delta::explain(self.url(), &error))?;
+        let found = state.schema();
+        let show = |schema: &StructType| {
+            let columns = schema.fields().map(|field| {
+                let null = if field.is_nullable() { " null" } else { "" };
+                format!("{} {}{null}", field.name(), field.data_type())
+            });
+            columns.collect::<Vec<_>>().join(", ")
+        };
+        let same = found
+            .fields()
+            .map(|field| (field.name(), field.data_type(), field.is_nullable()))
+            .eq(wanted.fields().map(|field| (field.name(), field.data_type(), field.is_nullable())));
+        if same {
+            return Ok(());
+        }
+        Err(LakeError::Malformed(format!(
+            "{}: the table exists with other columns\n  found:    {}\n  expected: {}\n\
+             help: remove the table, or use another run id or name",
+            self.url,
+            show(&found),
+            show(wanted)
+        )))
+    }
+
+    fn arrow_schema(&self, table: &DeltaTable) -> Result<SchemaRef, LakeError> {
+        let state = table.snapshot().map_err(|error| delta::explain(self.url(), &error))?;
+        let schema: arrow::datatypes::Schema =
+            state.schema().as_ref().try_into_arrow().map_err(|_| {
+                LakeError::Malformed(format!("{}: a column has a type that doppel cannot read", self.url))
+            })?;
+        Ok(Arc::new(schema))
+    }
+
+    /// The latest version; a missing table is an error.
+    async fn latest(&self) -> Result<DeltaTable, LakeError> {
+        self.refresh().await.map_err(|error| match error {
+            LakeError::NotFound(message) if !message.contains("bucket") => self.missing(),
+            other => other,
+        })
+    }
+
+    async fn refresh(&self) -> Result<DeltaTable, LakeError> {
+        let mut latest = self.latest.lock().await;
+        let mut table = match latest.take() {
+            Some(table) => table,
+            None => DeltaTable::new(self.log_store()?),
+        };
+        match self.load(table.update_state()).await {
+            Ok(()) => {
+                *latest = Some(table.clone());
+                Ok(table)
+            }
+            Err(error) => Err(delta::diagnose(&self.store, &self.path, None, error).await),
+        }
+    }
+
+    /// The table at `version`.
+    async fn at(&self, version: i64) -> Result<DeltaTable, LakeError> {
+        if let Some(table) = self.latest.lock().await.as_ref().filter(|table| version_of(table) == Some(version)) {
+            return Ok(table.clone());
+        }
+        let number = u64::try_from(version)
+            .map_err(|_| LakeError::Usage(format!("{}: there is no version {version}", self.url)))?;
+        let mut table = DeltaTable::new(self.log_store()?);
+        match self.load(table.load_version(number)).await {
+            Ok(()) => Ok(table),
+            Err(error) => Err(delta::diagnose(&self.store, &self.path, Some(number), error).await),
+        }
+    }
+
+    async fn load(&self, load: impl Future<Output = deltalake::DeltaResult<()>> + Send) -> Result<(), LakeError> {
+        // Two deadlines: a log is read in several requests, each of which may use its retries up.
+        match tokio::time::timeout(self.store.timeout() * 2, load).await {
+            Ok(result) => result.map_err(|error| delta::explain(self.url(), &error)),
+            Err(_) => Err(LakeError::Transient(format!(
+                "{}: the log could not be read in time\nhelp: raise --storage-timeout, or run again",
+                self.url
+            ))),
+        }
+    }
+
+    fn log_store(&self) -> Result<LogStoreRef, LakeError> {
+        let prefix = self.store.location().join(&self.path)?;
+        let objects = self.store.objects();
+        let prefixed = Arc::new(PrefixStore::new(objects.clone(), prefix));
+        Ok(default_logstore(prefixed, objects, &self.url, &StorageConfig::default()))
+    }
+
+    fn missing(&self) -> LakeError {
+        LakeError::NotFound(format!(
+            "{}: no table there\nhelp: run the stage that writes it first, with the same --run and roots",
+            self.url
+        ))
+    }
+}
+
+/// One try for each commit, since the caller looks for its transaction before the next; and no clean-up of old logs, since
+/// pinned versions must stay readable.
+fn properties() -> CommitProperties {
+    CommitProperties::default().with_max_retries(0).with_cleanup_expired_logs(Some(false))
+}
+
+fn version_of(table: &DeltaTable) -> Option<i64> {
+    table.version().and_then(|version| i64::try_from(version).ok())
+}

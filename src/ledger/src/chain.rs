@@ -1,0 +1,118 @@
+//! The chain of objects: reading it whole, and appending one entry by put-if-absent.
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use lake::{LakeError, PrivateRoot, Zone};
+
+use crate::entry::{Body, Entry};
+use crate::{Ledger, LedgerError};
+
+/// How many objects are read at a time.
+const PARALLEL_READS: usize = 16;
+
+/// How often an append may lose its number: each loss is another writer's success, so this many stages would have to
+/// race.
+const ATTEMPTS: usize = 256;
+
+/// What to do given the ledger as it is.
+pub(crate) enum Decision<T> {
+    /// Nothing to write.
+    Done(T),
+    /// Write `Body`; then the result is `T` of its sequence number.
+    Append(Body, fn(u64) -> T),
+}
+
+/// Decides by the newest state and appends, again and again until no other writer came between.
+pub(crate) async fn update<T>(
+    root: &PrivateRoot,
+    corpus: &str,
+    decide: impl Fn(&Ledger) -> Result<Decision<T>, LedgerError>,
+) -> Result<T, LedgerError> {
+    check_name(corpus)?;
+    for _ in 0..ATTEMPTS {
+        let (ledger, previous) = load(root, corpus).await?;
+        let (body, result) = match decide(&ledger)? {
+            Decision::Done(result) => return Ok(result),
+            Decision::Append(body, result) => (body, result),
+        };
+        let sequence = ledger.entries.len() as u64;
+        let sealed = Entry::seal(corpus, sequence, previous, body)?;
+        if root.put_if_absent(&path(corpus, sequence), Bytes::from(sealed)).await? {
+            return Ok(result(sequence));
+        }
+    }
+    let place = format!("{}/{}", root.url(), folder(corpus));
+    Err(LakeError::Transient(format!("{place}: other writers won {ATTEMPTS} times in a row\nhelp: run again")).into())
+}
+
+/// Reads and checks all entries; also the hash of the last object.
+pub(crate) async fn load(root: &PrivateRoot, corpus: &str) -> Result<(Ledger, Option<String>), LedgerError> {
+    check_name(corpus)?;
+    let paths = root.list(&folder(corpus)).await?;
+    for (sequence, found) in (0..).zip(&paths) {
+        let expected = path(corpus, sequence);
+        if *found != expected {
+            return Err(broken(root, &expected, &format!("is missing; found {found} in its place")));
+        }
+    }
+    let reads = paths.clone().into_iter().map(|path| async move { root.get(&path).await });
+    let objects: Vec<Bytes> = futures::stream::iter(reads).buffered(PARALLEL_READS).try_collect().await?;
+    let mut entries = Vec::with_capacity(objects.len());
+    let mut previous = None;
+    for ((sequence, path), bytes) in (0..).zip(&paths).zip(&objects) {
+        let entry = Entry::unseal(bytes).map_err(|problem| broken(root, path, &problem))?;
+        check(&entry, sequence, corpus, previous.as_deref(), &entries)
+            .map_err(|problem| broken(root, path, &problem))?;
+        previous = Some(blake3::hash(bytes).to_hex().to_string());
+        entries.push(entry);
+    }
+    Ok((Ledger { corpus: corpus.to_string(), entries }, previous))
+}
+
+/// Whether `entry` may follow `earlier`.
+fn check(entry: &Entry, sequence: u64, corpus: &str, previous: Option<&str>, earlier: &[Entry]) -> Result<(), String> {
+    if entry.sequence != sequence {
+        return Err(format!("says that it is entry {}", entry.sequence));
+    }
+    if entry.corpus != corpus {
+        return Err(format!("belongs to the ledger of corpus `{}`", entry.corpus));
+    }
+    if entry.previous.as_deref() != previous {
+        return Err("does not follow from the entry before: one of the two was replaced".into());
+    }
+    if let Body::Settle { reservation } = entry.body {
+        let reserved = usize::try_from(reservation).ok().and_then(|at| earlier.get(at));
+        if !matches!(reserved.map(|entry| &entry.body), Some(Body::Reserve { .. })) {
+            return Err(format!("settles entry {reservation}, which is no reservation"));
+        }
+    }
+    Ok(())
+}
+
+fn broken(root: &PrivateRoot, path: &str, problem: &str) -> LedgerError {
+    LedgerError::Malformed(format!(
+        "ledger entry {}/{path}: {problem}\n\
+         help: no budget can be told from a broken ledger; restore the object from the store's versions or a backup",
+        root.url()
+    ))
+}
+
+fn folder(corpus: &str) -> String {
+    format!("ledger/{corpus}/")
+}
+
+fn path(corpus: &str, sequence: u64) -> String {
+    format!("ledger/{corpus}/{sequence:08}.json")
+}
+
+/// A corpus name becomes a part of object paths.
+fn check_name(corpus: &str) -> Result<(), LedgerError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let starts_well = corpus.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if starts_well && corpus.len() <= 100 && corpus.chars().all(allowed) {
+        return Ok(());
+    }
+    Err(LedgerError::Usage(format!(
+        "corpus name `{corpus}`: expected 1 to 100 letters, digits, `.`, `_` or `-`, the first a letter or digit"
+    )))
+}

@@ -1,0 +1,108 @@
+//! What the ledger of a corpus says: spent, budget, remaining.
+
+use std::collections::HashSet;
+
+use lake::PrivateRoot;
+use privacy::Epsilon;
+use privacy::event::Event;
+
+use crate::entry::{Body, Entry};
+use crate::{LedgerError, chain};
+
+/// The checked ledger of a corpus.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ledger {
+    /// Corpus name.
+    pub corpus: String,
+    /// All entries, by sequence number.
+    pub entries: Vec<Entry>,
+}
+
+/// What all mechanisms on a corpus together may spend.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Budget {
+    /// Upper bound on ε.
+    pub epsilon: f64,
+    /// δ at which ε is computed.
+    pub delta: f64,
+}
+
+/// ε after one reservation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spent {
+    /// Number of the reservation.
+    pub sequence: u64,
+    /// ε of this and all reservations before, at the δ asked for.
+    pub epsilon: Epsilon,
+}
+
+/// Reads the ledger of `corpus` and checks its whole chain. One that was never written to is empty.
+pub async fn read(root: &PrivateRoot, corpus: &str) -> Result<Ledger, LedgerError> {
+    Ok(chain::load(root, corpus).await?.0)
+}
+
+impl Ledger {
+    /// The budget that holds now.
+    pub fn budget(&self) -> Option<Budget> {
+        self.entries.iter().rev().find_map(|entry| match entry.body {
+            Body::Budget { epsilon, delta } => Some(Budget { epsilon, delta }),
+            _ => None,
+        })
+    }
+
+    /// Everything spent: the events of all reservations, settled or not.
+    pub fn spent(&self) -> Vec<Event> {
+        self.reservations().map(|(_, event)| event.clone()).collect()
+    }
+
+    /// ε of everything spent, at `delta`; 0 when nothing was.
+    pub fn epsilon(&self, delta: f64) -> Result<Epsilon, LedgerError> {
+        Ok(epsilon(&self.spent(), delta)?)
+    }
+
+    /// What is left of the budget at its δ, as ε by PLD: a guide only, since ε does not add up. Never below 0;
+    /// `None` without a budget.
+    pub fn remaining(&self) -> Result<Option<f64>, LedgerError> {
+        let Some(budget) = self.budget() else {
+            return Ok(None);
+        };
+        Ok(Some((budget.epsilon - self.epsilon(budget.delta)?.pld).max(0.0)))
+    }
+
+    /// ε after each reservation, at `delta`, for tables and plots.
+    pub fn history(&self, delta: f64) -> Result<Vec<Spent>, LedgerError> {
+        let events = self.spent();
+        let after = |(count, (sequence, _)): (usize, (u64, &Event))| {
+            Ok(Spent { sequence, epsilon: epsilon(&events[..=count], delta)? })
+        };
+        self.reservations().enumerate().map(after).collect()
+    }
+
+    /// Whether the mechanism of reservation `sequence` ran to its end.
+    pub fn is_settled(&self, sequence: u64) -> bool {
+        self.settled().contains(&sequence)
+    }
+
+    fn settled(&self) -> HashSet<u64> {
+        let settled = self.entries.iter().filter_map(|entry| match entry.body {
+            Body::Settle { reservation } => Some(reservation),
+            _ => None,
+        });
+        settled.collect()
+    }
+
+    fn reservations(&self) -> impl Iterator<Item = (u64, &Event)> {
+        self.entries.iter().filter_map(|entry| match &entry.body {
+            Body::Reserve { event, .. } => Some((entry.sequence, event)),
+            _ => None,
+        })
+    }
+}
+
+/// ε of `events`; none cost nothing, which the accountant need not be asked.
+pub(crate) fn epsilon(events: &[Event], delta: f64) -> Result<Epsilon, privacy::AccountingError> {
+    match events {
+        [] => Ok(Epsilon { pld: 0.0, rdp: 0.0 }),
+        events => privacy::epsilon(events, delta),
+    }
+}

@@ -1,0 +1,123 @@
+//! Where and in which precision a model computes.
+
+use std::sync::Once;
+
+use tch::{Cuda, Device, Kind};
+
+use crate::LmError;
+
+/// Device choice of a flag: `auto` takes CUDA when it is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// CUDA if available.
+    Auto,
+    /// CPU.
+    Cpu,
+    /// First CUDA device.
+    Cuda,
+}
+
+/// Precision choice of a flag: `auto` is bf16 on CUDA and on CPUs with native bf16 products, f32 elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DtypeChoice {
+    /// See above.
+    Auto,
+    /// float32.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+/// A resolved device and precision.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Compute {
+    /// Device.
+    pub device: Device,
+    /// Kind of weights and activations.
+    pub kind: Kind,
+}
+
+impl Compute {
+    /// Resolves the choices; loads libtorch's CUDA part at first use where there is one.
+    pub fn resolve(device: DeviceChoice, dtype: DtypeChoice) -> Result<Self, LmError> {
+        let device = match device {
+            DeviceChoice::Cpu => Device::Cpu,
+            DeviceChoice::Auto if cuda_is_available() => Device::Cuda(0),
+            DeviceChoice::Auto => Device::Cpu,
+            DeviceChoice::Cuda if cuda_is_available() => Device::Cuda(0),
+            DeviceChoice::Cuda => {
+                return Err(LmError::Usage(
+                    "device cuda: no CUDA device was found\n\
+                     help: use --device cpu, or run with a CUDA libtorch 2.11 (LIBTORCH) on a machine with a GPU"
+                        .into(),
+                ));
+            }
+        };
+        let kind = match dtype {
+            DtypeChoice::F32 => Kind::Float,
+            DtypeChoice::Bf16 => Kind::BFloat16,
+            DtypeChoice::Auto if device.is_cuda() || cpu_multiplies_bf16() => Kind::BFloat16,
+            DtypeChoice::Auto => Kind::Float,
+        };
+        Ok(Self { device, kind })
+    }
+}
+
+fn cuda_is_available() -> bool {
+    load_cuda_part();
+    Cuda::is_available()
+}
+
+/// Loads `libtorch_cuda.so` where there is one.
+///
+/// Nothing in our code refers to a symbol of it, so the linker leaves it out of the binary's needs and libtorch would
+/// believe that there is no CUDA. The library registers itself when it is loaded and must never be unloaded.
+fn load_cuda_part() {
+    static ONCE: Once = Once::new();
+    #[cfg(target_os = "linux")]
+    ONCE.call_once(|| {
+        // SAFETY: the name is a C string; running the initialisers of libtorch's own library is its documented use.
+        unsafe {
+            libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL);
+        }
+    });
+    #[cfg(not(target_os = "linux"))]
+    ONCE.call_once(|| {});
+}
+
+/// Whether the CPU has instructions for bf16 products. Without them bf16 is slower than f32.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn cpu_multiplies_bf16() -> bool {
+    std::is_x86_feature_detected!("avx512bf16") && std::is_x86_feature_detected!("avx512vl")
+}
+
+/// Whether the CPU has instructions for bf16 products. Without them bf16 is slower than f32.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn cpu_multiplies_bf16() -> bool {
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cpu_is_always_there() {
+        let compute = Compute::resolve(DeviceChoice::Cpu, DtypeChoice::F32).unwrap();
+        assert_eq!(compute, Compute { device: Device::Cpu, kind: Kind::Float });
+    }
+
+    #[test]
+    fn auto_is_bf16_only_where_it_pays() {
+        let compute = Compute::resolve(DeviceChoice::Cpu, DtypeChoice::Auto).unwrap();
+        assert_eq!(compute.kind == Kind::BFloat16, cpu_multiplies_bf16());
+    }
+
+    #[test]
+    fn a_missing_cuda_device_is_a_usage_error() {
+        if !cuda_is_available() {
+            let error = Compute::resolve(DeviceChoice::Cuda, DtypeChoice::Auto).unwrap_err();
+            assert!(matches!(&error, LmError::Usage(message) if message.contains("help:")), "{error}");
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! Vectors against sentence-transformers 6.2.0; the golden files are made by tests/golden/encoder.py.
+
+use std::path::PathBuf;
+
+use super::*;
+
+const CPU: Compute = Compute { device: Device::Cpu, kind: Kind::Float };
+
+fn golden_folder() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/encoder/golden")
+}
+
+fn minilm() -> PathBuf {
+    let set = std::env::var_os("DOPPEL_CACHE").map(PathBuf::from);
+    let cache = set.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache/doppel"));
+    cache.join("models/all-minilm-l6-v2")
+}
+
+/// The golden texts and vectors of `name`.
+fn golden(name: &str) -> (Vec<String>, Vec<Vec<f32>>) {
+    let text = std::fs::read_to_string(golden_folder().join(name)).unwrap();
+    let value: Value = serde_json::from_str(&text).unwrap();
+    let texts = serde_json::from_value(value["texts"].clone()).unwrap();
+    (texts, serde_json::from_value(value["vectors"].clone()).unwrap())
+}
+
+fn difference(found: &[Vec<f32>], expected: &[Vec<f32>]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    let differences = found.iter().zip(expected).flat_map(|(found, expected)| {
+        assert_eq!(found.len(), expected.len());
+        found.iter().zip(expected).map(|(found, expected)| (found - expected).abs())
+    });
+    differences.fold(0.0, |largest, difference| if difference > largest { difference } else { largest })
+}
+
+fn check(folder: &Path, vectors: &str) {
+    let (texts, expected) = golden(vectors);
+    assert_eq!(texts.len(), 20);
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let encoder = Encoder::load(folder, CPU).unwrap();
+    for batch_tokens in [1, 300, 100_000] {
+        let found = encoder.embed(&texts, batch_tokens).unwrap();
+        assert!(difference(&found, &expected) < 1e-5, "{vectors}, {batch_tokens}: {}", difference(&found, &expected));
+    }
+}
+
+#[test]
+fn minilm_has_the_vectors_of_sentence_transformers() {
+    check(&minilm(), "minilm.json");
+}
+
+#[test]
+fn t5_has_the_vectors_of_sentence_transformers() {
+    check(&golden_folder().join("t5-relu"), "t5-relu.json");
+    check(&golden_folder().join("t5-gated"), "t5-gated.json");
+}
+
+#[test]
+fn bf16_stays_close_to_f32() {
+    let (texts, expected) = golden("minilm.json");
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let encoder = Encoder::load(&minilm(), Compute { kind: Kind::BFloat16, ..CPU }).unwrap();
+    let found = encoder.embed(&texts, 2048).unwrap();
+    for (found, expected) in found.iter().zip(&expected) {
+        let cosine: f32 = found.iter().zip(expected).map(|(found, expected)| found * expected).sum();
+        assert!(cosine > 0.995, "{cosine}");
+    }
+}
+
+#[test]
+fn nothing_gives_nothing() {
+    let encoder = Encoder::load(&golden_folder().join("t5-relu"), CPU).unwrap();
+    assert_eq!(encoder.dimension(), 24);
+    assert_eq!(encoder.embed(&[], 100).unwrap(), Vec::<Vec<f32>>::new());
+}
+
+#[test]
+fn batches_are_by_length_and_bounded() {
+    assert_eq!(batches(&[3, 9, 3, 5, 1], 10), [vec![1], vec![3, 0], vec![2, 4]]);
+    assert_eq!(batches(&[50], 10), [vec![0]]);
+    assert!(batches(&[], 10).is_empty());
+}
+
+/// A copy of the small T5 folder that a test may spoil.
+fn copy() -> tempfile::TempDir {
+    let to = tempfile::tempdir().unwrap();
+    let from = golden_folder().join("t5-relu");
+    for name in ["modules.json", "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"] {
+        std::fs::copy(from.join(name), to.path().join(name)).unwrap();
+    }
+    for folder in ["1_Pooling", "2_Dense", "3_Normalize"] {
+        std::fs::create_dir(to.path().join(folder)).unwrap();
+        for entry in std::fs::read_dir(from.join(folder)).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), to.path().join(folder).join(entry.file_name())).unwrap();
+        }
+    }
+    to
+}
+
+fn error(folder: &Path) -> String {
+    Encoder::load(folder, CPU).err().unwrap().to_string()
+}
+
+#[test]
+fn the_digest_follows_the_content() {
+    let folder = copy();
+    let digest = |folder: &Path| Encoder::load(folder, CPU).unwrap().digest().to_string();
+    let first = digest(folder.path());
+    assert_eq!(first, digest(copy().path()));
+    let path = folder.path().join("tokenizer.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text + "\n").unwrap();
+    assert_ne!(first, digest(folder.path()));
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let folder = copy();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap();
+    let (config, pooling, modules) = (read("config.json"), read("1_Pooling/config.json"), read("modules.json"));
+
+    write("config.json", &config.replace("\"t5\"", "\"gpt2\""));
+    assert!(error(folder.path()).contains("known are bert, t5"));
+    write("config.json", &config.replace("\"d_ff\": 48", "\"d_ff\": 40"));
+    let message = error(folder.path());
+    assert!(message.contains("wi.weight has shape [48, 32], expected [40, 32]"), "{message}");
+    write("config.json", &config);
+
+    write("1_Pooling/config.json", &pooling.replace("mean", "cls"));
+    assert!(error(folder.path()).contains("expected mean pooling"));
+    write("1_Pooling/config.json", &pooling);
+
+    write("modules.json", &modules.replace("Normalize", "LSTM"));
+    assert!(error(folder.path()).contains("unknown module LSTM"));
+    std::fs::remove_file(folder.path().join("modules.json")).unwrap();
+    assert!(error(folder.path()).contains("no modules.json"));
+    write("modules.json", &modules);
+
+    let weights = std::fs::read(folder.path().join("model.safetensors")).unwrap();
+    std::fs::write(folder.path().join("model.safetensors"), &weights[..weights.len() - 5]).unwrap();
+    assert!(error(folder.path()).contains("cut short"));
+}

@@ -1,0 +1,256 @@
+//! Batched sampling with a KV cache: finished sequences leave, new ones take their places.
+//!
+//! A sequence depends on its prompt, its seed and the sampling parameters, never on its company. Its random numbers are
+//! its own; and its logits are computed in a batch of one fixed shape, however many sequences there are, so that matrix
+//! products round in the same order. On one machine a sequence is therefore the same for every batch size (tested for f32
+//! on CPU); on another machine, or with another precision, logits differ by rounding and a sequence may take another
+//! turn.
+
+mod cache;
+mod sampler;
+
+use std::collections::HashSet;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::{LmError, decoder::Decoder};
+use cache::Slots;
+use sampler::Sampler;
+
+/// Sampling parameters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f64,
+    /// 1 keeps everything.
+    pub top_p: f64,
+    /// 0 keeps everything.
+    pub top_k: usize,
+    /// 1 does nothing.
+    pub repetition_penalty: f64,
+    /// Longest continuation.
+    pub max_new_tokens: usize,
+    /// Ids that end a sequence.
+    pub stop: Vec<i64>,
+}
+
+/// One thing to sample: a prompt and its own seed.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Caller's number.
+    pub index: u64,
+    /// Prompt ids.
+    pub prompt: Vec<i64>,
+    /// Seed of this sequence: the result does not depend on who shares the batch.
+    pub seed: u64,
+}
+
+/// A finished sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Completion {
+    /// Caller's number.
+    pub index: u64,
+    /// New ids, stop id left out.
+    pub tokens: Vec<i64>,
+    /// True when a stop id ended it, false for the length limit.
+    pub stopped: bool,
+    /// Mean log-probability of the sampled ids (the stop id too) under the model's own distribution: before penalty,
+    /// temperature and truncation. 0 where nothing was sampled.
+    pub mean_logprob: f32,
+}
+
+/// Samples every request with at most `batch` sequences at a time, calling `done` as each finishes.
+pub fn generate(
+    decoder: &Decoder,
+    sampling: &Sampling,
+    requests: impl Iterator<Item = Request>,
+    batch: usize,
+    mut done: impl FnMut(Completion) -> Result<(), LmError>,
+) -> Result<(), LmError> {
+    sampling.check()?;
+    if batch == 0 {
+        return Err(LmError::Usage("batch size 0\nhelp: give a --batch-size of at least 1".into()));
+    }
+    tch::no_grad(|| {
+        let mut run = Run { decoder, sampling, slots: Slots::new(decoder, batch), live: Vec::new() };
+        run.live.resize_with(batch, || None);
+        let mut requests = requests.fuse();
+        loop {
+            run.fill(&mut requests, &mut done)?;
+            if run.live.iter().all(Option::is_none) {
+                return Ok(());
+            }
+            run.step(&mut done)?;
+        }
+    })
+}
+
+impl Sampling {
+    fn check(&self) -> Result<(), LmError> {
+        let refuse = |what: &str| Err(LmError::Usage(format!("sampling: {what}")));
+        if !self.temperature.is_finite() || self.temperature < 0.0 {
+            return refuse("--temperature must be 0 (greedy) or a positive number");
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return refuse("--top-p must be greater than 0 and at most 1");
+        }
+        if !self.repetition_penalty.is_finite() || self.repetition_penalty <= 0.0 {
+            return refuse("--repetition-penalty must be a positive number; 1 does nothing");
+        }
+        Ok(())
+    }
+}
+
+struct Run<'a> {
+    decoder: &'a Decoder,
+    sampling: &'a Sampling,
+    slots: Slots<'a>,
+    live: Vec<Option<Sequence>>,
+}
+
+/// A sequence that is being sampled.
+struct Sequence {
+    index: u64,
+    sampler: Sampler,
+    tokens: Vec<i64>,
+    logprobs: f64,
+    /// Prompt ids, which the repetition penalty counts as seen.
+    seen: HashSet<i64>,
+}
+
+impl Run<'_> {
+    /// Gives free slots to waiting requests, and samples each one's first token.
+    fn fill(
+        &mut self,
+        requests: &mut impl Iterator<Item = Request>,
+        done: &mut impl FnMut(Completion) -> Result<(), LmError>,
+    ) -> Result<(), LmError> {
+        for slot in 0..self.live.len() {
+            while self.live[slot].is_none() {
+                let Some(request) = requests.next() else { return Ok(()) };
+                self.check(&request)?;
+                let mut sequence = Sequence::new(&request, self.sampling);
+                if self.sampling.max_new_tokens == 0 {
+                    done(sequence.finish(false))?;
+                    continue;
+                }
+                let room = request.prompt.len() + self.sampling.max_new_tokens;
+                let logits = self.slots.start(slot, &request.prompt, room)?;
+                let ended = sequence.advance(&rows(&logits)?, self.sampling);
+                self.place(slot, sequence, ended, done)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One token for every live sequence.
+    fn step(&mut self, done: &mut impl FnMut(Completion) -> Result<(), LmError>) -> Result<(), LmError> {
+        let last = |slot: &Option<Sequence>| slot.as_ref().and_then(|sequence| sequence.tokens.last().copied());
+        let feed: Vec<(usize, i64)> =
+            self.live.iter().enumerate().filter_map(|(slot, live)| Some((slot, last(live)?))).collect();
+        let logits = self.slots.step(&feed)?;
+        let width = self.decoder.config.vocab_size as usize;
+        let values = rows(&logits)?;
+        let mut moved: Vec<(usize, Sequence, Option<bool>)> = Vec::with_capacity(feed.len());
+        for (slot, _) in &feed {
+            if let Some(sequence) = self.live[*slot].take() {
+                moved.push((*slot, sequence, None));
+            }
+        }
+        advance_all(&mut moved, &values, width, self.sampling);
+        for (slot, sequence, ended) in moved {
+            self.place(slot, sequence, ended, done)?;
+        }
+        Ok(())
+    }
+
+    fn place(
+        &mut self,
+        slot: usize,
+        sequence: Sequence,
+        ended: Option<bool>,
+        done: &mut impl FnMut(Completion) -> Result<(), LmError>,
+    ) -> Result<(), LmError> {
+        match ended {
+            Some(stopped) => done(sequence.finish(stopped)),
+            None => {
+                self.live[slot] = Some(sequence);
+                Ok(())
+            }
+        }
+    }
+
+    fn check(&self, request: &Request) -> Result<(), LmError> {
+        self.decoder.check_tokens(&request.prompt)?;
+        if request.prompt.is_empty() {
+            return Err(LmError::Usage("an empty prompt\nhelp: give a --template that begins with a token".into()));
+        }
+        let room = request.prompt.len() + self.sampling.max_new_tokens;
+        if room as i64 > self.decoder.config.max_positions {
+            return Err(LmError::Usage(format!(
+                "a prompt of {} tokens and {} new ones exceed the model's context of {}\n\
+                 help: lower --max-new-tokens",
+                request.prompt.len(),
+                self.sampling.max_new_tokens,
+                self.decoder.config.max_positions
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Sequence {
+    fn new(request: &Request, sampling: &Sampling) -> Self {
+        let penalised = sampling.repetition_penalty != 1.0;
+        let seen = if penalised { request.prompt.iter().copied().collect() } else { HashSet::new() };
+        Self { index: request.index, sampler: Sampler::new(request.seed), tokens: Vec::new(), logprobs: 0.0, seen }
+    }
+
+    /// Samples one token from its logits; `Some(stopped)` when that ends the sequence.
+    fn advance(&mut self, logits: &[f32], sampling: &Sampling) -> Option<bool> {
+        let (token, logprob) = self.sampler.choose(logits, sampling, &self.seen);
+        self.logprobs += f64::from(logprob);
+        if sampling.stop.contains(&token) {
+            return Some(true);
+        }
+        self.tokens.push(token);
+        if sampling.repetition_penalty != 1.0 {
+            self.seen.insert(token);
+        }
+        (self.tokens.len() >= sampling.max_new_tokens).then_some(false)
+    }
+
+    fn finish(self, stopped: bool) -> Completion {
+        let sampled = self.tokens.len() + usize::from(stopped);
+        let mean_logprob = if sampled == 0 { 0.0 } else { (self.logprobs / sampled as f64) as f32 };
+        Completion { index: self.index, tokens: self.tokens, stopped, mean_logprob }
+    }
+}
+
+/// Samples for all sequences, on two or more threads where there are enough to pay for them.
+fn advance_all(moved: &mut [(usize, Sequence, Option<bool>)], values: &[f32], width: usize, sampling: &Sampling) {
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get()).min(16);
+    let share = moved.len().div_ceil(threads).max(4);
+    let advance = |part: &mut [(usize, Sequence, Option<bool>)], rows: &[f32]| {
+        for ((_, sequence, ended), row) in part.iter_mut().zip(rows.chunks_exact(width)) {
+            *ended = sequence.advance(row, sampling);
+        }
+    };
+    if moved.len() <= share {
+        return advance(moved, values);
+    }
+    std::thread::scope(|scope| {
+        for (part, rows) in moved.chunks_mut(share).zip(values.chunks(share * width)) {
+            scope.spawn(move || advance(part, rows));
+        }
+    });
+}
+
+/// The values of logits, in order of rows.
+fn rows(logits: &Tensor) -> Result<Vec<f32>, LmError> {
+    let flat = logits.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?.f_reshape([-1i64])?;
+    Ok(Vec::<f32>::try_from(flat)?)
+}
+
+#[cfg(test)]
+mod tests;

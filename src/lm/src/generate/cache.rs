@@ -1,0 +1,225 @@
+//! The KV cache of all slots, and one step of the decoder for them.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::LmError;
+use crate::decoder::layer::{join_heads, split_heads};
+use crate::ops::{rms_norm, swiglu};
+use crate::decoder::rope::rotate;
+use crate::decoder::{Decoder, Layer};
+use crate::ops;
+
+/// Rows that are computed together on CPU, whatever the batch size.
+const ROWS: usize = 32;
+/// The same on CUDA, where a product of few rows costs as much as one of many.
+const CUDA_ROWS: usize = 256;
+/// Attention reads the filled part of the cache, rounded up to this many positions.
+const STRIDE: i64 = 64;
+
+/// Cached keys and values of `[layer]`, each `[rows, capacity, kv_heads, head_dim]`.
+struct Tile {
+    keys: Vec<Tensor>,
+    values: Vec<Tensor>,
+    capacity: i64,
+    /// Filled positions of each row; 0 for a free one.
+    filled: Vec<i64>,
+}
+
+/// A prompt that has been computed, for the next sequence that begins with the same.
+struct Prompt {
+    tokens: Vec<i64>,
+    /// `[1, length, kv_heads, head_dim]` of each layer.
+    keys: Vec<Tensor>,
+    values: Vec<Tensor>,
+    /// `[1, vocab]` f32, of the last position.
+    logits: Tensor,
+}
+
+/// The slots of a batch.
+pub(super) struct Slots<'a> {
+    decoder: &'a Decoder,
+    rows: usize,
+    tiles: Vec<Tile>,
+    prompt: Option<Prompt>,
+}
+
+impl<'a> Slots<'a> {
+    pub(super) fn new(decoder: &'a Decoder, batch: usize) -> Self {
+        let rows = if decoder.compute.device == Device::Cpu { ROWS } else { CUDA_ROWS };
+        let tile = || Tile { keys: Vec::new(), values: Vec::new(), capacity: 0, filled: vec![0; rows] };
+        Self { decoder, rows, tiles: (0..batch.div_ceil(rows)).map(|_| tile()).collect(), prompt: None }
+    }
+
+    /// Puts `prompt` into `slot`, with room for `room` tokens in all; logits `[1, vocab]` of its last position.
+    pub(super) fn start(&mut self, slot: usize, prompt: &[i64], room: usize) -> Result<Tensor, LmError> {
+        if self.prompt.as_ref().is_none_or(|known| known.tokens != prompt) {
+            self.prompt = Some(Prompt::compute(self.decoder, prompt)?);
+        }
+        let (tile, row) = (slot / self.rows, (slot % self.rows) as i64);
+        let tile = &mut self.tiles[tile];
+        tile.reserve(self.decoder, room as i64)?;
+        let Some(known) = &self.prompt else { return Err(LmError::Usage("an empty prompt".into())) };
+        let length = prompt.len() as i64;
+        let both = tile.keys.iter().zip(&known.keys).chain(tile.values.iter().zip(&known.values));
+        for (cache, new) in both {
+            cache.f_narrow(0, row, 1)?.f_narrow(1, 0, length)?.f_copy_(new)?;
+        }
+        tile.filled[row as usize] = length;
+        Ok(known.logits.shallow_clone())
+    }
+
+    /// Feeds one token to each slot of `feed` (in rising order of slots); logits `[feed, vocab]` f32.
+    ///
+    /// Slots that are not fed are free from here on.
+    pub(super) fn step(&mut self, feed: &[(usize, i64)]) -> Result<Tensor, LmError> {
+        let mut logits = Vec::new();
+        for (index, tile) in self.tiles.iter_mut().enumerate() {
+            let slots = index * self.rows..(index + 1) * self.rows;
+            let fed: Vec<(usize, i64)> = feed
+                .iter()
+                .filter(|(slot, _)| slots.contains(slot))
+                .map(|(slot, token)| (slot % self.rows, *token))
+                .collect();
+            if !fed.is_empty() {
+                logits.push(tile.step(self.decoder, &fed)?);
+            }
+        }
+        Ok(Tensor::f_cat(&logits, 0)?)
+    }
+}
+
+impl Tile {
+    /// Makes room for sequences of `room` tokens; what is cached is copied only where the room was less.
+    fn reserve(&mut self, decoder: &Decoder, room: i64) -> Result<(), LmError> {
+        if room <= self.capacity {
+            return Ok(());
+        }
+        let capacity = room.div_euclid(STRIDE) * STRIDE + STRIDE;
+        let config = &decoder.config;
+        let shape = [self.filled.len() as i64, capacity, config.kv_heads, config.head_dim];
+        let grow = |old: Option<&Tensor>| -> Result<Tensor, LmError> {
+            // Zeros rather than what was in memory: a masked value still enters a product, and 0 · NaN is NaN.
+            let new = Tensor::f_zeros(shape, (decoder.compute.kind, decoder.compute.device))?;
+            if let Some(old) = old {
+                new.f_narrow(1, 0, old.size()[1])?.f_copy_(old)?;
+            }
+            Ok(new)
+        };
+        let layers = 0..decoder.layers.len();
+        let keys = layers.clone().map(|layer| grow(self.keys.get(layer))).collect::<Result<_, _>>()?;
+        let values = layers.map(|layer| grow(self.values.get(layer))).collect::<Result<_, _>>()?;
+        (self.keys, self.values, self.capacity) = (keys, values, capacity);
+        Ok(())
+    }
+
+    fn step(&mut self, decoder: &Decoder, fed: &[(usize, i64)]) -> Result<Tensor, LmError> {
+        let device = decoder.compute.device;
+        let rows = self.filled.len();
+        let (mut tokens, mut positions) = (vec![0i64; rows], vec![0i64; rows]);
+        for (row, token) in fed {
+            tokens[*row] = *token;
+            positions[*row] = self.filled[*row];
+        }
+        self.filled.fill(0);
+        for (row, _) in fed {
+            self.filled[*row] = positions[*row] + 1;
+        }
+        let longest = self.filled.iter().copied().max().unwrap_or(1);
+        let reach = ((longest + STRIDE - 1) / STRIDE * STRIDE).min(self.capacity);
+        let tensor = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
+        let place = Place {
+            rows: Tensor::f_arange(rows as i64, (Kind::Int64, device))?,
+            positions: tensor(&positions)?,
+            reach,
+            blocked: blocked(decoder, &tensor(&positions)?, reach)?,
+        };
+        let angles = decoder.rope.at(&place.positions)?;
+        let mut hidden = decoder.embed(&tensor(&tokens)?)?;
+        for (index, layer) in decoder.layers.iter().enumerate() {
+            hidden = self.layer(decoder, layer, index, &hidden, &place, &angles)?;
+        }
+        let picked = tensor(&fed.iter().map(|(row, _)| *row as i64).collect::<Vec<_>>())?;
+        let normed = rms_norm(&hidden, &decoder.norm, decoder.config.rms_norm_eps)?;
+        let logits = normed.f_linear(&decoder.output, None::<&Tensor>)?;
+        Ok(logits.f_index_select(0, &picked)?.f_to_kind(Kind::Float)?)
+    }
+
+    fn layer(
+        &mut self,
+        decoder: &Decoder,
+        layer: &Layer,
+        index: usize,
+        hidden: &Tensor,
+        place: &Place,
+        angles: &crate::decoder::rope::Angles,
+    ) -> Result<Tensor, LmError> {
+        let config = &decoder.config;
+        let (heads, kv_heads, width) = (config.heads, config.kv_heads, config.head_dim);
+        let rows = self.filled.len() as i64;
+        let normed = rms_norm(hidden, &layer.input_norm, config.rms_norm_eps)?;
+        let qkv = normed.f_linear(&layer.qkv, layer.qkv_bias.as_ref())?;
+        let all = qkv.f_reshape([rows, heads + 2 * kv_heads, width])?;
+        let turned = rotate(&all.f_narrow(1, 0, heads + kv_heads)?, angles)?;
+        let (keys, values) = (&mut self.keys[index], &mut self.values[index]);
+        let at = [Some(&place.rows), Some(&place.positions)];
+        let _ = keys.f_index_put_(&at, &turned.f_narrow(1, heads, kv_heads)?, false)?;
+        let _ = values.f_index_put_(&at, &all.f_narrow(1, heads + kv_heads, kv_heads)?, false)?;
+        // The query heads of a group stand where positions usually do: their keys are read once and never repeated.
+        let q = turned.f_narrow(1, 0, heads)?.f_reshape([rows, kv_heads, heads / kv_heads, width])?;
+        let k = keys.f_narrow(1, 0, place.reach)?.f_transpose(1, 2)?;
+        let v = values.f_narrow(1, 0, place.reach)?.f_transpose(1, 2)?;
+        let attended =
+            Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(&place.blocked), 0.0, false, None, false)?;
+        let middle = hidden.f_add(&attended.f_reshape([rows, heads * width])?.f_linear(&layer.o, None::<&Tensor>)?)?;
+        let normed = rms_norm(&middle, &layer.post_norm, config.rms_norm_eps)?;
+        let inner = swiglu(&normed.f_linear(&layer.gate_up, None::<&Tensor>)?)?;
+        Ok(middle.f_add(&inner.f_linear(&layer.down, None::<&Tensor>)?)?)
+    }
+}
+
+/// Where the tokens of a step go.
+struct Place {
+    rows: Tensor,
+    positions: Tensor,
+    reach: i64,
+    /// What attention adds to its scores: 0 or -inf, `[rows, kv_heads, group, reach]`.
+    blocked: Tensor,
+}
+
+fn blocked(decoder: &Decoder, positions: &Tensor, reach: i64) -> Result<Tensor, LmError> {
+    let (config, compute) = (&decoder.config, decoder.compute);
+    let columns = Tensor::f_arange(reach, (Kind::Int64, compute.device))?;
+    let beyond = columns.f_unsqueeze(0)?.f_gt_tensor(&positions.f_unsqueeze(1)?)?;
+    let rows = positions.size()[0];
+    let zeros = Tensor::f_zeros([rows, reach], (compute.kind, compute.device))?;
+    let mask = zeros.f_masked_fill(&beyond, f64::NEG_INFINITY)?.f_reshape([rows, 1, 1, reach])?;
+    Ok(mask.f_expand([rows, config.kv_heads, config.heads / config.kv_heads, reach], false)?)
+}
+
+impl Prompt {
+    /// Alone in its batch, so that it does not depend on other prompts.
+    fn compute(decoder: &Decoder, prompt: &[i64]) -> Result<Self, LmError> {
+        let config = &decoder.config;
+        let length = prompt.len() as i64;
+        let tokens = Tensor::f_from_slice(prompt)?.f_to_device(decoder.compute.device)?.f_unsqueeze(0)?;
+        let angles = decoder.rope.first(length)?;
+        let mut hidden = decoder.embed(&tokens)?;
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for layer in &decoder.layers {
+            let normed = rms_norm(&hidden, &layer.input_norm, config.rms_norm_eps)?;
+            let qkv = normed.f_linear(&layer.qkv, layer.qkv_bias.as_ref())?;
+            let (q, k, v) = split_heads(&ops::rotate(qkv, config, &angles)?, config)?;
+            keys.push(k.f_transpose(1, 2)?);
+            values.push(v.f_transpose(1, 2)?);
+            let attended = ops::Attention::inference(&q, &k, &v)?;
+            let middle = hidden.f_add(&join_heads(&attended)?.f_linear(&layer.o, None::<&Tensor>)?)?;
+            let normed = rms_norm(&middle, &layer.post_norm, config.rms_norm_eps)?;
+            let inner = swiglu(&normed.f_linear(&layer.gate_up, None::<&Tensor>)?)?;
+            hidden = middle.f_add(&inner.f_linear(&layer.down, None::<&Tensor>)?)?;
+        }
+        let last = hidden.f_narrow(1, length - 1, 1)?.f_reshape([1, config.hidden_size])?;
+        let normed = rms_norm(&last, &decoder.norm, config.rms_norm_eps)?;
+        let logits = normed.f_linear(&decoder.output, None::<&Tensor>)?.f_to_kind(Kind::Float)?;
+        Ok(Self { tokens: prompt.to_vec(), keys, values, logits })
+    }
+}

@@ -1,0 +1,251 @@
+//! Choosing one token from a row of logits.
+//!
+//! Order as in transformers: repetition penalty, temperature, top-k, top-p. The vocabulary is never sorted whole: tokens
+//! within a few nats of the best one are gathered and sorted, and only where their mass does not reach top-p is the net
+//! thrown wider.
+
+use std::collections::HashSet;
+
+use rand_chacha::ChaCha8Rng;
+use rand_core::{RngCore, SeedableRng};
+
+use super::Sampling;
+use crate::kernels::exp;
+
+/// How far below the best token, in nats, the first net reaches; what lies beyond is one token in 10⁴ of the mass each.
+const REACH: f32 = 9.0;
+
+/// One sequence's own source of choices: one 53-bit draw for each token.
+pub(super) struct Sampler {
+    stream: ChaCha8Rng,
+}
+
+impl Sampler {
+    pub(super) fn new(seed: u64) -> Self {
+        Self { stream: ChaCha8Rng::seed_from_u64(seed) }
+    }
+
+    /// `(token, its log-probability in the model's own distribution)`.
+    pub(super) fn choose(&mut self, logits: &[f32], sampling: &Sampling, seen: &HashSet<i64>) -> (i64, f32) {
+        let raw = Mass::of(logits, 1.0);
+        let penalised;
+        let scores = match sampling.repetition_penalty == 1.0 || seen.is_empty() {
+            true => logits,
+            false => {
+                penalised = penalise(logits, sampling.repetition_penalty as f32, seen);
+                &penalised
+            }
+        };
+        let token = match sampling.temperature == 0.0 {
+            true => best(scores),
+            false => self.draw(scores, sampling),
+        };
+        (token as i64, logits[token] - raw.best - raw.total.ln())
+    }
+
+    fn draw(&mut self, scores: &[f32], sampling: &Sampling) -> usize {
+        let inverse = (1.0 / sampling.temperature) as f32;
+        let mass = Mass::of(scores, inverse);
+        let uniform = (self.stream.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        let untruncated = sampling.top_k == 0 && sampling.top_p >= 1.0;
+        let mut reach = if untruncated { f32::INFINITY } else { REACH };
+        loop {
+            let mut near = gather(scores, inverse, mass.best - reach);
+            let complete = near.len() == scores.len() || reach.is_infinite();
+            if let Some(kept) = truncate(&mut near, &mass, sampling, complete) {
+                return pick(&near[..kept], mass.best, uniform);
+            }
+            reach = if reach > 4.0 * REACH { f32::INFINITY } else { 2.0 * reach };
+        }
+    }
+}
+
+/// A candidate: its score divided by the temperature, and its id.
+type Scored = (f32, usize);
+
+/// Candidates whose score is at least `floor`.
+fn gather(scores: &[f32], inverse: f32, floor: f32) -> Vec<Scored> {
+    let mut near = Vec::with_capacity(256);
+    for (first, block) in scores.chunks(64).enumerate() {
+        // Nearly every block has none; the comparison of a whole block is a few vector instructions.
+        if block.iter().any(|&score| score * inverse >= floor) {
+            let hits = block.iter().enumerate().filter(|(_, score)| **score * inverse >= floor);
+            near.extend(hits.map(|(offset, score)| (score * inverse, first * 64 + offset)));
+        }
+    }
+    near
+}
+
+/// Sorts `near` as far as needed; how many of it are kept, or `None` where a wider net is needed to know.
+fn truncate(near: &mut Vec<Scored>, mass: &Mass, sampling: &Sampling, complete: bool) -> Option<usize> {
+    // Highest first; of equals the lower id, so that the set is defined.
+    near.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    let mut total = f64::from(mass.total);
+    if sampling.top_k > 0 {
+        if near.len() < sampling.top_k && !complete {
+            return None;
+        }
+        near.truncate(sampling.top_k);
+        total = near.iter().map(|(score, _)| f64::from((score - mass.best).exp())).sum();
+    }
+    if sampling.top_p >= 1.0 {
+        return Some(near.len());
+    }
+    let wanted = sampling.top_p * total;
+    let mut reached = 0.0;
+    for (index, (score, _)) in near.iter().enumerate() {
+        reached += f64::from((score - mass.best).exp());
+        if reached >= wanted {
+            return Some(index + 1);
+        }
+    }
+    (complete || sampling.top_k > 0).then_some(near.len())
+}
+
+/// The candidate at share `uniform` of the mass.
+fn pick(kept: &[Scored], best: f32, uniform: f64) -> usize {
+    let weight = |score: f32| f64::from((score - best).exp());
+    let total: f64 = kept.iter().map(|(score, _)| weight(*score)).sum();
+    let mut left = uniform * total;
+    for (score, id) in kept {
+        left -= weight(*score);
+        if left < 0.0 {
+            return *id;
+        }
+    }
+    kept.last().map_or(0, |(_, id)| *id)
+}
+
+/// The highest score's id; of equals the lowest.
+fn best(scores: &[f32]) -> usize {
+    let mut best = 0;
+    for (id, score) in scores.iter().enumerate() {
+        if *score > scores[best] {
+            best = id;
+        }
+    }
+    best
+}
+
+/// As transformers: a seen token's positive score is divided, a negative one multiplied.
+fn penalise(logits: &[f32], penalty: f32, seen: &HashSet<i64>) -> Vec<f32> {
+    let mut scores = logits.to_vec();
+    for &id in seen {
+        if let Some(score) = usize::try_from(id).ok().and_then(|id| scores.get_mut(id)) {
+            *score = if *score > 0.0 { *score / penalty } else { *score * penalty };
+        }
+    }
+    scores
+}
+
+/// The highest score of a row and the sum of exp(score − best).
+struct Mass {
+    best: f32,
+    total: f32,
+}
+
+impl Mass {
+    fn of(scores: &[f32], inverse: f32) -> Self {
+        const LANES: usize = 64;
+        let (blocks, rest) = scores.as_chunks::<LANES>();
+        let mut best = [f32::NEG_INFINITY; LANES];
+        for block in blocks {
+            for (best, score) in best.iter_mut().zip(block) {
+                *best = best.max(*score);
+            }
+        }
+        let best = best.iter().chain(rest).fold(f32::NEG_INFINITY, |best, score| best.max(*score)) * inverse;
+        let mut total = [0f32; LANES];
+        for block in blocks {
+            for (total, score) in total.iter_mut().zip(block) {
+                *total += exp(score * inverse - best);
+            }
+        }
+        let sum: f64 = total.iter().map(|part| f64::from(*part)).sum();
+        let tail: f64 = rest.iter().map(|score| f64::from(exp(score * inverse - best))).sum();
+        Self { best, total: (sum + tail) as f32 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampling(temperature: f64, top_p: f64, top_k: usize) -> Sampling {
+        Sampling { temperature, top_p, top_k, repetition_penalty: 1.0, max_new_tokens: 1, stop: vec![] }
+    }
+
+    fn logits(count: usize) -> Vec<f32> {
+        (0..count).map(|id| ((id * 7919 % 1000) as f32 / 1000.0 - 0.5) * 30.0).collect()
+    }
+
+    /// The definition: sort everything, keep the shortest head whose mass reaches top-p.
+    fn reference(scores: &[f32], sampling: &Sampling) -> Vec<(usize, f64)> {
+        let mut all: Vec<(f64, usize)> =
+            scores.iter().enumerate().map(|(id, score)| (f64::from(*score) / sampling.temperature, id)).collect();
+        all.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        if sampling.top_k > 0 {
+            all.truncate(sampling.top_k);
+        }
+        let best = all[0].0;
+        let total: f64 = all.iter().map(|(score, _)| (score - best).exp()).sum();
+        let mut kept = Vec::new();
+        let mut reached = 0.0;
+        for (score, id) in all {
+            kept.push((id, (score - best).exp()));
+            reached += (score - best).exp();
+            if reached >= sampling.top_p * total {
+                break;
+            }
+        }
+        let total: f64 = kept.iter().map(|(_, weight)| weight).sum();
+        kept.into_iter().map(|(id, weight)| (id, weight / total)).collect()
+    }
+
+    #[test]
+    fn draws_follow_the_truncated_distribution() {
+        for sampling in [
+            sampling(1.0, 0.95, 0),
+            sampling(2.0, 0.5, 0),
+            sampling(5.0, 0.99, 0),
+            sampling(1.0, 1.0, 7),
+            sampling(3.0, 0.8, 50),
+            sampling(1.0, 1.0, 0),
+            sampling(100.0, 0.999, 0),
+        ] {
+            let scores = logits(1003);
+            let expected = reference(&scores, &sampling);
+            let mut sampler = Sampler::new(11);
+            let draws = 20_000;
+            let mut counts = vec![0u32; scores.len()];
+            for _ in 0..draws {
+                counts[sampler.choose(&scores, &sampling, &HashSet::new()).0 as usize] += 1;
+            }
+            let inside: u32 = expected.iter().map(|(id, _)| counts[*id]).sum();
+            assert_eq!(inside, draws, "{sampling:?}: a token outside the nucleus was drawn");
+            for (id, share) in expected {
+                // Six standard deviations: a false alarm once in 10⁸ cells.
+                let tolerance = 6.0 * (share * (1.0 - share) / f64::from(draws)).sqrt() + 1e-4;
+                let found = f64::from(counts[id]) / f64::from(draws);
+                assert!((found - share).abs() < tolerance, "{sampling:?}: token {id}: {found}, expected {share}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_log_probability_is_the_models_own() {
+        let scores = logits(500);
+        let (token, logprob) = Sampler::new(1).choose(&scores, &sampling(0.3, 0.5, 3), &HashSet::new());
+        let total: f64 = scores.iter().map(|score| f64::from(*score).exp()).sum();
+        assert!((f64::from(logprob) - (f64::from(scores[token as usize]) - total.ln())).abs() < 1e-5);
+    }
+
+    #[test]
+    fn greedy_takes_the_lowest_of_equals_and_the_penalty_moves_it() {
+        let scores = vec![1.0, 3.0, 3.0, -1.0];
+        let mut greedy = sampling(0.0, 1.0, 0);
+        assert_eq!(Sampler::new(0).choose(&scores, &greedy, &HashSet::new()).0, 1);
+        greedy.repetition_penalty = 2.0;
+        assert_eq!(Sampler::new(0).choose(&scores, &greedy, &HashSet::from([1])).0, 2);
+    }
+}

@@ -1,0 +1,161 @@
+use std::path::PathBuf;
+
+use super::*;
+use crate::decoder::tests::{SHAPES, cpu, golden, json, tiny};
+use crate::{checkpoint::Checkpoint, device::DtypeChoice};
+
+fn sampling(temperature: f64, max_new_tokens: usize) -> Sampling {
+    Sampling { temperature, top_p: 0.95, top_k: 0, repetition_penalty: 1.0, max_new_tokens, stop: vec![] }
+}
+
+fn requests(count: u64) -> impl Iterator<Item = Request> {
+    (0..count).map(|index| Request {
+        index,
+        prompt: (0..1 + index % 5).map(|place| ((index * 13 + place * 7) % 64) as i64).collect(),
+        seed: 1000 + index,
+    })
+}
+
+fn run(
+    decoder: &Decoder,
+    sampling: &Sampling,
+    requests: impl Iterator<Item = Request>,
+    batch: usize,
+) -> Vec<Completion> {
+    let mut found = Vec::new();
+    generate(decoder, sampling, requests, batch, |completion| {
+        found.push(completion);
+        Ok(())
+    })
+    .unwrap();
+    found.sort_by_key(|completion| completion.index);
+    found
+}
+
+/// Greedy continuation without a cache.
+fn slow_greedy(decoder: &Decoder, prompt: &[i64], count: usize) -> (Vec<i64>, f64) {
+    let mut ids = prompt.to_vec();
+    let mut logprobs = 0.0;
+    for _ in 0..count {
+        let logits = decoder.logits(&Tensor::from_slice(&ids).unsqueeze(0)).unwrap();
+        let last = logits.get(0).get(ids.len() as i64 - 1);
+        let best = last.argmax(0, false).int64_value(&[]);
+        logprobs += last.log_softmax(0, Kind::Float).double_value(&[best]);
+        ids.push(best);
+    }
+    (ids[prompt.len()..].to_vec(), logprobs / count as f64)
+}
+
+#[test]
+fn the_cache_changes_nothing() {
+    for name in SHAPES {
+        let decoder = tiny(name);
+        for completion in run(&decoder, &sampling(0.0, 70), requests(7), 3) {
+            let request = requests(7).nth(completion.index as usize).unwrap();
+            let (expected, logprob) = slow_greedy(&decoder, &request.prompt, 70);
+            assert_eq!(completion.tokens, expected, "{name}, {}", completion.index);
+            assert!((f64::from(completion.mean_logprob) - logprob).abs() < 1e-4);
+            assert!(!completion.stopped);
+        }
+    }
+}
+
+#[test]
+fn a_sequence_does_not_depend_on_the_batch_size() {
+    let decoder = tiny("smollm2");
+    let mut sampling = sampling(1.0, 60);
+    // Some stop early, so that slots are refilled at different moments.
+    sampling.stop = vec![3, 17];
+    let expected = run(&decoder, &sampling, requests(40), 16);
+    assert!(expected.iter().any(|completion| completion.stopped));
+    assert_eq!(expected.len(), 40);
+    for batch in [1, 4, 33, 64] {
+        assert!(run(&decoder, &sampling, requests(40), batch) == expected, "batch {batch}");
+    }
+    let alone: Vec<Completion> = requests(40).flat_map(|request| run(&decoder, &sampling, [request].into_iter(), 8)).collect();
+    assert!(alone == expected);
+}
+
+#[test]
+fn seeds_differ() {
+    let decoder = tiny("smollm2");
+    let same_prompt = |seed| Request { index: seed, prompt: vec![1, 2], seed };
+    let found = run(&decoder, &sampling(1.0, 30), (0..20).map(same_prompt), 8);
+    let distinct: HashSet<&Vec<i64>> = found.iter().map(|completion| &completion.tokens).collect();
+    assert_eq!(distinct.len(), 20);
+}
+
+#[test]
+fn a_stop_token_ends_a_sequence_and_is_left_out() {
+    let decoder = tiny("llama2");
+    let request = || requests(1);
+    let free = run(&decoder, &sampling(0.0, 10), request(), 1).remove(0);
+    let mut stopping = sampling(0.0, 10);
+    stopping.stop = vec![free.tokens[4]];
+    let first = free.tokens.iter().position(|id| *id == free.tokens[4]).unwrap();
+    let stopped = run(&decoder, &stopping, request(), 1).remove(0);
+    assert_eq!(stopped.tokens, free.tokens[..first]);
+    assert!(stopped.stopped);
+}
+
+#[test]
+fn a_longer_prompt_makes_room() {
+    let decoder = tiny("llama3");
+    let request = |index: u64, length: i64| Request { index, prompt: (0..length).collect(), seed: index };
+    let all = || [request(0, 2), request(1, 60), request(2, 3)].into_iter();
+    let found = run(&decoder, &sampling(0.0, 20), all(), 2);
+    for (completion, request) in found.iter().zip(all()) {
+        assert_eq!(completion.tokens, slow_greedy(&decoder, &request.prompt, 20).0);
+    }
+}
+
+#[test]
+fn nothing_new_is_nothing() {
+    let decoder = tiny("llama3");
+    let found = run(&decoder, &sampling(1.0, 0), requests(3), 2);
+    assert!(found.iter().all(|completion| completion.tokens.is_empty() && completion.mean_logprob == 0.0));
+}
+
+#[test]
+fn what_cannot_be_sampled_is_refused() {
+    let decoder = tiny("llama3");
+    let refused = |sampling: &Sampling, prompt: Vec<i64>, batch: usize| {
+        let request = Request { index: 0, prompt, seed: 0 };
+        generate(&decoder, sampling, [request].into_iter(), batch, |_| Ok(())).unwrap_err().to_string()
+    };
+    let good = sampling(1.0, 10);
+    assert!(refused(&good, vec![], 1).contains("empty prompt"));
+    assert!(refused(&good, vec![64], 1).contains("vocabulary of 64"));
+    assert!(refused(&good, vec![1; 120], 1).contains("context of 128"));
+    assert!(refused(&good, vec![1], 0).contains("batch size"));
+    assert!(refused(&Sampling { temperature: -1.0, ..good.clone() }, vec![1], 1).contains("--temperature"));
+    assert!(refused(&Sampling { top_p: 0.0, ..good.clone() }, vec![1], 1).contains("--top-p"));
+    assert!(refused(&Sampling { repetition_penalty: 0.0, ..good }, vec![1], 1).contains("--repetition-penalty"));
+}
+
+/// SmolLM2-135M-Instruct in the cache of `make setup`, `DOPPEL_CACHE` or the default.
+fn real_model() -> Option<PathBuf> {
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/doppel"));
+    let cache = std::env::var_os("DOPPEL_CACHE").map(PathBuf::from).or_else(home)?;
+    Some(cache.join("models/smollm2-135m-instruct")).filter(|folder| folder.is_dir())
+}
+
+#[test]
+fn greedy_continuations_of_the_real_model_are_those_of_transformers() {
+    let Some(folder) = real_model() else { return };
+    let decoder = Decoder::load(&Checkpoint::open(&folder).unwrap(), cpu(DtypeChoice::F32)).unwrap();
+    let rows = json(&golden("greedy.json"));
+    let ids = |value: &serde_json::Value| -> Vec<i64> {
+        value.as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect()
+    };
+    let rows = rows.as_array().unwrap();
+    let prompts = rows.iter().enumerate().map(|(index, row)| Request {
+        index: index as u64,
+        prompt: ids(&row["prompt"]),
+        seed: 0,
+    });
+    let found = run(&decoder, &sampling(0.0, 32), prompts, 5);
+    for (completion, row) in found.iter().zip(rows) {
+        assert_eq!(completion.tokens, ids(&row["continuation"]), "prompt {}", completion.index);
+    }
+}

@@ -1,0 +1,243 @@
+//! Per-example LoRA gradients from one backward pass.
+//!
+//! The backward pass is written out rather than left to autograd. Only what LoRA needs is computed: no gradient of a
+//! frozen weight, none below the first layer's projections, logits at label positions alone. An example's own gradient
+//! is a batched product of what passes by anyway (Lee and Kifer 2020, arXiv 2009.03106): for `y = x·Aᵀ·Bᵀ` it is
+//! `∂B = ∂yᵀ·(x·Aᵀ)` and `∂A = (∂y·B)ᵀ·x`, with the example as the batch dimension. The tests hold all of it against
+//! autograd and finite differences of the plain forward pass in [`crate::decoder`].
+//!
+//! Examples of a micro-batch are padded on the right. Attention is causal, so padding is never seen by a real token; its
+//! own gradient is zero because it has no labels. Hence an example's loss and gradient do not depend on its company,
+//! other than by rounding.
+
+mod backward;
+mod dropout;
+mod loss;
+
+use tch::{Kind, Tensor};
+
+use crate::adapter::Lora;
+use crate::decoder::{Adapters, Decoder};
+use crate::workers::{self, Shared};
+use crate::{LmError, decoder};
+
+/// One training example: token ids and where the labels begin.
+#[derive(Clone)]
+pub struct Example {
+    /// Prefix, instruction, end token: at most block_length ids.
+    pub tokens: Vec<i64>,
+    /// Number of leading ids that are never labels (at least 1).
+    pub prefix: usize,
+    /// Seed of this example's dropout masks: they must not depend on who shares the batch, or adding one privacy unit
+    /// would change the gradients of others.
+    pub dropout_seed: u64,
+}
+
+/// Losses and gradients of a micro-batch.
+pub struct ExampleGradients {
+    /// `[examples]` f32: token losses summed ÷ block length (the paper's), independent of the batch.
+    pub losses: Tensor,
+    /// One `[examples, …shape of the tensor]` f32 per adapter tensor, in [`Lora`]'s order.
+    pub gradients: Vec<Tensor>,
+}
+
+/// Loss of each example = sum of its token losses ÷ `block_length`, and its gradient for each adapter tensor.
+pub fn example_gradients(
+    decoder: &Decoder,
+    lora: &Lora,
+    examples: &[Example],
+    block_length: usize,
+) -> Result<ExampleGradients, LmError> {
+    lora.check(&decoder.config)?;
+    if block_length == 0 {
+        return Err(LmError::Usage("block length 0\nhelp: give a --block-length of at least 1".into()));
+    }
+    if examples.is_empty() {
+        return empty(decoder, lora);
+    }
+    let scale = 1.0 / block_length as f64;
+    let adapters = tch::no_grad(|| adapters(decoder, lora))?;
+    let parts = in_parts(decoder, lora, &adapters, examples, |decoder, lora, adapters, examples| {
+        let batch = Batch::new(decoder, examples)?;
+        let masks = dropout::Masks::new(lora, decoder, examples, batch.length);
+        let keep = backward::fits(&batch, decoder.config.layers);
+        let tape = backward::Tape::forward(decoder, adapters, &batch, &masks, keep)?;
+        let (losses, gradient) = loss::with_gradient(decoder, tape.output(), &batch)?;
+        let mut found = tape.backward(decoder, adapters, lora, &masks, gradient, scale)?;
+        found.push(losses.f_mul_scalar(scale)?.f_to_kind(Kind::Float)?);
+        Ok(found)
+    })?;
+    let mut gradients = join(parts)?;
+    let losses = gradients.pop().unwrap_or_default();
+    Ok(ExampleGradients { losses, gradients })
+}
+
+/// Sum of token losses and number of label tokens of each example, without gradient: `(Vec<f64>, Vec<u64>)`.
+pub fn token_losses(
+    decoder: &Decoder,
+    lora: &Lora,
+    examples: &[Example],
+) -> Result<(Vec<f64>, Vec<u64>), LmError> {
+    lora.check(&decoder.config)?;
+    if examples.is_empty() {
+        return Ok((Vec::new(), Vec::new()));
+    }
+    let adapters = tch::no_grad(|| adapters(decoder, lora))?;
+    let parts = in_parts(decoder, lora, &adapters, examples, |decoder, _, adapters, examples| {
+        let batch = Batch::new(decoder, examples)?;
+        let angles = decoder.rope.first(batch.length)?;
+        let mut hidden = decoder.embed(&batch.tokens)?;
+        for (layer, adapters) in decoder.layers.iter().zip(adapters) {
+            hidden = layer.forward(&hidden, &decoder.config, &angles, adapters)?;
+        }
+        Ok(vec![loss::without_gradient(decoder, &hidden, &batch)?])
+    })?;
+    let losses = join(parts)?.pop().unwrap_or_default().f_to_device(tch::Device::Cpu)?;
+    Ok((Vec::<f64>::try_from(losses)?, examples.iter().map(|example| labels(example).len() as u64).collect()))
+}
+
+/// Splits examples over the workers, and gives each its part: the longest first, so that parts are padded little.
+fn in_parts(
+    decoder: &Decoder,
+    lora: &Lora,
+    adapters: &Vec<Adapters>,
+    examples: &[Example],
+    work: impl Fn(&Decoder, &Lora, &[Adapters], &[Example]) -> Result<Vec<Tensor>, LmError> + Sync,
+) -> Result<Vec<Part>, LmError> {
+    let (decoder, lora, adapters) = (Shared::new(decoder), Shared::new(lora), Shared::new(adapters));
+    let shares = shares(examples, workers::count(decoder.get().compute.device));
+    workers::each(shares, |indices| {
+        let mine: Vec<Example> = indices.iter().map(|&index| examples[index].clone()).collect();
+        let tensors = tch::no_grad(|| work(decoder.get(), lora.get(), adapters.get(), &mine))?;
+        Ok(Part { indices, tensors })
+    })
+}
+
+/// What one worker found for its examples.
+struct Part {
+    indices: Vec<usize>,
+    tensors: Vec<Tensor>,
+}
+
+/// Indices of examples by falling length, cut into at most `count` runs of about equal work.
+fn shares(examples: &[Example], count: usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..examples.len()).collect();
+    order.sort_by_key(|&index| (std::cmp::Reverse(examples[index].tokens.len()), index));
+    let length = |index: usize| examples[index].tokens.len().max(1);
+    let total: usize = order.iter().map(|&index| length(index)).sum();
+    let mut shares = vec![Vec::new(); count.max(1)];
+    let mut before = 0;
+    for index in order {
+        // The middle of an example decides to whom it belongs.
+        let share = (2 * before + length(index)) * shares.len() / (2 * total);
+        shares[share].push(index);
+        before += length(index);
+    }
+    shares.retain(|share| !share.is_empty());
+    shares
+}
+
+/// Joins the parts' tensors along their first dimension, in the order of the examples.
+fn join(mut parts: Vec<Part>) -> Result<Vec<Tensor>, LmError> {
+    if parts.len() == 1 && parts[0].indices.is_sorted() {
+        return Ok(parts.remove(0).tensors);
+    }
+    let order: Vec<usize> = parts.iter().flat_map(|part| part.indices.iter().copied()).collect();
+    let mut places = vec![0i64; order.len()];
+    for (place, &index) in order.iter().enumerate() {
+        places[index] = place as i64;
+    }
+    let count = parts.first().map_or(0, |part| part.tensors.len());
+    let mut columns: Vec<_> = parts.into_iter().map(|part| part.tensors.into_iter()).collect();
+    let mut joined = Vec::with_capacity(count);
+    for _ in 0..count {
+        let pieces: Vec<Tensor> = columns.iter_mut().filter_map(Iterator::next).collect();
+        let whole = Tensor::f_cat(&pieces, 0)?;
+        joined.push(match order.is_sorted() {
+            true => whole,
+            false => whole.f_index_select(0, &Tensor::f_from_slice(&places)?.f_to_device(whole.device())?)?,
+        });
+    }
+    Ok(joined)
+}
+
+/// Groups indices of examples by length into micro-batches of at most `tokens` padded tokens (at least one example each).
+///
+/// The longest come first, so that a step that does not fit into memory fails at once.
+pub fn micro_batches(lengths: &[usize], tokens: usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    order.sort_by_key(|&index| (std::cmp::Reverse(lengths[index]), index));
+    let mut batches: Vec<Vec<usize>> = Vec::new();
+    for index in order {
+        match batches.last_mut() {
+            Some(batch) if (batch.len() + 1) * lengths[batch[0]] <= tokens => batch.push(index),
+            _ => batches.push(vec![index]),
+        }
+    }
+    batches
+}
+
+/// Examples as tensors, padded on the right.
+pub(crate) struct Batch {
+    /// `[examples, length]` i64.
+    tokens: Tensor,
+    examples: i64,
+    length: i64,
+    /// Flat positions (`example · length + position`) whose next token is a label.
+    rows: Vec<i64>,
+    /// The label of each row.
+    labels: Vec<i64>,
+    /// The example of each row.
+    owners: Vec<i64>,
+}
+
+impl Batch {
+    fn new(decoder: &Decoder, examples: &[Example]) -> Result<Self, LmError> {
+        decoder.check_tokens(examples.iter().flat_map(|example| &example.tokens))?;
+        let length = examples.iter().map(|example| example.tokens.len()).max().unwrap_or_default().max(1);
+        if length as i64 > decoder.config.max_positions {
+            return Err(LmError::Usage(format!(
+                "an example is longer than the model's context of {} tokens\nhelp: lower --block-length",
+                decoder.config.max_positions
+            )));
+        }
+        let mut padded = vec![0i64; examples.len() * length];
+        let (mut rows, mut ids, mut owners) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, (example, row)) in examples.iter().zip(padded.chunks_exact_mut(length)).enumerate() {
+            row[..example.tokens.len()].copy_from_slice(&example.tokens);
+            for position in labels(example) {
+                rows.push((index * length + position - 1) as i64);
+                ids.push(example.tokens[position]);
+                owners.push(index as i64);
+            }
+        }
+        let shape = [examples.len() as i64, length as i64];
+        let tokens = Tensor::f_from_slice(&padded)?.f_reshape(shape)?.f_to_device(decoder.compute.device)?;
+        Ok(Self { tokens, examples: shape[0], length: shape[1], rows, labels: ids, owners })
+    }
+}
+
+/// Positions of an example that are labels. The first token has nothing before it that could predict it.
+fn labels(example: &Example) -> std::ops::Range<usize> {
+    let length = example.tokens.len();
+    example.prefix.max(1).min(length)..length
+}
+
+fn adapters(decoder: &Decoder, lora: &Lora) -> Result<Vec<Adapters>, LmError> {
+    let layers = 0..decoder.layers.len();
+    layers.map(|layer| decoder::Adapters::new(lora, layer, &decoder.config, decoder.compute.kind)).collect()
+}
+
+fn empty(decoder: &Decoder, lora: &Lora) -> Result<ExampleGradients, LmError> {
+    let zeros = |shape: &[i64]| Tensor::f_zeros(shape, (Kind::Float, decoder.compute.device));
+    let like = |tensor: &Tensor| {
+        let mut shape = vec![0];
+        shape.extend(tensor.size());
+        zeros(&shape)
+    };
+    let gradients = lora.tensors.iter().map(|(_, tensor)| like(tensor)).collect::<Result<_, _>>()?;
+    Ok(ExampleGradients { losses: zeros(&[0])?, gradients })
+}
+
+#[cfg(test)]
+mod tests;

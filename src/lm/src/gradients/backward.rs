@@ -1,0 +1,263 @@
+//! The forward pass that keeps what the backward pass needs, and the backward pass.
+//!
+//! Shapes: B examples, L positions, D hidden, H query heads, K key-value heads, R joined ranks.
+
+use tch::{Kind, Tensor};
+
+use super::Batch;
+use super::dropout::{Masks, Site};
+use crate::LmError;
+use crate::adapter::{Lora, Target};
+use crate::checkpoint::DecoderConfig;
+use crate::decoder::layer::{Factors, join_heads, rows_of, split_heads};
+use crate::decoder::rope::Angles;
+use crate::decoder::{Adapters, Decoder, Layer};
+use crate::ops;
+
+/// Padded tokens × layers above which a layer keeps its input alone and its inside is computed again on the way back:
+/// a third more products for an eighth of the memory. 2¹⁸ keeps SmolLM2 at 8,192 tokens under 4 GB.
+const KEEP: i64 = 1 << 18;
+
+/// Whether a batch is small enough to keep everything.
+pub(super) fn fits(batch: &Batch, layers: i64) -> bool {
+    batch.examples * batch.length * layers <= KEEP
+}
+
+/// What the forward pass kept.
+pub(super) struct Tape {
+    angles: Angles,
+    layers: Vec<Kept>,
+    output: Tensor,
+}
+
+/// What one layer kept.
+enum Kept {
+    /// Everything.
+    All(Box<Inside>),
+    /// Its input `[B, L, D]`.
+    Input(Tensor),
+}
+
+/// The inside of a layer that its backward pass reads.
+struct Inside {
+    /// Input `[B, L, D]`.
+    input: Tensor,
+    attention: ops::Attention,
+    /// What attention gave, heads joined: `[B, L, H · d]`.
+    attended: Tensor,
+    /// After attention's residual: `[B, L, D]`.
+    middle: Tensor,
+    /// `[B, L, 2 · inner]`.
+    gate_up: Tensor,
+}
+
+impl Tape {
+    /// Keeps the inside of every layer where `keep`, and else their inputs alone.
+    pub(super) fn forward(
+        decoder: &Decoder,
+        adapters: &[Adapters],
+        batch: &Batch,
+        masks: &Masks,
+        keep: bool,
+    ) -> Result<Self, LmError> {
+        let angles = decoder.rope.first(batch.length)?;
+        let mut hidden = decoder.embed(&batch.tokens)?;
+        let mut layers = Vec::with_capacity(decoder.layers.len());
+        for (index, (layer, adapters)) in decoder.layers.iter().zip(adapters).enumerate() {
+            let context = Context { config: &decoder.config, layer, adapters, index, angles: &angles, masks };
+            let inside = context.inside(&hidden)?;
+            let inner = ops::swiglu(&inside.gate_up)?;
+            let next = inside.middle.f_add(&inner.f_linear(&layer.down, None::<&Tensor>)?)?;
+            layers.push(if keep { Kept::All(Box::new(inside)) } else { Kept::Input(hidden) });
+            hidden = next;
+        }
+        Ok(Self { angles, layers, output: hidden })
+    }
+
+    /// Output of the last layer, `[B, L, D]`.
+    pub(super) fn output(&self) -> &Tensor {
+        &self.output
+    }
+
+    /// Gradients of every example, in `lora`'s order, of the losses whose gradient with respect to [`Self::output`] is
+    /// `gradient`, times `scale`. Each layer's part is dropped when it has been used.
+    pub(super) fn backward(
+        self,
+        decoder: &Decoder,
+        adapters: &[Adapters],
+        lora: &Lora,
+        masks: &Masks,
+        gradient: Tensor,
+        scale: f64,
+    ) -> Result<Vec<Tensor>, LmError> {
+        let Self { angles, layers, .. } = self;
+        let back = angles.inverse()?;
+        let mut gradient = gradient;
+        let mut found = Vec::with_capacity(lora.tensors.len());
+        for (index, kept) in layers.into_iter().enumerate().rev() {
+            let (layer, adapters) = (&decoder.layers[index], &adapters[index]);
+            let context = Context { config: &decoder.config, layer, adapters, index, angles: &angles, masks };
+            let inside = match kept {
+                Kept::All(inside) => *inside,
+                Kept::Input(input) => context.inside(&input)?,
+            };
+            let (below, mut tensors) = context.backward(inside, gradient, &back, lora, scale)?;
+            // Layers come last to first; the whole is reversed below.
+            tensors.reverse();
+            found.append(&mut tensors);
+            match below {
+                Some(below) => gradient = below,
+                None => break,
+            }
+        }
+        found.reverse();
+        Ok(found)
+    }
+}
+
+/// One layer and what it is computed with.
+struct Context<'a> {
+    config: &'a DecoderConfig,
+    layer: &'a Layer,
+    adapters: &'a Adapters,
+    index: usize,
+    angles: &'a Angles,
+    masks: &'a Masks,
+}
+
+impl Context<'_> {
+    /// The layer up to the gate and up products.
+    fn inside(&self, input: &Tensor) -> Result<Inside, LmError> {
+        let epsilon = self.config.rms_norm_eps;
+        let normed = ops::rms_norm(input, &self.layer.input_norm, epsilon)?;
+        let mut qkv = normed.f_linear(&self.layer.qkv, self.layer.qkv_bias.as_ref())?;
+        if let Some(factors) = &self.adapters.qkv {
+            let low = self.masks.apply(&normed, self.index, Site::Attention)?.f_linear(&factors.a, None::<&Tensor>)?;
+            qkv = add_product(qkv, &low, &factors.b.f_tr()?)?;
+        }
+        let (q, k, v) = split_heads(&ops::rotate(qkv, self.config, self.angles)?, self.config)?;
+        let attention = ops::Attention::forward(q, k, v)?;
+        let attended = join_heads(&attention.output)?;
+        let mut middle = attended.f_linear(&self.layer.o, None::<&Tensor>)?;
+        if let Some(factors) = &self.adapters.o {
+            let low = self.masks.apply(&attended, self.index, Site::Output)?.f_linear(&factors.a, None::<&Tensor>)?;
+            middle = add_product(middle, &low, &factors.b.f_tr()?)?;
+        }
+        let _ = middle.f_add_(input)?;
+        let normed = ops::rms_norm(&middle, &self.layer.post_norm, epsilon)?;
+        let gate_up = normed.f_linear(&self.layer.gate_up, None::<&Tensor>)?;
+        Ok(Inside { input: input.shallow_clone(), attention, attended, middle, gate_up })
+    }
+
+    /// `(gradient of the layer's input, gradients of its adapter tensors)`. The first layer's input gradient is not
+    /// needed: nothing below it is trained.
+    fn backward(
+        &self,
+        inside: Inside,
+        gradient: Tensor,
+        back: &Angles,
+        lora: &Lora,
+        scale: f64,
+    ) -> Result<(Option<Tensor>, Vec<Tensor>), LmError> {
+        let epsilon = self.config.rms_norm_eps;
+        let Inside { input, attention, attended, middle, gate_up } = inside;
+        // Feed-forward: ∂middle = ∂out + norm'(W_guᵀ · swiglu'(W_dᵀ · ∂out)).
+        let inner = gradient.f_matmul(&self.layer.down)?;
+        let joint = ops::swiglu_backward(&inner, &gate_up)?;
+        drop((inner, gate_up));
+        let normed = joint.f_matmul(&self.layer.gate_up)?;
+        drop(joint);
+        let upper = ops::rms_norm_backward(&normed, &middle, &self.layer.post_norm, epsilon, Some(&gradient))?;
+        drop((normed, middle, gradient));
+        // Output projection.
+        let mut of_attended = upper.f_matmul(&self.layer.o)?;
+        let mut o_gradients = None;
+        if let Some(factors) = &self.adapters.o {
+            let seen = self.masks.apply(&attended, self.index, Site::Output)?;
+            let low = upper.f_matmul(&factors.b)?;
+            o_gradients = Some(factor_gradients(&seen, &upper, &low, factors)?);
+            let through = low.f_matmul(&factors.a)?;
+            of_attended = of_attended.f_add(&self.masks.apply(&through, self.index, Site::Output)?)?;
+        }
+        drop(attended);
+        // Attention and rotation.
+        let (batch, length, _) = of_attended.size3()?;
+        let heads = of_attended.f_reshape([batch, length, self.config.heads, self.config.head_dim])?;
+        let (q, k, v) = attention.backward(&heads.f_transpose(1, 2)?)?;
+        let joint = Tensor::f_cat(&[q.f_transpose(1, 2)?, k.f_transpose(1, 2)?, v.f_transpose(1, 2)?], 2)?;
+        let joint = ops::rotate(joint.f_reshape([batch, length, -1])?, self.config, back)?;
+        // Input projections.
+        let normed = ops::rms_norm(&input, &self.layer.input_norm, epsilon)?;
+        let mut qkv_gradients = None;
+        let mut through = None;
+        if let Some(factors) = &self.adapters.qkv {
+            let seen = self.masks.apply(&normed, self.index, Site::Attention)?;
+            let low = joint.f_matmul(&factors.b)?;
+            qkv_gradients = Some(factor_gradients(&seen, &joint, &low, factors)?);
+            through = Some(low);
+        }
+        let tensors = self.collect(qkv_gradients, o_gradients, lora, scale)?;
+        if self.index == 0 {
+            return Ok((None, tensors));
+        }
+        let mut of_normed = joint.f_matmul(&self.layer.qkv)?;
+        if let (Some(factors), Some(low)) = (&self.adapters.qkv, through) {
+            let through = low.f_matmul(&factors.a)?;
+            of_normed = of_normed.f_add(&self.masks.apply(&through, self.index, Site::Attention)?)?;
+        }
+        let below = ops::rms_norm_backward(&of_normed, &input, &self.layer.input_norm, epsilon, Some(&upper))?;
+        Ok((Some(below), tensors))
+    }
+
+    /// A and B gradients in float32, in the order of the targets.
+    fn collect(
+        &self,
+        qkv: Option<(Tensor, Tensor)>,
+        o: Option<(Tensor, Tensor)>,
+        lora: &Lora,
+        scale: f64,
+    ) -> Result<Vec<Tensor>, LmError> {
+        let rank = lora.config.rank;
+        let finish = |tensor: &Tensor, factor: f64| tensor.f_to_kind(Kind::Float).and_then(|t| t.f_mul_scalar(factor));
+        let mut tensors = Vec::new();
+        for (position, target) in lora.config.targets.iter().enumerate() {
+            let (joint, column) = match target {
+                Target::O => (&o, 0),
+                _ => (&qkv, position as i64 * rank),
+            };
+            let Some((a, b)) = joint else { continue };
+            let (first, rows) = match target {
+                Target::O => (0, self.config.hidden_size),
+                _ => rows_of(*target, self.config),
+            };
+            // The scale of LoRA is in the joined B, so it is in ∂A already; ∂B still lacks it.
+            tensors.push(finish(&a.f_narrow(1, column, rank)?, scale)?);
+            let block = b.f_narrow(1, first, rows)?.f_narrow(2, column, rank)?;
+            tensors.push(finish(&block, scale * lora.config.scale())?);
+        }
+        Ok(tensors)
+    }
+}
+
+/// `([B, R, in], [B, out, R])`: every example's gradients of joined factors, from the input that the adapter saw, the
+/// gradient of its output, and that gradient times B.
+fn factor_gradients(
+    input: &Tensor,
+    output: &Tensor,
+    low: &Tensor,
+    factors: &Factors,
+) -> Result<(Tensor, Tensor), LmError> {
+    let a = low.f_transpose(1, 2)?.f_bmm(input)?;
+    let seen = input.f_linear(&factors.a, None::<&Tensor>)?;
+    let b = output.f_transpose(1, 2)?.f_bmm(&seen)?;
+    Ok((a, b))
+}
+
+/// `sum + left · right`, in place.
+fn add_product(sum: Tensor, left: &Tensor, right: &Tensor) -> Result<Tensor, LmError> {
+    let shape = sum.size();
+    let width = shape.last().copied().unwrap_or_default();
+    let mut flat = sum.f_reshape([-1, width])?;
+    let _ = flat.f_addmm_(&left.f_reshape([-1, left.size().last().copied().unwrap_or_default()])?, right)?;
+    Ok(flat.f_reshape(shape)?)
+}

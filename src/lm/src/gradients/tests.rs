@@ -1,0 +1,219 @@
+use tch::{Kind, Tensor};
+
+use super::*;
+use crate::decoder::tests::{SHAPES, adapter, cpu, golden, largest_difference, tiny, wave};
+use crate::{checkpoint::Checkpoint, device::DtypeChoice};
+
+const BLOCK: usize = 32;
+
+/// Examples of uneven lengths and prefixes; one has a single label, one has none.
+fn examples() -> Vec<Example> {
+    let shapes = [(7, 1), (19, 4), (3, 2), (12, 12), (1, 1), (30, 1)];
+    let example = |(index, (length, prefix)): (usize, &(usize, usize))| Example {
+        tokens: (0..*length).map(|place| ((index * 37 + place * place * 11 + place * 5) % 64) as i64).collect(),
+        prefix: *prefix,
+        dropout_seed: index as u64,
+    };
+    shapes.iter().enumerate().map(example).collect()
+}
+
+/// Loss and gradients of one example by autograd through the plain forward pass.
+fn by_autograd(decoder: &Decoder, lora: &Lora, example: &Example) -> (f64, Vec<Tensor>) {
+    let tensors: Vec<(String, Tensor)> =
+        lora.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.copy().set_requires_grad(true))).collect();
+    let leaves: Vec<Tensor> = tensors.iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
+    let lora = Lora { config: lora.config.clone(), tensors };
+    let loss = plain_loss(decoder, &lora, example);
+    let Some(loss) = loss else {
+        return (0.0, leaves.iter().map(Tensor::zeros_like).collect());
+    };
+    (loss.double_value(&[]), Tensor::run_backward(&[loss], &leaves, false, false))
+}
+
+fn plain_loss(decoder: &Decoder, lora: &Lora, example: &Example) -> Option<Tensor> {
+    let first = example.prefix.max(1);
+    if first >= example.tokens.len() {
+        return None;
+    }
+    let ids = Tensor::from_slice(&example.tokens).unsqueeze(0);
+    let hidden = decoder.hidden(&ids, Some(lora)).unwrap().squeeze_dim(0);
+    let logits = hidden.linear(&decoder.output, None::<&Tensor>);
+    let count = (example.tokens.len() - first) as i64;
+    let predicted = logits.narrow(0, first as i64 - 1, count).log_softmax(-1, Kind::Float);
+    let labels = Tensor::from_slice(&example.tokens[first..]).unsqueeze(1);
+    Some(predicted.gather(1, &labels, false).neg().sum(Kind::Float) / BLOCK as f64)
+}
+
+#[test]
+fn gradients_are_those_of_autograd_one_example_at_a_time() {
+    for name in SHAPES {
+        let decoder = tiny(name);
+        let lora = adapter(&decoder, 0.0);
+        let examples = examples();
+        let found = example_gradients(&decoder, &lora, &examples, BLOCK).unwrap();
+        for (index, example) in examples.iter().enumerate() {
+            let (loss, gradients) = by_autograd(&decoder, &lora, example);
+            let row = index as i64;
+            assert!((found.losses.double_value(&[row]) - loss).abs() < 1e-5, "{name}, example {index}");
+            for ((tensor, gradient), expected) in lora.tensors.iter().zip(&found.gradients).zip(&gradients) {
+                let difference = largest_difference(&gradient.get(row), expected);
+                let scale = expected.abs().max().double_value(&[]);
+                assert!(
+                    difference <= 1e-6 + 1e-4 * scale,
+                    "{name}, example {index}, {}: {difference} of {scale}",
+                    tensor.0
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_are_those_of_finite_differences() {
+    let decoder = tiny("smollm2");
+    let mut lora = adapter(&decoder, 0.0);
+    let example = examples().remove(1);
+    let found = example_gradients(&decoder, &lora, std::slice::from_ref(&example), BLOCK).unwrap();
+    let loss = |lora: &Lora| -> f64 {
+        let (losses, _) = token_losses(&decoder, lora, std::slice::from_ref(&example)).unwrap();
+        losses[0] / BLOCK as f64
+    };
+    for index in 0..lora.tensors.len() {
+        // One direction per tensor: float32 leaves no digits for single elements.
+        let start = lora.tensors[index].1.copy();
+        let direction = wave(1000 + index, &start.size());
+        let step = 2e-3;
+        lora.tensors[index].1 = &start + &direction * step;
+        let above = loss(&lora);
+        lora.tensors[index].1 = &start - &direction * step;
+        let below = loss(&lora);
+        lora.tensors[index].1 = start;
+        let expected = (above - below) / (2.0 * step);
+        let along = (found.gradients[index].get(0) * &direction).sum(Kind::Double).double_value(&[]);
+        assert!((along - expected).abs() < 1e-3 + 0.01 * expected.abs(), "{}: {along}, {expected}", lora.tensors[index].0);
+    }
+}
+
+#[test]
+fn an_example_does_not_depend_on_its_company() {
+    let decoder = tiny("llama3");
+    for dropout in [0.0, 0.3] {
+        let lora = adapter(&decoder, dropout);
+        let examples = examples();
+        let together = example_gradients(&decoder, &lora, &examples, BLOCK).unwrap();
+        for (index, example) in examples.iter().enumerate() {
+            let alone = example_gradients(&decoder, &lora, std::slice::from_ref(example), BLOCK).unwrap();
+            for (together, alone) in together.gradients.iter().zip(&alone.gradients) {
+                let difference = largest_difference(&together.get(index as i64), &alone.get(0));
+                assert!(difference < 1e-6, "dropout {dropout}, example {index}: {difference}");
+            }
+        }
+    }
+}
+
+#[test]
+fn dropout_changes_with_its_seed_alone() {
+    let decoder = tiny("llama3");
+    let lora = adapter(&decoder, 0.5);
+    let loss = |seed: u64| {
+        let mut example = examples().remove(1);
+        example.dropout_seed = seed;
+        example_gradients(&decoder, &lora, &[example], BLOCK).unwrap().losses.double_value(&[0])
+    };
+    assert_eq!(loss(1), loss(1));
+    assert_ne!(loss(1), loss(2));
+}
+
+#[test]
+fn recomputing_a_layer_changes_nothing() {
+    let decoder = tiny("smollm2");
+    let lora = adapter(&decoder, 0.2);
+    let examples = examples();
+    tch::no_grad(|| {
+        let batch = Batch::new(&decoder, &examples).unwrap();
+        let adapters = adapters(&decoder, &lora).unwrap();
+        let masks = dropout::Masks::new(&lora, &decoder, &examples, batch.length);
+        let run = |keep| {
+            let tape = backward::Tape::forward(&decoder, &adapters, &batch, &masks, keep).unwrap();
+            let (_, gradient) = loss::with_gradient(&decoder, tape.output(), &batch).unwrap();
+            tape.backward(&decoder, &adapters, &lora, &masks, gradient, 1.0).unwrap()
+        };
+        for (kept, recomputed) in run(true).iter().zip(&run(false)) {
+            assert_eq!(largest_difference(kept, recomputed), 0.0);
+        }
+    });
+}
+
+#[test]
+fn bf16_points_the_same_way() {
+    if !crate::device::cpu_multiplies_bf16() {
+        return;
+    }
+    let wide = tiny("smollm2");
+    let narrow = Decoder::load(&Checkpoint::open(&golden("smollm2")).unwrap(), cpu(DtypeChoice::Bf16)).unwrap();
+    let lora = adapter(&wide, 0.0);
+    let examples = examples();
+    let flat = |decoder: &Decoder| {
+        let found = example_gradients(decoder, &lora, &examples, BLOCK).unwrap().gradients;
+        Tensor::cat(&found.iter().map(|gradient| gradient.flatten(1, -1)).collect::<Vec<_>>(), 1)
+    };
+    let (expected, found) = (flat(&wide), flat(&narrow));
+    for (index, example) in examples.iter().enumerate() {
+        if labels(example).is_empty() {
+            continue;
+        }
+        let (expected, found) = (expected.get(index as i64), found.get(index as i64));
+        let cosine = Tensor::cosine_similarity(&found, &expected, 0, 1e-12).double_value(&[]);
+        assert!(cosine > 0.995, "example {index}: {cosine}");
+    }
+}
+
+#[test]
+fn losses_and_label_counts_agree() {
+    let decoder = tiny("qwen2");
+    let lora = adapter(&decoder, 0.0);
+    let examples = examples();
+    let (losses, counts) = token_losses(&decoder, &lora, &examples).unwrap();
+    let found = example_gradients(&decoder, &lora, &examples, BLOCK).unwrap();
+    for (index, loss) in losses.iter().enumerate() {
+        assert!((loss / BLOCK as f64 - found.losses.double_value(&[index as i64])).abs() < 1e-5);
+    }
+    assert_eq!(counts, [6, 15, 1, 0, 0, 29]);
+}
+
+#[test]
+fn no_examples_give_empty_tensors() {
+    let decoder = tiny("qwen2");
+    let lora = adapter(&decoder, 0.0);
+    let found = example_gradients(&decoder, &lora, &[], BLOCK).unwrap();
+    assert_eq!(found.losses.size(), [0]);
+    assert_eq!(found.gradients[0].size(), [0, 3, 32]);
+}
+
+#[test]
+fn what_the_model_cannot_read_is_an_error() {
+    let decoder = tiny("qwen2");
+    let lora = adapter(&decoder, 0.0);
+    let example = |tokens: Vec<i64>| Example { tokens, prefix: 1, dropout_seed: 0 };
+    for tokens in [vec![1, 64], vec![1, -1], vec![1; 129]] {
+        assert!(example_gradients(&decoder, &lora, &[example(tokens)], BLOCK).is_err());
+    }
+    let other = adapter(&tiny("smollm2"), 0.0);
+    let error = example_gradients(&decoder, &other, &[example(vec![1, 2])], BLOCK).err().unwrap();
+    assert!(error.to_string().contains("another model"), "{error}");
+}
+
+#[test]
+fn micro_batches_hold_every_example_once() {
+    let lengths = [5, 100, 7, 7, 64, 1, 30, 200];
+    for tokens in [1, 64, 130, 1000] {
+        let batches = micro_batches(&lengths, tokens);
+        let mut all: Vec<usize> = batches.iter().flatten().copied().collect();
+        all.sort_unstable();
+        assert_eq!(all, (0..lengths.len()).collect::<Vec<_>>());
+        for batch in &batches {
+            let longest = batch.iter().map(|&index| lengths[index]).max().unwrap();
+            assert!(batch.len() == 1 || batch.len() * longest <= tokens, "{tokens}: {batch:?}");
+        }
+    }
+}

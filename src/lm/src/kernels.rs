@@ -1,0 +1,295 @@
+//! Elementwise parts of a layer in one pass each, for CPU.
+//!
+//! libtorch runs them as chains of operations, each of which reads and writes everything; on a CPU that is a quarter of a
+//! training step. All arithmetic is in float32, whatever the elements are. One thread: whoever calls has split the work
+//! already (see [`crate::workers`]).
+
+use half::bf16;
+
+/// What a tensor of the compute kind holds.
+pub(crate) trait Element: Copy + Send + Sync + 'static {
+    /// libtorch's name for it.
+    const KIND: tch::Kind;
+    fn wide(self) -> f32;
+    fn narrow(value: f32) -> Self;
+}
+
+impl Element for f32 {
+    const KIND: tch::Kind = tch::Kind::Float;
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn narrow(value: f32) -> Self {
+        value
+    }
+}
+
+impl Element for bf16 {
+    const KIND: tch::Kind = tch::Kind::BFloat16;
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    #[inline(always)]
+    fn narrow(value: f32) -> Self {
+        // Round to nearest, ties to even. `half` handles NaN by a branch, which would stop the compiler from using
+        // vectors; here a NaN whose payload is all in the low bits may become an infinity, and both are caught as not
+        // finite.
+        let bits = value.to_bits();
+        Self::from_bits((bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16)
+    }
+}
+
+/// Declares functions that are compiled a second time for AVX-512, and chosen by what the CPU has.
+macro_rules! kernels {
+    ($($(#[$doc:meta])* fn $name:ident / $body:ident <E: Element>($($argument:ident: $type:ty),* $(,)?);)*) => {$(
+        $(#[$doc])*
+        pub(crate) fn $name<E: Element>($($argument: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                fn vectors<E: Element>($($argument: $type),*) {
+                    $body::<E>($($argument),*)
+                }
+                if has_avx512() {
+                    // SAFETY: the CPU has the instructions that the function was compiled for.
+                    return unsafe { vectors::<E>($($argument),*) };
+                }
+            }
+            $body::<E>($($argument),*)
+        }
+    )*};
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx512() -> bool {
+    std::is_x86_feature_detected!("avx512f")
+        && std::is_x86_feature_detected!("avx512bw")
+        && std::is_x86_feature_detected!("avx512dq")
+        && std::is_x86_feature_detected!("avx512vl")
+        && std::is_x86_feature_detected!("fma")
+}
+
+kernels! {
+    /// RMSNorm of rows as wide as `weight`; rounded before the weight is applied, as transformers does.
+    fn rms_norm / rms_norm_body<E: Element>(x: &[E], weight: &[E], epsilon: f32, out: &mut [E]);
+    /// `plus` + the gradient of [`rms_norm`] with respect to `x`.
+    fn rms_norm_backward / rms_norm_backward_body<E: Element>(
+        gradient: &[E], x: &[E], weight: &[E], epsilon: f32, plus: Option<&[E]>, out: &mut [E],
+    );
+    /// silu(gate) · up of rows `[gate, up]`, each `inner` wide.
+    fn swiglu / swiglu_body<E: Element>(gate_up: &[E], inner: usize, out: &mut [E]);
+    /// Gradient of [`swiglu`] with respect to `gate_up`.
+    fn swiglu_backward / swiglu_backward_body<E: Element>(
+        gradient: &[E], gate_up: &[E], inner: usize, out: &mut [E],
+    );
+    /// Cross-entropy of rows of logits as wide as `vocab`; each row becomes its gradient.
+    fn cross_entropy / cross_entropy_body<E: Element>(
+        logits: &mut [E], vocab: usize, labels: &[i64], losses: &mut [f32],
+    );
+    /// Turns the first `turned` heads of each row in place; rows are positions 0, 1, … `length` - 1, again and again.
+    fn rotate / rotate_body<E: Element>(rows: &mut [E], heads: Heads, cos: &[E], sin: &[E]);
+}
+
+/// How a row of joined heads is laid out.
+#[derive(Clone, Copy)]
+pub(crate) struct Heads {
+    /// Heads in a row.
+    pub(crate) all: usize,
+    /// Of those, how many are rotated.
+    pub(crate) turned: usize,
+    /// Width of a head.
+    pub(crate) width: usize,
+}
+
+const LANES: usize = 32;
+
+/// Sum of f(i) over 0..count in a fixed order, with `LANES` partial sums.
+#[inline(always)]
+fn sum(count: usize, f: impl Fn(usize) -> f32) -> f32 {
+    let mut partial = [0f32; LANES];
+    let whole = count / LANES * LANES;
+    for first in (0..whole).step_by(LANES) {
+        for (lane, partial) in partial.iter_mut().enumerate() {
+            *partial += f(first + lane);
+        }
+    }
+    let tail: f32 = (whole..count).map(&f).sum();
+    partial.iter().sum::<f32>() + tail
+}
+
+#[inline(always)]
+fn rms_norm_body<E: Element>(x: &[E], weight: &[E], epsilon: f32, out: &mut [E]) {
+    let width = weight.len();
+    for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+        let squares = sum(width, |at| x[at].wide() * x[at].wide());
+        let inverse = 1.0 / (squares / width as f32 + epsilon).sqrt();
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = E::narrow(E::narrow(x.wide() * inverse).wide() * weight.wide());
+        }
+    }
+}
+
+/// With r = 1/√(mean x² + ε) and g = ∂y·w: ∂x = r·(g − x·r²·mean(g·x)).
+#[inline(always)]
+fn rms_norm_backward_body<E: Element>(
+    gradient: &[E],
+    x: &[E],
+    weight: &[E],
+    epsilon: f32,
+    plus: Option<&[E]>,
+    out: &mut [E],
+) {
+    let width = weight.len();
+    for (row, (x, out)) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).enumerate() {
+        let here = row * width..(row + 1) * width;
+        let gradient = &gradient[here.clone()];
+        let squares = sum(width, |at| x[at].wide() * x[at].wide());
+        let dot = sum(width, |at| gradient[at].wide() * weight[at].wide() * x[at].wide());
+        let inverse = 1.0 / (squares / width as f32 + epsilon).sqrt();
+        let shift = inverse * inverse * dot / width as f32;
+        let value = |at: usize| (gradient[at].wide() * weight[at].wide() - x[at].wide() * shift) * inverse;
+        match plus {
+            None => {
+                for (at, out) in out.iter_mut().enumerate() {
+                    *out = E::narrow(value(at));
+                }
+            }
+            Some(plus) => {
+                for (at, (out, plus)) in out.iter_mut().zip(&plus[here]).enumerate() {
+                    *out = E::narrow(value(at) + plus.wide());
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+#[inline(always)]
+fn swiglu_body<E: Element>(gate_up: &[E], inner: usize, out: &mut [E]) {
+    for (row, out) in gate_up.chunks_exact(2 * inner).zip(out.chunks_exact_mut(inner)) {
+        let (gate, up) = row.split_at(inner);
+        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+            let gate = gate.wide();
+            *out = E::narrow(gate * sigmoid(gate) * up.wide());
+        }
+    }
+}
+
+#[inline(always)]
+fn swiglu_backward_body<E: Element>(gradient: &[E], gate_up: &[E], inner: usize, out: &mut [E]) {
+    let rows = gate_up.chunks_exact(2 * inner).zip(out.chunks_exact_mut(2 * inner));
+    for ((row, out), gradient) in rows.zip(gradient.chunks_exact(inner)) {
+        let (gate, up) = row.split_at(inner);
+        let (of_gate, of_up) = out.split_at_mut(inner);
+        for at in 0..inner {
+            let (gate, up, gradient) = (gate[at].wide(), up[at].wide(), gradient[at].wide());
+            let open = sigmoid(gate);
+            of_gate[at] = E::narrow(gradient * up * open * (1.0 + gate * (1.0 - open)));
+            of_up[at] = E::narrow(gradient * gate * open);
+        }
+    }
+}
+
+#[inline(always)]
+fn cross_entropy_body<E: Element>(logits: &mut [E], vocab: usize, labels: &[i64], losses: &mut [f32]) {
+    for ((row, label), loss) in logits.chunks_exact_mut(vocab).zip(labels).zip(losses) {
+        let best = largest(row);
+        let total = sum(vocab, |at| exp(row[at].wide() - best));
+        let wanted = row[*label as usize].wide();
+        *loss = best + total.ln() - wanted;
+        let inverse = 1.0 / total;
+        for value in row.iter_mut() {
+            *value = E::narrow(exp(value.wide() - best) * inverse);
+        }
+        // From the unrounded probability: near 1 the rounded one has lost what matters.
+        row[*label as usize] = E::narrow(exp(wanted - best) * inverse - 1.0);
+    }
+}
+
+#[inline(always)]
+fn largest<E: Element>(row: &[E]) -> f32 {
+    let mut best = [f32::NEG_INFINITY; LANES];
+    let (blocks, rest) = row.as_chunks::<LANES>();
+    for block in blocks {
+        for (best, value) in best.iter_mut().zip(block) {
+            let value = value.wide();
+            *best = if value > *best { value } else { *best };
+        }
+    }
+    rest.iter().map(|value| value.wide()).chain(best).fold(f32::NEG_INFINITY, f32::max)
+}
+
+#[inline(always)]
+fn rotate_body<E: Element>(rows: &mut [E], heads: Heads, cos: &[E], sin: &[E]) {
+    let half = heads.width / 2;
+    let length = cos.len() / half;
+    for (row, values) in rows.chunks_exact_mut(heads.all * heads.width).enumerate() {
+        let at = row % length * half;
+        let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
+        for head in values.chunks_exact_mut(heads.width).take(heads.turned) {
+            let (first, second) = head.split_at_mut(half);
+            for (((first, second), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                let (a, b, cos, sin) = (first.wide(), second.wide(), cos.wide(), sin.wide());
+                *first = E::narrow(a * cos - b * sin);
+                *second = E::narrow(b * cos + a * sin);
+            }
+        }
+    }
+}
+
+/// exp(x) to 2 units in the last place for |x| ≤ 87 and the bound's value beyond, in steps that the compiler
+/// vectorises (the library's is a call each).
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const SHIFT: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to a whole number in the low bits.
+    let x = if x > -87.0 { x } else { -87.0 };
+    let x = if x < 87.0 { x } else { 87.0 };
+    let shifted = x * std::f32::consts::LOG2_E + SHIFT;
+    let whole = shifted - SHIFT;
+    // Cody and Waite: ln 2 in two parts.
+    let rest = (x - whole * 0.693_359_4) - whole * -2.121_944_4e-4;
+    let series = 1.0 / 5040.0;
+    let series = series * rest + 1.0 / 720.0;
+    let series = series * rest + 1.0 / 120.0;
+    let series = series * rest + 1.0 / 24.0;
+    let series = series * rest + 1.0 / 6.0;
+    let series = series * rest + 0.5;
+    let series = series * rest + 1.0;
+    let series = series * rest + 1.0;
+    let exponent = (shifted.to_bits().wrapping_sub(SHIFT.to_bits()).wrapping_add(127)) << 23;
+    series * f32::from_bits(exponent)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close() {
+        for step in -8700..=8700 {
+            let x = step as f32 / 100.0;
+            let exact = f64::from(x).exp();
+            assert!((f64::from(exp(x)) / exact - 1.0).abs() < 4e-7, "{x}");
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(-1e30) < 1e-37 && exp(f32::NEG_INFINITY) < 1e-37);
+    }
+
+    #[test]
+    fn narrowing_rounds_as_half_does() {
+        for step in 0..100_000u32 {
+            let value = f32::from_bits(0x3f00_0000 + step * 77);
+            assert_eq!(<bf16 as Element>::narrow(value), bf16::from_f32(value));
+            assert_eq!(<bf16 as Element>::narrow(-value), bf16::from_f32(-value));
+        }
+        assert!(!<bf16 as Element>::narrow(f32::NAN).wide().is_finite());
+        assert!(!<bf16 as Element>::narrow(f32::INFINITY).wide().is_finite());
+    }
+}

@@ -1,0 +1,264 @@
+//! The elementwise parts of a layer and their gradients, and attention with its gradient.
+//!
+//! Each has one definition in libtorch's operations, which runs on every device; on CPU a kernel of our own does the same
+//! in one pass ([`crate::kernels`]). None of them is differentiable: the gradients are here too.
+
+use half::bf16;
+use tch::{Device, Kind, Tensor};
+
+use crate::LmError;
+use crate::checkpoint::DecoderConfig;
+use crate::decoder::layer;
+use crate::decoder::rope::{self, Angles};
+use crate::kernels::{self, Element, Heads};
+
+/// Runs the block with `E` as the element type of `$tensor`, where our kernels can compute on it; else `$otherwise`.
+macro_rules! on_cpu {
+    ($tensor:expr, $E:ident => $kernel:block, $otherwise:expr) => {
+        match ($tensor.device(), $tensor.kind()) {
+            (Device::Cpu, Kind::BFloat16) => {
+                type $E = bf16;
+                $kernel
+            }
+            (Device::Cpu, Kind::Float) => {
+                type $E = f32;
+                $kernel
+            }
+            _ => $otherwise,
+        }
+    };
+}
+
+/// RMSNorm of the last dimension.
+pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor, LmError> {
+    on_cpu!(x, E => {
+        let x = x.f_contiguous()?;
+        let mut out = x.f_empty_like()?;
+        kernels::rms_norm::<E>(values(&x)?, values(weight)?, epsilon as f32, values_mut(&mut out)?);
+        Ok(out)
+    }, layer::rms_norm(x, weight, epsilon))
+}
+
+/// Gradient of [`rms_norm`] with respect to `x`, plus `plus`: the gradient that came around the norm.
+///
+/// With r = 1/√(mean x² + ε) and g = ∂y·w: ∂x = r·(g − x·r²·mean(g·x)).
+pub(crate) fn rms_norm_backward(
+    gradient: &Tensor,
+    x: &Tensor,
+    weight: &Tensor,
+    epsilon: f64,
+    plus: Option<&Tensor>,
+) -> Result<Tensor, LmError> {
+    on_cpu!(x, E => {
+        let (x, gradient) = (x.f_contiguous()?, gradient.f_contiguous()?);
+        let plus = plus.map(Tensor::f_contiguous).transpose()?;
+        let plus = plus.as_ref().map(values).transpose()?;
+        let mut out = x.f_empty_like()?;
+        let (weight, epsilon) = (values(weight)?, epsilon as f32);
+        kernels::rms_norm_backward::<E>(values(&gradient)?, values(&x)?, weight, epsilon, plus, values_mut(&mut out)?);
+        Ok(out)
+    }, {
+        let kind = x.kind();
+        let x = x.f_to_kind(Kind::Float)?;
+        let weighted = gradient.f_to_kind(Kind::Float)?.f_mul(&weight.f_to_kind(Kind::Float)?)?;
+        let mean = |values: Tensor| values.f_mean_dim(-1i64, true, Kind::Float);
+        let inverse = mean(x.f_square()?)?.f_add_scalar(epsilon)?.f_rsqrt()?;
+        let shift = mean(weighted.f_mul(&x)?)?.f_mul(&inverse.f_square()?)?;
+        let own = weighted.f_sub(&x.f_mul(&shift)?)?.f_mul(&inverse)?;
+        let whole = match plus {
+            Some(plus) => own.f_add(plus)?,
+            None => own,
+        };
+        Ok(whole.f_to_kind(kind)?)
+    })
+}
+
+/// silu(gate) · up, of `[…, 2 · inner]`.
+pub(crate) fn swiglu(gate_up: &Tensor) -> Result<Tensor, LmError> {
+    on_cpu!(gate_up, E => {
+        let gate_up = gate_up.f_contiguous()?;
+        let (shape, inner) = halved(&gate_up);
+        let mut out = Tensor::f_empty(shape, (E::KIND, Device::Cpu))?;
+        kernels::swiglu::<E>(values(&gate_up)?, inner, values_mut(&mut out)?);
+        Ok(out)
+    }, layer::swiglu(gate_up))
+}
+
+/// Gradient of [`swiglu`] with respect to `gate_up`.
+pub(crate) fn swiglu_backward(gradient: &Tensor, gate_up: &Tensor) -> Result<Tensor, LmError> {
+    on_cpu!(gate_up, E => {
+        let (gate_up, gradient) = (gate_up.f_contiguous()?, gradient.f_contiguous()?);
+        let mut out = gate_up.f_empty_like()?;
+        let inner = halved(&gate_up).1;
+        kernels::swiglu_backward::<E>(values(&gradient)?, values(&gate_up)?, inner, values_mut(&mut out)?);
+        Ok(out)
+    }, {
+        let inner = halved(gate_up).1 as i64;
+        let (gate, up) = (gate_up.f_narrow(-1, 0, inner)?, gate_up.f_narrow(-1, inner, inner)?);
+        let of_gate = gate.f_silu_backward(&gradient.f_mul(&up)?)?;
+        let of_up = gradient.f_mul(&gate.f_silu()?)?;
+        Ok(Tensor::f_cat(&[of_gate, of_up], -1)?)
+    })
+}
+
+/// `([rows] f32 losses, [rows, vocab])`: cross-entropy of each row of logits, and its gradient with respect to them. The
+/// logits are used up.
+pub(crate) fn cross_entropy(logits: Tensor, labels: &Tensor) -> Result<(Tensor, Tensor), LmError> {
+    let (rows, vocab) = logits.size2()?;
+    on_cpu!(logits, E => {
+        let mut logits = logits.f_contiguous()?;
+        let labels = Vec::<i64>::try_from(labels)?;
+        let mut losses = vec![0f32; rows as usize];
+        kernels::cross_entropy::<E>(values_mut(&mut logits)?, vocab as usize, &labels, &mut losses);
+        Ok((Tensor::f_from_slice(&losses)?, logits))
+    }, {
+        let labels = labels.f_unsqueeze(1)?;
+        let log_probabilities = logits.f_log_softmax(-1, Kind::Float)?;
+        let losses = log_probabilities.f_gather(1, &labels, false)?.f_squeeze_dim(1)?.f_neg()?;
+        let mut gradient = log_probabilities.f_exp()?;
+        let minus_one = Tensor::f_full_like(&labels, -1.0)?.f_to_kind(Kind::Float)?;
+        let _ = gradient.f_scatter_add_(1, &labels, &minus_one)?;
+        Ok((losses, gradient.f_to_kind(logits.kind())?))
+    })
+}
+
+/// Turns the query and key heads of `[batch, length, q + k + v]` by the angles of their positions; the input is used up.
+pub(crate) fn rotate(qkv: Tensor, config: &DecoderConfig, angles: &Angles) -> Result<Tensor, LmError> {
+    let (heads, turned, width) = (config.heads + 2 * config.kv_heads, config.heads + config.kv_heads, config.head_dim);
+    on_cpu!(qkv, E => {
+        let mut qkv = qkv.f_contiguous()?;
+        let heads = Heads { all: heads as usize, turned: turned as usize, width: width as usize };
+        let (cos, sin) = (angles.cos.f_contiguous()?, angles.sin.f_contiguous()?);
+        kernels::rotate::<E>(values_mut(&mut qkv)?, heads, values(&cos)?, values(&sin)?);
+        Ok(qkv)
+    }, {
+        let (batch, length, all) = qkv.size3()?;
+        let split = qkv.f_reshape([batch, length, heads, width])?;
+        let front = rope::rotate(&split.f_narrow(2, 0, turned)?, angles)?;
+        Ok(Tensor::f_cat(&[front, split.f_narrow(2, turned, heads - turned)?], 2)?.f_reshape([batch, length, all])?)
+    })
+}
+
+/// Shape with the last dimension halved, and that half.
+fn halved(tensor: &Tensor) -> (Vec<i64>, usize) {
+    let mut shape = tensor.size();
+    let last = shape.last_mut();
+    let inner = last.map_or(0, |last| {
+        *last /= 2;
+        *last
+    });
+    (shape, inner as usize)
+}
+
+/// The values of a contiguous tensor on CPU.
+fn values<E: Element>(tensor: &Tensor) -> Result<&[E], LmError> {
+    check::<E>(tensor)?;
+    // SAFETY: the memory is on this machine, contiguous and of this type (checked), and lives as long as the tensor.
+    Ok(unsafe { std::slice::from_raw_parts(pointer(tensor), tensor.numel()) })
+}
+
+/// The same, to write. The caller made the tensor, so that nothing else reads it.
+fn values_mut<E: Element>(tensor: &mut Tensor) -> Result<&mut [E], LmError> {
+    check::<E>(tensor)?;
+    // SAFETY: as above, and no other slice of this tensor exists while it is borrowed mutably.
+    Ok(unsafe { std::slice::from_raw_parts_mut(pointer(tensor), tensor.numel()) })
+}
+
+/// A slice of nothing still needs an aligned pointer, and libtorch has none for an empty tensor.
+fn pointer<E: Element>(tensor: &Tensor) -> *mut E {
+    match tensor.numel() {
+        0 => std::ptr::NonNull::dangling().as_ptr(),
+        _ => tensor.data_ptr().cast(),
+    }
+}
+
+fn check<E: Element>(tensor: &Tensor) -> Result<(), LmError> {
+    match tensor.device() == Device::Cpu && tensor.kind() == E::KIND && tensor.is_contiguous() {
+        true => Ok(()),
+        false => Err(LmError::Malformed(format!(
+            "a tensor of {:?} on {:?} where {:?} on CPU was expected",
+            tensor.kind(),
+            tensor.device(),
+            E::KIND
+        ))),
+    }
+}
+
+/// Causal attention and what its gradient needs.
+pub(crate) struct Attention {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    /// `[batch, heads, length, head_dim]`.
+    pub(crate) output: Tensor,
+    /// Row-wise log of the sum of exponentials, where the kernel gave it.
+    normaliser: Option<Tensor>,
+}
+
+impl Attention {
+    /// Attention of q `[batch, heads, length, head_dim]` to k and v, which may have fewer heads.
+    pub(crate) fn forward(q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
+        if q.device() == Device::Cpu {
+            let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
+            let (output, normaliser) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
+                &q, &wide_k, &wide_v, 0.0, true, None::<&Tensor>, None,
+            )?;
+            return Ok(Self { q, k, v, output, normaliser: Some(normaliser) });
+        }
+        // Autograd over this one operation: its kernels differ by device, kind and head width.
+        let leaf = |tensor: Tensor| tensor.f_detach()?.f_set_requires_grad(true);
+        let (q, k, v) = (leaf(q)?, leaf(k)?, leaf(v)?);
+        let output = tch::with_grad(|| -> Result<Tensor, LmError> {
+            let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
+            let none = None::<&Tensor>;
+            Ok(Tensor::f_scaled_dot_product_attention(&q, &wide_k, &wide_v, none, 0.0, true, None, false)?)
+        })?;
+        Ok(Self { q, k, v, output, normaliser: None })
+    }
+
+    /// The output alone, where no gradient is wanted.
+    pub(crate) fn inference(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, LmError> {
+        let (wide_k, wide_v) = (repeated(k, q)?, repeated(v, q)?);
+        Ok(Tensor::f_scaled_dot_product_attention(q, &wide_k, &wide_v, None::<&Tensor>, 0.0, true, None, false)?)
+    }
+
+    /// Gradients of q, k and v, of which the output's gradient is `gradient`.
+    pub(crate) fn backward(self, gradient: &Tensor) -> Result<(Tensor, Tensor, Tensor), LmError> {
+        let Self { q, k, v, output, normaliser } = self;
+        let Some(normaliser) = normaliser else {
+            let objective = tch::with_grad(|| output.f_mul(gradient)?.f_sum(Kind::Float))?;
+            let found = Tensor::f_run_backward(&[objective], &[&q, &k, &v], false, false)?;
+            return match <[Tensor; 3]>::try_from(found) {
+                Ok([q, k, v]) => Ok((q, k, v)),
+                Err(_) => Err(LmError::Malformed("attention: libtorch gave no gradient".into())),
+            };
+        };
+        let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
+        let (of_q, of_k, of_v) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward(
+            gradient, &q, &wide_k, &wide_v, &output, &normaliser, 0.0, true, None::<&Tensor>, None,
+        )?;
+        Ok((of_q, summed(&of_k, &k)?, summed(&of_v, &v)?))
+    }
+}
+
+/// Key-value heads, one for each query head.
+fn repeated(heads: &Tensor, q: &Tensor) -> Result<Tensor, LmError> {
+    let repeats = q.size()[1] / heads.size()[1];
+    match repeats {
+        1 => Ok(heads.shallow_clone()),
+        _ => Ok(heads.f_repeat_interleave_self_int(repeats, 1, None::<i64>)?),
+    }
+}
+
+/// The reverse: gradients of the copies, summed by head.
+fn summed(gradient: &Tensor, heads: &Tensor) -> Result<Tensor, LmError> {
+    let [batch, wide, length, width] = <[i64; 4]>::from(gradient.size4()?);
+    let count = heads.size()[1];
+    match wide / count {
+        1 => Ok(gradient.shallow_clone()),
+        repeats => {
+            let groups = gradient.f_reshape([batch, count, repeats, length, width])?;
+            Ok(groups.f_sum_dim_intlist(2i64, false, gradient.kind())?)
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! Text to token ids and back, by the `tokenizers` library.
+//!
+//! Two readings of a text exist. Parsing: `<|im_end|>` in it is the control token. Plain: it is ten ordinary
+//! characters. Training on people's text takes the plain one, or a record could end itself or open a system turn.
+
+mod from_gguf;
+
+use std::path::Path;
+
+use serde_json::Value;
+use tokenizers::TruncationParams;
+
+use crate::checkpoint::read_json;
+use crate::gguf::Gguf;
+use crate::LmError;
+
+/// A tokenizer with its special tokens and chat template.
+#[derive(Clone)]
+pub struct Tokenizer {
+    /// Parses special tokens in a text.
+    parsing: tokenizers::Tokenizer,
+    /// Takes special tokens in a text for ordinary characters.
+    plain: tokenizers::Tokenizer,
+    chat_template: Option<String>,
+    named: NamedTokens,
+}
+
+/// Special tokens that chat templates call by name.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct NamedTokens {
+    pub(crate) bos: Option<String>,
+    pub(crate) eos: Option<String>,
+}
+
+impl Tokenizer {
+    /// From `tokenizer.json` of a Hugging Face folder, with `tokenizer_config.json` and `chat_template.jinja`.
+    pub fn from_folder(folder: &Path) -> Result<Self, LmError> {
+        let path = folder.join("tokenizer.json");
+        if !path.is_file() {
+            return Err(LmError::Malformed(format!(
+                "{}: no tokenizer.json\nhelp: save the model's tokenizer there with `save_pretrained` of a fast \
+                 tokenizer, or use a GGUF file, which carries its own",
+                folder.display()
+            )));
+        }
+        let mut tokenizer = tokenizers::Tokenizer::from_file(&path).map_err(|error| {
+            LmError::Malformed(format!("{}: not a tokenizer: {error}\nhelp: download the model again", path.display()))
+        })?;
+        // A file may carry the truncation and padding of whoever saved it; here, the caller decides both.
+        tokenizer.with_padding(None);
+        tokenizer
+            .with_truncation(None)
+            .map_err(|error| LmError::Malformed(format!("{}: {error}", path.display())))?;
+        let config = folder.join("tokenizer_config.json");
+        let config = if config.is_file() { read_json(&config)? } else { Value::Null };
+        let template = folder.join("chat_template.jinja");
+        let chat_template = match template.is_file() {
+            true => Some(std::fs::read_to_string(&template).map_err(|error| {
+                LmError::Malformed(format!("{}: {error}", template.display()))
+            })?),
+            false => config.get("chat_template").and_then(default_template),
+        };
+        let named = NamedTokens { bos: token_text(&config, "bos_token"), eos: token_text(&config, "eos_token") };
+        Ok(Self::new(tokenizer, chat_template, named))
+    }
+
+    /// From the metadata of a GGUF file.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self, LmError> {
+        let definition = from_gguf::definition(gguf)?;
+        let tokenizer = serde_json::from_value(definition)
+            .map_err(|error| gguf.malformed(&format!("tokenizer.ggml.*: not a tokenizer: {error}")))?;
+        let tokens = gguf.texts("tokenizer.ggml.tokens")?;
+        let named = |key: &str| {
+            let id = gguf.integer(key).and_then(|id| usize::try_from(id).ok())?;
+            tokens.get(id).map(|token| token.to_string())
+        };
+        let named = NamedTokens { bos: named("tokenizer.ggml.bos_token_id"), eos: named("tokenizer.ggml.eos_token_id") };
+        let chat_template = gguf.text("tokenizer.chat_template").ok().map(str::to_string);
+        Ok(Self::new(tokenizer, chat_template, named))
+    }
+
+    fn new(parsing: tokenizers::Tokenizer, chat_template: Option<String>, named: NamedTokens) -> Self {
+        let mut plain = parsing.clone();
+        plain.set_encode_special_tokens(true);
+        Self { parsing, plain, chat_template, named }
+    }
+
+    /// The same tokenizer, cutting texts at `limit` tokens, those that it adds included.
+    pub(crate) fn truncated(mut self, limit: usize) -> Result<Self, LmError> {
+        for tokenizer in [&mut self.parsing, &mut self.plain] {
+            let truncation = TruncationParams { max_length: limit, ..TruncationParams::default() };
+            tokenizer.with_truncation(Some(truncation)).map_err(|_| {
+                LmError::Malformed(format!(
+                    "sentence_bert_config.json: max_seq_length {limit} has no room for the tokens that begin and end \
+                     a text\nhelp: raise it"
+                ))
+            })?;
+        }
+        Ok(self)
+    }
+
+    /// Token ids of `text`; `special` adds the model's own begin/end tokens and parses special tokens in the text.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<i64>, LmError> {
+        let encoding = self.reading(special).encode_fast(text, special).map_err(failed)?;
+        Ok(ids(&encoding))
+    }
+
+    /// Many texts, on several threads.
+    pub fn encode_batch(&self, texts: &[&str], special: bool) -> Result<Vec<Vec<i64>>, LmError> {
+        let encodings = self.reading(special).encode_batch_fast(texts.to_vec(), special).map_err(failed)?;
+        Ok(encodings.iter().map(ids).collect())
+    }
+
+    /// Token ids of `text` with its special tokens parsed, and nothing added: for text that a template made.
+    pub fn encode_template(&self, text: &str) -> Result<Vec<i64>, LmError> {
+        let encoding = self.parsing.encode_fast(text, false).map_err(failed)?;
+        Ok(ids(&encoding))
+    }
+
+    fn reading(&self, special: bool) -> &tokenizers::Tokenizer {
+        if special { &self.parsing } else { &self.plain }
+    }
+
+    /// Text of `ids`, special tokens left out.
+    pub fn decode(&self, ids: &[i64]) -> Result<String, LmError> {
+        let ids: Vec<u32> = ids.iter().map(|&id| u32::try_from(id).unwrap_or(u32::MAX)).collect();
+        self.parsing.decode(&ids, true).map_err(failed)
+    }
+
+    /// The model's chat template (Jinja), if it has one.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
+    /// Id of a special token such as `<|im_end|>`.
+    pub fn token_id(&self, token: &str) -> Option<i64> {
+        self.parsing.token_to_id(token).map(i64::from)
+    }
+
+    /// Special tokens that chat templates call by name.
+    pub(crate) fn named(&self) -> &NamedTokens {
+        &self.named
+    }
+}
+
+// The library's errors can quote text, which may be private: what failed is said, the message is not passed on.
+fn failed(_: tokenizers::Error) -> LmError {
+    LmError::Malformed(
+        "tokenizer.json: the tokenizer cannot handle a text\nhelp: it may lack an unknown token or a byte fallback".into(),
+    )
+}
+
+fn ids(encoding: &tokenizers::Encoding) -> Vec<i64> {
+    encoding.get_ids().iter().map(|&id| i64::from(id)).collect()
+}
+
+/// A special token of `tokenizer_config.json`: a string, or an object with its content.
+fn token_text(config: &Value, key: &str) -> Option<String> {
+    let value = config.get(key)?;
+    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
+}
+
+/// `chat_template` of `tokenizer_config.json`: one template, or a list of named ones.
+fn default_template(value: &Value) -> Option<String> {
+    let named = |items: &Vec<Value>| {
+        let default = items.iter().find(|item| item.get("name").is_some_and(|name| name == "default"))?;
+        Some(default.get("template")?.as_str()?.to_string())
+    };
+    value.as_str().map(str::to_string).or_else(|| value.as_array().and_then(named))
+}
+
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,166 @@
+//! Second pass: the records that stay become the corpus table, chunk by chunk, each exactly once.
+
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use lake::{AppTransaction, Table};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::bound::{Choice, Keys, Split};
+use crate::config::Config;
+use crate::error::PartitionError;
+use crate::input::Batch;
+use crate::select::Kept;
+
+/// Rows of a chunk, unless its texts are long.
+const CHUNK_ROWS: usize = 50_000;
+/// Bytes of text in a chunk, about: what is held in memory before it is written.
+const CHUNK_BYTES: usize = 64 << 20;
+
+/// A row of the corpus.
+pub struct Row {
+    kept: Kept,
+    split: Split,
+}
+
+/// Records of each split. PRIVACY: private unless declared public.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SplitCounts {
+    /// To train on and to vote with.
+    pub train: u64,
+    /// To watch the loss on.
+    pub validation: u64,
+    /// To compare with.
+    pub test: u64,
+}
+
+/// Finds the selected records in the second reading of the inputs.
+pub struct Extraction {
+    config: Arc<Config>,
+    keys: Arc<Keys>,
+    selection: Vec<Choice>,
+    /// How many of the selection were found.
+    found: usize,
+    /// Number of the next record over all inputs.
+    ordinal: u64,
+}
+
+impl Extraction {
+    /// `selection` is in the order of the input.
+    pub fn new(config: Arc<Config>, keys: Arc<Keys>, selection: Vec<Choice>) -> Self {
+        Self { config, keys, selection, found: 0, ordinal: 0 }
+    }
+
+    /// The rows of the next batch; only selected records are parsed.
+    pub fn rows(&mut self, batch: &Batch) -> Result<Vec<Row>, PartitionError> {
+        let first = self.ordinal;
+        self.ordinal += batch.len() as u64;
+        let rest = &self.selection[self.found..];
+        let wanted = &rest[..rest.partition_point(|choice| choice.ordinal < self.ordinal)];
+        let rows = wanted
+            .par_iter()
+            .map(|choice| self.row(batch, *choice, (choice.ordinal - first) as usize))
+            .collect::<Vec<_>>();
+        self.found += wanted.len();
+        rows.into_iter().collect()
+    }
+
+    /// Whether every selected record was found.
+    pub fn is_complete(&self) -> bool {
+        self.found == self.selection.len()
+    }
+
+    fn row(&self, batch: &Batch, choice: Choice, index: usize) -> Result<Row, PartitionError> {
+        let record = batch.read(index)?;
+        let text = record.text.ok_or_else(|| changed(batch.object()))?;
+        let kept = Kept::new(&self.config, &record.source, text);
+        if self.keys.priority(&kept.record_id) != choice.priority {
+            return Err(changed(batch.object()));
+        }
+        let split = self.keys.split(&kept.unit, self.config.split);
+        Ok(Row { kept, split })
+    }
+}
+
+/// An input that is not the same at the second reading.
+pub fn changed(object: &str) -> PartitionError {
+    PartitionError::Object {
+        object: object.to_owned(),
+        problem: "the object changed while it was being read".into(),
+        help: "let its writer finish, then run again".into(),
+    }
+}
+
+/// Appends rows to the corpus table in chunks whose borders depend on the rows alone, so that a repeated attempt
+/// cuts the same ones and skips those that are there.
+pub struct Writer {
+    table: Table,
+    application: String,
+    written: Option<i64>,
+    chunk: i64,
+    rows: Vec<Row>,
+    bytes: usize,
+    counts: SplitCounts,
+}
+
+impl Writer {
+    /// A writer that continues what `application` wrote before.
+    pub async fn open(table: Table, application: String) -> Result<Self, PartitionError> {
+        table.create(lake::schema::corpus()).await?;
+        let written = table.last_chunk(&application).await?;
+        Ok(Self { table, application, written, chunk: 0, rows: Vec::new(), bytes: 0, counts: SplitCounts::default() })
+    }
+
+    /// Takes rows in the order of the input.
+    pub async fn add(&mut self, rows: Vec<Row>) -> Result<(), PartitionError> {
+        for row in rows {
+            self.bytes += row.kept.text.len();
+            match row.split {
+                Split::Train => self.counts.train += 1,
+                Split::Validation => self.counts.validation += 1,
+                Split::Test => self.counts.test += 1,
+            }
+            self.rows.push(row);
+            if self.rows.len() >= CHUNK_ROWS || self.bytes >= CHUNK_BYTES {
+                self.flush().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what is left; the table and how many records each split has.
+    pub async fn finish(mut self) -> Result<(Table, SplitCounts), PartitionError> {
+        if !self.rows.is_empty() {
+            self.flush().await?;
+        }
+        Ok((self.table, self.counts))
+    }
+
+    async fn flush(&mut self) -> Result<(), PartitionError> {
+        let rows = std::mem::take(&mut self.rows);
+        let version = self.chunk;
+        self.chunk += 1;
+        self.bytes = 0;
+        if self.written.is_some_and(|written| version <= written) {
+            return Ok(());
+        }
+        let transaction = AppTransaction { id: self.application.clone(), version };
+        self.table.append(vec![batch(&rows)?], transaction).await?;
+        Ok(())
+    }
+}
+
+fn batch(rows: &[Row]) -> Result<RecordBatch, PartitionError> {
+    fn column<'a>(rows: &'a [Row], value: impl Fn(&'a Row) -> &'a str) -> ArrayRef {
+        Arc::new(StringArray::from_iter_values(rows.iter().map(value)))
+    }
+    let columns = vec![
+        column(rows, |row| &row.kept.record_id),
+        column(rows, |row| &row.kept.unit),
+        column(rows, |row| &row.kept.text),
+        column(rows, |row| row.split.name()),
+    ];
+    RecordBatch::try_new(lake::schema::corpus(), columns)
+        .map_err(|_| PartitionError::Bug("rows that do not fit the corpus schema"))
+}

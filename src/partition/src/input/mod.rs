@@ -1,0 +1,344 @@
+//! Inputs: objects in storage, cut into batches of records that are not parsed yet.
+//!
+//! A batch is what travels from the reading task to the working threads; parsing happens there, in parallel. At most
+//! [`QUEUE`] batches wait, so memory does not grow with the input.
+
+pub mod json;
+pub mod parquet;
+pub mod split;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use ::parquet::arrow::ParquetRecordBatchStreamBuilder;
+use ::parquet::errors::ParquetError;
+use futures::{StreamExt, TryStreamExt};
+use object_store::{ObjectStore, ObjectStoreExt};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use crate::config::Config;
+use crate::error::PartitionError;
+use crate::input::json::JsonProblem;
+use crate::input::parquet::{ObjectReader, Rows};
+use crate::input::split::{End, Framing, FramingProblem, Splitter};
+use crate::record::{FieldProblem, Layout, Record};
+
+/// Batches that may wait between the reader and the workers.
+pub const QUEUE: usize = 2;
+/// Bytes of JSON in a batch, about.
+const BATCH_BYTES: usize = 4 << 20;
+/// Rows of Parquet in a batch.
+const BATCH_ROWS: usize = 4096;
+
+/// How an object holds its records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// JSON, by array or by lines.
+    Json(Framing),
+    /// Parquet.
+    Parquet,
+}
+
+/// What identifies the content of an input; written down so that a resumed run notices that it changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Identity {
+    /// URL as given.
+    pub url: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// The store's entity tag.
+    pub etag: Option<String>,
+}
+
+/// An input that was found.
+#[derive(Clone, Debug)]
+pub struct Object {
+    store: Arc<dyn ObjectStore>,
+    path: object_store::path::Path,
+    /// What identifies its content.
+    pub identity: Identity,
+    /// How it holds records.
+    pub format: Format,
+}
+
+impl Object {
+    /// Finds the object at `url` and looks at its first bytes.
+    pub async fn open(url: &str, options: &lake::StorageOptions) -> Result<Self, PartitionError> {
+        let (store, path) = lake::open_url(url, options)?;
+        let meta = store.head(&path).await.map_err(|error| lake::explain(url, &error))?;
+        let identity = Identity { url: url.to_owned(), size: meta.size, etag: meta.e_tag };
+        let head = match meta.size {
+            0 => Default::default(),
+            size => {
+                let range = 0..size.min(4096);
+                store.get_range(&path, range).await.map_err(|error| lake::explain(url, &error))?
+            }
+        };
+        let format = sniff(&head).ok_or_else(|| PartitionError::Object {
+            object: url.to_owned(),
+            problem: if meta.size == 0 { "the object is empty".into() } else { UNKNOWN_FORMAT.into() },
+            help: "give a JSON array, JSON Lines or Parquet".into(),
+        })?;
+        Ok(Self { store, path, identity, format })
+    }
+
+    /// Sends the records of this object, batch by batch; ends early, without error, when nobody receives.
+    pub async fn feed(&self, config: &Config, sender: &mpsc::Sender<Event>) -> Result<(), PartitionError> {
+        let fed = match self.format {
+            Format::Json(framing) => self.feed_json(framing, config, sender).await,
+            Format::Parquet => self.feed_parquet(config, sender).await,
+        };
+        match fed {
+            Err(Stop::Error(error)) => Err(error),
+            Err(Stop::NobodyListens) | Ok(()) => Ok(()),
+        }
+    }
+
+    async fn feed_json(&self, framing: Framing, config: &Config, sender: &mpsc::Sender<Event>) -> Result<(), Stop> {
+        let url = &self.identity.url;
+        let storage = |error| PartitionError::Lake(lake::explain(url, &error));
+        let mut stream = self.store.get(&self.path).await.map_err(storage)?.into_stream();
+        let mut splitter = Splitter::new(framing);
+        let mut builder = JsonBuilder::new(url, config);
+        let mut start = true;
+        while let Some(bytes) = stream.next().await {
+            let bytes = bytes.map_err(storage)?;
+            splitter.push(if start { without_byte_order_mark(&bytes) } else { &bytes });
+            start = false;
+            while let Some(record) =
+                splitter.next_record().map_err(|problem| syntax(url, builder.next_row, &problem))?
+            {
+                let offset = splitter.offset(record.start);
+                builder.add(splitter.bytes(record), offset)?;
+                if builder.buffer.len() >= BATCH_BYTES {
+                    send(sender, Event::Batch(builder.take()?)).await?;
+                }
+            }
+        }
+        let (mut end, rest) = splitter.finish();
+        if let Some(rest) = rest {
+            // A last line without a line break may be whole, or all that arrived of it.
+            let offset = splitter.offset(rest.start);
+            match json::keys(splitter.bytes(rest.clone())) {
+                Err(JsonProblem::Syntax { cut_off: true, .. }) => end = End::CutOff,
+                _ => builder.add(splitter.bytes(rest), offset)?,
+            }
+        }
+        if !builder.records.is_empty() {
+            send(sender, Event::Batch(builder.take()?)).await?;
+        }
+        if end == End::CutOff {
+            let event = Event::CutOff { object: url.clone(), records: builder.next_row };
+            send(sender, event).await?;
+        }
+        Ok(())
+    }
+
+    async fn feed_parquet(&self, config: &Config, sender: &mpsc::Sender<Event>) -> Result<(), Stop> {
+        let url = &self.identity.url;
+        let corrupt = |error: ParquetError| corrupt_parquet(url, &error);
+        let reader = ObjectReader { store: self.store.clone(), path: self.path.clone(), size: self.identity.size };
+        let builder = ParquetRecordBatchStreamBuilder::new(reader).await.map_err(corrupt)?;
+        let schema = builder.schema().clone();
+        let layout = Layout::resolve(config, |name| schema.field_with_name(name).is_ok());
+        let layout = Arc::new(layout.map_err(|problem| no_layout(url, problem))?);
+        for column in [Some(&layout.body), layout.unit.as_ref()].into_iter().flatten() {
+            if schema.field_with_name(column).is_err() {
+                let names = schema.fields().iter().map(|field| field.name().as_str()).collect::<Vec<_>>().join(", ");
+                let problem = format!("there is no column `{column}`; its columns are {names}");
+                return Err(no_layout(url, problem).into());
+            }
+        }
+        let mask = parquet::projection(builder.parquet_schema(), &layout);
+        let mut stream = builder.with_projection(mask).with_batch_size(BATCH_ROWS).build().map_err(corrupt)?;
+        let mut first_row = 0;
+        while let Some(batch) = stream.try_next().await.map_err(corrupt)? {
+            let rows = Rows::new(&batch, layout.clone()).map_err(|problem| field(url, first_row, problem))?;
+            let batch = Batch { object: Arc::from(url.as_str()), first_row, content: Content::Rows(rows) };
+            first_row += batch.len() as u64;
+            send(sender, Event::Batch(batch)).await?;
+        }
+        Ok(())
+    }
+}
+
+const UNKNOWN_FORMAT: &str = "neither a JSON array, nor JSON Lines, nor Parquet by its first bytes";
+
+fn sniff(head: &[u8]) -> Option<Format> {
+    if head.starts_with(b"PAR1") {
+        return Some(Format::Parquet);
+    }
+    match without_byte_order_mark(head).iter().find(|byte| !byte.is_ascii_whitespace())? {
+        b'[' => Some(Format::Json(Framing::Array)),
+        b'{' => Some(Format::Json(Framing::Lines)),
+        _ => None,
+    }
+}
+
+fn without_byte_order_mark(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes)
+}
+
+/// What the reader tells the workers.
+pub enum Event {
+    /// Records.
+    Batch(Batch),
+    /// The object ended too early, after so many whole records. PRIVACY: the number is private unless declared.
+    CutOff {
+        /// URL of the object.
+        object: String,
+        /// Whole records.
+        records: u64,
+    },
+}
+
+/// Why feeding ended early.
+enum Stop {
+    Error(PartitionError),
+    NobodyListens,
+}
+
+impl From<PartitionError> for Stop {
+    fn from(error: PartitionError) -> Self {
+        Stop::Error(error)
+    }
+}
+
+async fn send(sender: &mpsc::Sender<Event>, event: Event) -> Result<(), Stop> {
+    sender.send(event).await.map_err(|_| Stop::NobodyListens)
+}
+
+/// Records of one object, not parsed yet.
+pub struct Batch {
+    object: Arc<str>,
+    first_row: u64,
+    content: Content,
+}
+
+enum Content {
+    Json { layout: Arc<Layout>, buffer: Vec<u8>, records: Vec<(Range<usize>, u64)> },
+    Rows(Rows),
+}
+
+impl Batch {
+    /// Number of records.
+    pub fn len(&self) -> usize {
+        match &self.content {
+            Content::Json { records, .. } => records.len(),
+            Content::Rows(rows) => rows.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// URL of the object.
+    pub fn object(&self) -> &str {
+        &self.object
+    }
+
+    /// Column of the privacy unit, if one is read.
+    pub fn unit_column(&self) -> Option<&str> {
+        match &self.content {
+            Content::Json { layout, .. } => layout.unit.as_deref(),
+            Content::Rows(rows) => rows.layout().unit.as_deref(),
+        }
+    }
+
+    /// Parses one record.
+    pub fn read(&self, index: usize) -> Result<Record, PartitionError> {
+        let row = self.first_row + index as u64;
+        match &self.content {
+            Content::Rows(rows) => rows.read(index).map_err(|problem| field(&self.object, row, problem)),
+            Content::Json { layout, buffer, records } => {
+                let (range, offset) = &records[index];
+                json::read(&buffer[range.clone()], layout)
+                    .map_err(|problem| json_problem(&self.object, row, *offset, problem))
+            }
+        }
+    }
+}
+
+/// Collects JSON records into a batch; learns the layout from the first one.
+struct JsonBuilder<'a> {
+    url: &'a str,
+    config: &'a Config,
+    layout: Option<Arc<Layout>>,
+    next_row: u64,
+    buffer: Vec<u8>,
+    records: Vec<(Range<usize>, u64)>,
+}
+
+impl<'a> JsonBuilder<'a> {
+    fn new(url: &'a str, config: &'a Config) -> Self {
+        Self { url, config, layout: None, next_row: 0, buffer: Vec::new(), records: Vec::new() }
+    }
+
+    fn add(&mut self, record: &[u8], offset: u64) -> Result<(), PartitionError> {
+        if self.layout.is_none() {
+            let keys = json::keys(record).map_err(|problem| json_problem(self.url, 0, offset, problem))?;
+            let layout = Layout::resolve(self.config, |name| keys.iter().any(|key| key == name));
+            self.layout = Some(Arc::new(layout.map_err(|problem| no_layout(self.url, problem))?));
+        }
+        let start = self.buffer.len();
+        self.buffer.extend_from_slice(record);
+        self.records.push((start..self.buffer.len(), offset));
+        self.next_row += 1;
+        Ok(())
+    }
+
+    fn take(&mut self) -> Result<Batch, PartitionError> {
+        let layout = self.layout.clone().ok_or(PartitionError::Bug("a batch of JSON without a layout"))?;
+        let records = std::mem::take(&mut self.records);
+        let first_row = self.next_row - records.len() as u64;
+        let buffer = std::mem::take(&mut self.buffer);
+        Ok(Batch { object: Arc::from(self.url), first_row, content: Content::Json { layout, buffer, records } })
+    }
+}
+
+fn json_problem(url: &str, row: u64, offset: u64, problem: JsonProblem) -> PartitionError {
+    match problem {
+        JsonProblem::Field(problem) => field(url, row, problem),
+        JsonProblem::Syntax { offset: within, problem, .. } => {
+            syntax(url, row, &FramingProblem { offset: offset + within, problem })
+        }
+    }
+}
+
+fn field(url: &str, row: u64, problem: FieldProblem) -> PartitionError {
+    let FieldProblem { field, found, expected, help } = problem;
+    PartitionError::Field { object: url.to_owned(), row, field, found, expected, help }
+}
+
+fn syntax(url: &str, row: u64, problem: &FramingProblem) -> PartitionError {
+    let FramingProblem { offset, problem } = *problem;
+    let help = "repair the input at that byte, or export it again";
+    PartitionError::Syntax { object: url.to_owned(), row, offset, problem, help }
+}
+
+fn no_layout(url: &str, problem: String) -> PartitionError {
+    PartitionError::Object {
+        object: url.to_owned(),
+        problem,
+        help: "name the layout with --shape, the text with --text-column, the unit with --unit-column or --unit-rule record"
+            .into(),
+    }
+}
+
+/// PRIVACY: what the parser says is not repeated, since it may quote what it could not read.
+fn corrupt_parquet(url: &str, error: &ParquetError) -> PartitionError {
+    if let ParquetError::External(source) = error
+        && let Some(error) = source.downcast_ref::<object_store::Error>()
+    {
+        return lake::explain(url, error).into();
+    }
+    PartitionError::Object {
+        object: url.to_owned(),
+        problem: "corrupt or cut off: it begins like Parquet but cannot be decoded".into(),
+        help: "export it again, or check it with another Parquet reader".into(),
+    }
+}

@@ -1,0 +1,216 @@
+//! First pass: which records stay. The paper's Appendix E, then the bound per privacy unit.
+//!
+//! Steps, in this order: first user turn, redacted, flagged, language, exact duplicates, n-gram duplicates, bound.
+//! Parsing, language and fingerprints are computed by all threads; what depends on earlier records comes after, in the
+//! order of the input, so that the result does not depend on the number of threads.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::bound::{Bounds, Choice, Keys};
+use crate::config::{Config, Language};
+use crate::dedup::{Duplicate, Fingerprint, Fingerprinter, Seen};
+use crate::error::PartitionError;
+use crate::input::Batch;
+use crate::language::{is_english, names_english};
+use crate::record::Record;
+
+/// How many records each step took away, and how many stay. PRIVACY: private unless declared public.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Whole records in the inputs.
+    pub read: u64,
+    /// Conversations that do not open with a user turn, or with an empty one.
+    pub without_user_turn: u64,
+    /// Redacted.
+    pub redacted: u64,
+    /// Flagged by moderation.
+    pub flagged: u64,
+    /// In another language.
+    pub other_language: u64,
+    /// Equal to an earlier text.
+    pub exact_duplicates: u64,
+    /// Sharing an n-gram with an earlier kept text.
+    pub ngram_duplicates: u64,
+    /// Above the bound of their unit, or the same record again.
+    pub over_bound: u64,
+    /// Units that stay.
+    pub units: u64,
+    /// Records that stay.
+    pub kept: u64,
+}
+
+/// A record that passed the steps that look at it alone.
+struct Candidate {
+    unit: u64,
+    priority: u64,
+    fingerprint: Fingerprint,
+}
+
+/// Which step took a record away.
+enum Dropped {
+    WithoutUserTurn,
+    Redacted,
+    Flagged,
+    OtherLanguage,
+}
+
+/// A record with its text, as it will be written.
+pub struct Kept {
+    /// Position-independent id.
+    pub record_id: String,
+    /// Privacy unit.
+    pub unit: String,
+    /// First user turn.
+    pub text: String,
+}
+
+impl Kept {
+    /// Names a record whose text is `text`.
+    pub fn new(config: &Config, source: &str, text: String) -> Self {
+        let record_id = record_id(source, &text);
+        let unit = config.unit_rule.unit(source, &record_id).to_owned();
+        Self { record_id, unit, text }
+    }
+}
+
+/// BLAKE3 of the source id and the text, 128 bits in hex: the same wherever the record stands in whichever file.
+fn record_id(source: &str, text: &str) -> String {
+    let mut hasher = blake3::Hasher::new_derive_key("doppel partition record_id v1");
+    hasher.update(&(source.len() as u64).to_le_bytes());
+    hasher.update(source.as_bytes());
+    hasher.update(text.as_bytes());
+    hasher.finalize().to_hex()[..32].to_owned()
+}
+
+/// The state of the first pass.
+pub struct Selection {
+    config: Arc<Config>,
+    keys: Arc<Keys>,
+    fingerprinter: Fingerprinter,
+    seen: Seen,
+    bounds: Bounds,
+    counts: Counts,
+    unit_columns: BTreeSet<String>,
+}
+
+/// What the first pass found.
+pub struct Selected {
+    /// The records that stay, in the order of the input.
+    pub choices: Vec<Choice>,
+    /// What each step took.
+    pub counts: Counts,
+    /// Columns that name the privacy unit, one unless inputs of several shapes were joined.
+    pub unit_columns: BTreeSet<String>,
+}
+
+impl Selection {
+    /// At the start of the first input.
+    pub fn new(config: Arc<Config>, keys: Arc<Keys>) -> Self {
+        Self {
+            fingerprinter: Fingerprinter::new(config.dedup, config.ngram, keys.dedup_seed()),
+            seen: Seen::default(),
+            bounds: Bounds::new(config.max_per_unit),
+            counts: Counts::default(),
+            unit_columns: BTreeSet::new(),
+            config,
+            keys,
+        }
+    }
+
+    /// Takes the next batch.
+    pub fn add(&mut self, batch: &Batch) -> Result<(), PartitionError> {
+        if let Some(column) = batch.unit_column().filter(|column| !self.unit_columns.contains(*column)) {
+            self.unit_columns.insert(column.to_owned());
+        }
+        let judged: Vec<_> =
+            (0..batch.len()).into_par_iter().map(|index| batch.read(index).map(|record| self.judge(record))).collect();
+        for verdict in judged {
+            let ordinal = self.counts.read;
+            self.counts.read += 1;
+            match verdict? {
+                Ok(candidate) => self.admit(&candidate, ordinal),
+                Err(dropped) => *self.counter(dropped) += 1,
+            }
+        }
+        Ok(())
+    }
+
+    /// What stays, in the order of the input.
+    pub fn finish(self) -> Result<Selected, PartitionError> {
+        let mut counts = self.counts;
+        counts.units = self.bounds.units() as u64;
+        let choices = self.bounds.into_selection();
+        counts.kept = choices.len() as u64;
+        counts.over_bound -= counts.kept;
+        if counts.kept == 0 {
+            return Err(PartitionError::Empty { corpus: self.config.corpus.clone(), reason: reason(&counts) });
+        }
+        Ok(Selected { choices, counts, unit_columns: self.unit_columns })
+    }
+
+    /// The steps that look at one record alone.
+    fn judge(&self, record: Record) -> Result<Candidate, Dropped> {
+        let Record { source, text, language, redacted, flagged } = record;
+        let text = text.filter(|text| !text.trim().is_empty()).ok_or(Dropped::WithoutUserTurn)?;
+        if redacted {
+            return Err(Dropped::Redacted);
+        }
+        if flagged {
+            return Err(Dropped::Flagged);
+        }
+        let stays = match (self.config.language, &language) {
+            (Language::Any, _) => true,
+            (Language::En, Some(language)) => names_english(language),
+            (Language::En, None) => is_english(&text),
+        };
+        if !stays {
+            return Err(Dropped::OtherLanguage);
+        }
+        let kept = Kept::new(&self.config, &source, text);
+        Ok(Candidate {
+            unit: self.keys.unit(&kept.unit),
+            priority: self.keys.priority(&kept.record_id),
+            fingerprint: self.fingerprinter.of(&kept.text),
+        })
+    }
+
+    /// The steps that compare records.
+    fn admit(&mut self, candidate: &Candidate, ordinal: u64) {
+        match self.seen.insert(self.config.dedup, &candidate.fingerprint) {
+            Err(Duplicate::Exact) => self.counts.exact_duplicates += 1,
+            Err(Duplicate::Ngram) => self.counts.ngram_duplicates += 1,
+            Ok(()) => {
+                // Those that stay are taken off at the end.
+                self.counts.over_bound += 1;
+                self.bounds.offer(candidate.unit, Choice { priority: candidate.priority, ordinal });
+            }
+        }
+    }
+
+    fn counter(&mut self, dropped: Dropped) -> &mut u64 {
+        match dropped {
+            Dropped::WithoutUserTurn => &mut self.counts.without_user_turn,
+            Dropped::Redacted => &mut self.counts.redacted,
+            Dropped::Flagged => &mut self.counts.flagged,
+            Dropped::OtherLanguage => &mut self.counts.other_language,
+        }
+    }
+}
+
+/// Why nothing stayed: with all records gone, the step that took the most says it without a number.
+fn reason(counts: &Counts) -> &'static str {
+    let steps = [
+        (counts.without_user_turn, "most conversations do not open with a user turn"),
+        (counts.redacted, "most records are redacted"),
+        (counts.flagged, "most records are flagged by moderation"),
+        (counts.other_language, "most texts are not in the language that --language keeps"),
+    ];
+    match steps.into_iter().max_by_key(|step| step.0) {
+        Some((count, reason)) if count > 0 => reason,
+        _ => "the input holds no record",
+    }
+}

@@ -1,0 +1,296 @@
+//! DP training as one value: the event that is accounted, the sampler that draws units and the noise that is added are
+//! all made from a [`TrainingMechanism`], so code cannot account for one sampler and run another.
+//!
+//! The mechanism (Yu et al. 2024, Algorithm 1): in each step every unit joins by an independent keyed coin, its summed
+//! gradient is clipped to `clip_norm`, the clipped gradients are summed, Gaussian noise is added once to the sum, and
+//! the result is divided by `expected_batch_size`, a public constant.
+
+use serde::{Deserialize, Serialize};
+
+use crate::AccountingError;
+use crate::event::Event;
+use crate::gaussian::{Lattice, add_noise};
+use crate::keyed::{Context, KeyedHasher, NoiseKey};
+
+/// Relative increase of the noise's scale in [`TrainingMechanism::release`], for the float32 arithmetic that made the
+/// sum: norms and clip factors computed in float32, and the rounding of additions. [`UnitSum`] needs none of it.
+const FLOAT32_SLACK: f64 = 1.0 / 4096.0;
+
+/// Public parameters of DP training (Yu et al. 2024, Algorithm 1).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Parameters")]
+pub struct TrainingMechanism {
+    sampling_probability: f64,
+    noise_multiplier: f64,
+    steps: u64,
+    clip_norm: f64,
+    expected_batch_size: f64,
+}
+
+/// What is on disk, before it was checked.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Parameters {
+    sampling_probability: f64,
+    noise_multiplier: f64,
+    steps: u64,
+    clip_norm: f64,
+    expected_batch_size: f64,
+}
+
+impl TryFrom<Parameters> for TrainingMechanism {
+    type Error = AccountingError;
+
+    fn try_from(p: Parameters) -> Result<Self, AccountingError> {
+        Self::new(p.sampling_probability, p.noise_multiplier, p.steps, p.clip_norm, p.expected_batch_size)
+    }
+}
+
+/// A sum of clipped unit gradients over a logical batch, summed by the caller in float32.
+///
+/// The caller promises that each unit's part has L2 norm ≤ `clip_norm` over all tensors together, and that a unit with a
+/// non-finite gradient contributed zero. [`UnitSum`] keeps that promise itself, at the price of seeing each unit.
+#[derive(Clone)]
+pub struct ClippedSum {
+    /// One flat f32 vector per trained tensor.
+    pub tensors: Vec<Vec<f32>>,
+}
+
+/// A sum of unit gradients that clips each unit itself and adds exactly.
+///
+/// Guarantee: adding or removing one unit moves the sum by at most [`UnitSum::sensitivity`] in L2, without exception:
+/// each unit is clipped in float64, rounded to a lattice, and added as integers, so the order of units, the micro-batches
+/// they came in and the other units' values cannot change what one unit adds (float sums do not have that property;
+/// Casacuberta et al. 2022).
+#[derive(Clone, PartialEq)]
+pub struct UnitSum {
+    clip_norm: f64,
+    lattice: Lattice,
+    tensors: Vec<Vec<i64>>,
+}
+
+impl UnitSum {
+    /// Clips `unit`'s gradient (all tensors, in order; summed over its records) and adds it.
+    ///
+    /// A non-finite gradient counts as zero. Errors when the shapes differ from those that the sum was made for.
+    pub fn add(&mut self, unit: &[&[f32]]) -> Result<(), AccountingError> {
+        let expected: Vec<usize> = self.tensors.iter().map(Vec::len).collect();
+        let found: Vec<usize> = unit.iter().map(|tensor| tensor.len()).collect();
+        if expected != found {
+            return Err(AccountingError(format!(
+                "gradient of a unit: expected tensors of lengths {expected:?}, found {found:?}"
+            )));
+        }
+        // A finite f32 squared stays finite in f64, so the norm is non-finite exactly when a gradient is.
+        let squares: f64 = unit.iter().flat_map(|t| t.iter()).map(|&x| f64::from(x) * f64::from(x)).sum();
+        let factor = clip_factor(self.clip_norm, libm::sqrt(squares));
+        if factor == 0.0 {
+            return Ok(());
+        }
+        for (sum, tensor) in self.tensors.iter_mut().zip(unit) {
+            for (sum, &x) in sum.iter_mut().zip(*tensor) {
+                *sum = sum.saturating_add(self.lattice.index(f64::from(x) * factor));
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds another sum over *other* units, such as a micro-batch's; exact, so the split does not matter.
+    pub fn merge(&mut self, other: &UnitSum) -> Result<(), AccountingError> {
+        let same_shape = self.tensors.iter().map(Vec::len).eq(other.tensors.iter().map(Vec::len));
+        if self.lattice != other.lattice || !same_shape {
+            return Err(AccountingError("sums of different mechanisms or shapes cannot be merged".into()));
+        }
+        for (sum, other) in self.tensors.iter_mut().flatten().zip(other.tensors.iter().flatten()) {
+            *sum = sum.saturating_add(*other);
+        }
+        Ok(())
+    }
+
+    /// L2 distance by which one unit can move the sum: `clip_norm` and at most 2⁻²⁰ of it for the lattice.
+    pub fn sensitivity(&self) -> f64 {
+        self.lattice.sensitivity()
+    }
+}
+
+/// Output of a mechanism; only this crate can make one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Noised<T>(pub(crate) T);
+
+impl<T> Noised<T> {
+    /// The released value.
+    pub fn value(&self) -> &T {
+        &self.0
+    }
+    /// Takes the released value.
+    pub fn into_value(self) -> T {
+        self.0
+    }
+}
+
+impl TrainingMechanism {
+    /// Checks the parameters: probability in (0, 1], steps ≥ 1, finite positive clip_norm, noise_multiplier > 0.
+    pub fn new(
+        sampling_probability: f64,
+        noise_multiplier: f64,
+        steps: u64,
+        clip_norm: f64,
+        expected_batch_size: f64,
+    ) -> Result<Self, AccountingError> {
+        for (name, value) in [("clip_norm", clip_norm), ("expected_batch_size", expected_batch_size)] {
+            // The bounds keep every later product and quotient finite.
+            if !(1e-30..=1e30).contains(&value) {
+                return Err(AccountingError(format!("{name}: expected a number from 1e-30 to 1e30, found {value}")));
+            }
+        }
+        let mechanism = Self { sampling_probability, noise_multiplier, steps, clip_norm, expected_batch_size };
+        mechanism.event().validate()?;
+        Ok(mechanism)
+    }
+
+    /// The event to reserve.
+    pub fn event(&self) -> Event {
+        Event::PoissonSampledGaussian {
+            sampling_probability: self.sampling_probability,
+            noise_multiplier: self.noise_multiplier,
+            steps: self.steps,
+        }
+    }
+
+    /// Chance that a unit joins a step.
+    pub fn sampling_probability(&self) -> f64 {
+        self.sampling_probability
+    }
+
+    /// Noise standard deviation ÷ `clip_norm`.
+    pub fn noise_multiplier(&self) -> f64 {
+        self.noise_multiplier
+    }
+
+    /// Number of steps.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// L2 bound on one unit's summed gradient.
+    pub fn clip_norm(&self) -> f64 {
+        self.clip_norm
+    }
+
+    /// Public constant that divides the noised sum.
+    pub fn expected_batch_size(&self) -> f64 {
+        self.expected_batch_size
+    }
+
+    /// Whether `unit` joins `step`: a keyed coin for each (step, unit), independent of all other units.
+    pub fn includes(&self, key: &NoiseKey, context: &Context, step: u64, unit: &str) -> bool {
+        self.sampler(key, context, step).includes(unit)
+    }
+
+    /// The coins of one step, for a loop over units; says the same as [`TrainingMechanism::includes`].
+    pub fn sampler(&self, key: &NoiseKey, context: &Context, step: u64) -> StepSampler {
+        let context = context.clone().field("purpose", b"sample").field("step", &step.to_le_bytes());
+        // Scaling by a power of two is exact; what `as` cuts off makes the coin rarer by < 2⁻⁶⁴, never likelier.
+        let threshold = (self.sampling_probability * 2f64.powi(64)) as u128;
+        StepSampler { hasher: key.hasher(&context), threshold }
+    }
+
+    /// Factor that clips a gradient of L2 norm `norm` to `clip_norm`; a non-finite norm gives 0 (the caller must then
+    /// also zero the gradient, since 0 × ∞ is not 0).
+    pub fn clip_factor(&self, norm: f64) -> f64 {
+        clip_factor(self.clip_norm, norm)
+    }
+
+    /// An empty sum over tensors of these lengths, which clips and adds units exactly.
+    pub fn empty_sum(&self, lengths: &[usize]) -> UnitSum {
+        UnitSum {
+            clip_norm: self.clip_norm,
+            lattice: Lattice::new(self.clip_norm, lengths.iter().sum()),
+            tensors: lengths.iter().map(|&length| vec![0; length]).collect(),
+        }
+    }
+
+    /// Adds Gaussian noise of standard deviation noise_multiplier × clip_norm once to the whole sum and divides by the
+    /// expected batch size: the noised mean gradient of `step`.
+    ///
+    /// The noise is 2⁻¹² wider than that, for the float32 arithmetic behind the sum. A non-finite coordinate of the sum
+    /// counts as zero, so nothing non-finite is ever released.
+    pub fn release(&self, key: &NoiseKey, context: &Context, step: u64, sum: ClippedSum) -> Noised<Vec<Vec<f32>>> {
+        let lattice = Lattice::new(self.clip_norm, sum.tensors.iter().map(Vec::len).sum());
+        let tensors = sum
+            .tensors
+            .into_iter()
+            .map(|tensor| tensor.into_iter().map(|x| lattice.index(f64::from(x))).collect())
+            .collect();
+        self.noise(key, context, step, &lattice, 1.0 + FLOAT32_SLACK, tensors)
+    }
+
+    /// [`TrainingMechanism::release`] for a sum that clipped and added its units itself.
+    ///
+    /// Errors when `sum` was made by a mechanism with another `clip_norm`.
+    pub fn release_units(
+        &self,
+        key: &NoiseKey,
+        context: &Context,
+        step: u64,
+        sum: UnitSum,
+    ) -> Result<Noised<Vec<Vec<f32>>>, AccountingError> {
+        if sum.clip_norm != self.clip_norm {
+            return Err(AccountingError(format!(
+                "clip_norm of the sum: expected {}, found {}",
+                self.clip_norm, sum.clip_norm
+            )));
+        }
+        Ok(self.noise(key, context, step, &sum.lattice, 1.0, sum.tensors))
+    }
+
+    fn noise(
+        &self,
+        key: &NoiseKey,
+        context: &Context,
+        step: u64,
+        lattice: &Lattice,
+        widening: f64,
+        tensors: Vec<Vec<i64>>,
+    ) -> Noised<Vec<Vec<f32>>> {
+        let deviation = self.noise_multiplier * lattice.sensitivity() * widening;
+        let noised = tensors.into_iter().enumerate().map(|(tensor, mut indices)| {
+            let context = context
+                .clone()
+                .field("purpose", b"noise")
+                .field("step", &step.to_le_bytes())
+                .field("tensor", &(tensor as u64).to_le_bytes());
+            add_noise(key, &context, lattice, deviation, &mut indices);
+            // From here on it is post-processing: rounding to f32 costs no privacy.
+            indices.into_iter().map(|i| (lattice.value(i) / self.expected_batch_size) as f32).collect()
+        });
+        Noised(noised.collect())
+    }
+}
+
+/// The coins of one step; made by [`TrainingMechanism::sampler`].
+#[derive(Debug)]
+pub struct StepSampler {
+    hasher: KeyedHasher,
+    threshold: u128,
+}
+
+impl StepSampler {
+    /// Whether `unit` joins the step.
+    pub fn includes(&self, unit: &str) -> bool {
+        u128::from(self.hasher.hash(unit.as_bytes())) < self.threshold
+    }
+}
+
+fn clip_factor(clip_norm: f64, norm: f64) -> f64 {
+    if !norm.is_finite() {
+        0.0
+    } else if norm <= clip_norm {
+        1.0
+    } else {
+        clip_norm / norm
+    }
+}
+
+#[cfg(test)]
+mod tests;

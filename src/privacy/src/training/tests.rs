@@ -1,0 +1,234 @@
+//! The pitfalls of DP training (jax_privacy's list among them), each as a test with its name, and the guarantee of the
+//! clipped sum as a property.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn key() -> NoiseKey {
+    NoiseKey::new([9; 32])
+}
+
+fn mechanism(noise_multiplier: f64) -> TrainingMechanism {
+    TrainingMechanism::new(0.25, noise_multiplier, 10, 0.5, 32.0).unwrap()
+}
+
+fn context() -> Context {
+    Context::new("train").field("run", b"r")
+}
+
+/// Releases `sum` with noise so small that it vanishes in f32.
+fn without_noise(sum: Vec<f32>) -> Vec<f32> {
+    mechanism(1e-9).release(&key(), &context(), 0, ClippedSum { tensors: vec![sum] }).into_value().remove(0)
+}
+
+#[test]
+fn divides_by_the_expected_batch_size_not_the_realised() {
+    // Whoever was sampled, the divisor is the public 32: twice the sum is twice the release.
+    let one = without_noise(vec![1.0; 3]);
+    let two = without_noise(vec![2.0; 3]);
+    for (one, two) in one.iter().zip(&two) {
+        assert!((one - 1.0 / 32.0).abs() < 1e-6 && (two - 2.0 / 32.0).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn an_empty_batch_is_a_step_like_any_other() {
+    let mechanism = mechanism(2.0);
+    let noised = mechanism.release_units(&key(), &context(), 4, mechanism.empty_sum(&[20_000, 3])).unwrap();
+    let values = &noised.value()[0];
+    // Deviation 2 · 0.5 / 32; that of an estimated variance is √(2/n) = 1 %, 5 of them allowed.
+    let variance = values.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / values.len() as f64;
+    assert!((variance / (2.0f64 * 0.5 / 32.0).powi(2) - 1.0).abs() < 0.05);
+    assert!(values.iter().all(|x| *x != 0.0));
+}
+
+#[test]
+fn a_non_finite_gradient_counts_as_zero() {
+    let mechanism = mechanism(1.0);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        assert_eq!(mechanism.clip_factor(f64::from(bad)), 0.0);
+        let mut sum = mechanism.empty_sum(&[2]);
+        sum.add(&[&[0.1, 0.2]]).unwrap();
+        let before = sum.clone();
+        sum.add(&[&[0.3, bad]]).unwrap();
+        assert!(sum == before);
+        assert!(without_noise(vec![bad, 1.0]).iter().all(|x| x.is_finite()));
+    }
+    // Finite in f32, but its square is not.
+    let mut sum = mechanism.empty_sum(&[2]);
+    sum.add(&[&[f32::MAX, f32::MAX]]).unwrap();
+    let released = mechanism.release_units(&key(), &context(), 0, sum).unwrap();
+    assert!(released.value()[0].iter().all(|x| x.is_finite()));
+}
+
+#[test]
+fn clip_factor_clips_to_the_norm_and_is_idempotent() {
+    let mechanism = mechanism(1.0);
+    for norm in [0.0, 1e-300, 0.49, 0.5, 0.51, 1.0, 1e300] {
+        let clipped = norm * mechanism.clip_factor(norm);
+        assert!(clipped <= 0.5 * (1.0 + 1e-15) && clipped <= norm);
+        assert!((clipped * mechanism.clip_factor(clipped) - clipped).abs() <= 1e-15);
+    }
+}
+
+#[test]
+fn noise_is_added_once_with_the_stated_scale() {
+    let mechanism = mechanism(3.0);
+    let sum = ClippedSum { tensors: vec![vec![0.0; 100_000], vec![0.0; 50_000]] };
+    let released = mechanism.release(&key(), &context(), 0, sum).into_value();
+    for tensor in &released {
+        let n = tensor.len() as f64;
+        let variance = tensor.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n;
+        let ratio = variance / (3.0f64 * 0.5 / 32.0).powi(2);
+        // 5 deviations √(2/n) of the estimate, and the 2⁻¹¹ that the variance is wider.
+        assert!((ratio - 1.0).abs() < 5.0 * (2.0 / n).sqrt() + 0.0005, "{ratio}");
+    }
+}
+
+#[test]
+fn release_is_reproducible_and_fresh_for_every_step_tensor_and_context() {
+    let mechanism = mechanism(1.0);
+    let release = |context: &Context, step| {
+        let sum = ClippedSum { tensors: vec![vec![0.0; 1000]; 2] };
+        mechanism.release(&key(), context, step, sum).into_value()
+    };
+    assert_eq!(release(&context(), 1), release(&context(), 1));
+    let fresh = context().field("digest", b"other corpus");
+    let all = [release(&context(), 1), release(&context(), 2), release(&fresh, 1)].concat();
+    for (i, one) in all.iter().enumerate() {
+        for two in &all[i + 1..] {
+            assert!(one.iter().zip(two).filter(|(a, b)| a == b).count() < 5);
+        }
+    }
+}
+
+#[test]
+fn sampling_is_poisson_over_steps_and_restarts() {
+    let mechanism = mechanism(1.0);
+    let units: Vec<String> = (0..200).map(|i| format!("unit-{i}")).collect();
+    let steps = 500;
+    // A restart builds everything again from key and context.
+    let draw =
+        |step| -> Vec<bool> { units.iter().map(|unit| mechanism.includes(&key(), &context(), step, unit)).collect() };
+    let inclusions: Vec<Vec<bool>> = (0..steps).map(draw).collect();
+    assert_eq!(inclusions[7], draw(7));
+
+    let q = 0.25;
+    let n = (steps as usize * units.len()) as f64;
+    let variance = q * (1.0 - q);
+    let centred = |step: usize, unit: usize| f64::from(u8::from(inclusions[step][unit])) - q;
+    // Each statistic below is a sum of n terms of known variance; 5.5 deviations: false alarm 4e-8 each.
+    let check = |what: &str, sum: f64, variance: f64| {
+        assert!(sum.abs() < 5.5 * (n * variance).sqrt(), "{what}: {}", sum / (n * variance).sqrt());
+    };
+    let sum = |f: &dyn Fn(usize, usize) -> f64| -> f64 {
+        (0..steps as usize).flat_map(|s| (0..units.len()).map(move |u| (s, u))).map(|(s, u)| f(s, u)).sum()
+    };
+    check("rate", sum(&centred), variance);
+    let later = |s: usize, lag: usize| (s + lag) % steps as usize;
+    check("steps", sum(&|s, u| centred(s, u) * centred(later(s, 1), u)), variance * variance);
+    check("units", sum(&|s, u| centred(s, u) * centred(s, (u + 1) % units.len())), variance * variance);
+    check("both", sum(&|s, u| centred(s, u) * centred(later(s, 3), (u + 7) % units.len())), variance * variance);
+    // The size of a batch must vary as a binomial's: fixed batches, the usual mistake, have variance 0.
+    let sizes: Vec<f64> = inclusions.iter().map(|row| row.iter().filter(|&&x| x).count() as f64).collect();
+    let spread = sizes.iter().map(|size| (size - 50.0).powi(2)).sum::<f64>() / f64::from(steps as u32);
+    let expected = 200.0 * variance;
+    assert!((spread / expected - 1.0).abs() < 5.5 * (2.0f64 / 500.0).sqrt(), "{spread}");
+}
+
+#[test]
+fn probability_one_includes_everybody() {
+    let everybody = TrainingMechanism::new(1.0, 1.0, 1, 1.0, 1.0).unwrap();
+    assert!((0..1000).all(|i| everybody.includes(&key(), &context(), 0, &i.to_string())));
+    let nobody = TrainingMechanism::new(1e-300, 1.0, 1, 1.0, 1.0).unwrap();
+    assert!(!(0..1000).any(|i| nobody.includes(&key(), &context(), 0, &i.to_string())));
+}
+
+#[test]
+fn what_is_accounted_is_what_runs() {
+    let event = mechanism(1.5).event();
+    let expected = Event::PoissonSampledGaussian { sampling_probability: 0.25, noise_multiplier: 1.5, steps: 10 };
+    assert_eq!(event, expected);
+}
+
+#[test]
+fn serialised_parameters_are_checked_when_read() {
+    let json = serde_json::to_string(&mechanism(1.5)).unwrap();
+    assert_eq!(serde_json::from_str::<TrainingMechanism>(&json).unwrap(), mechanism(1.5));
+    for bad in [
+        json.replace("0.25", "1.25"),
+        json.replace("\"steps\":10", "\"steps\":0"),
+        json.replace("1.5", "-1.5"),
+        json.replace("32.0", "0.0"),
+        json.replace("\"steps\"", "\"stpes\""),
+        json.replacen('{', "{\"extra\":1,", 1),
+    ] {
+        assert!(serde_json::from_str::<TrainingMechanism>(&bad).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn sums_of_other_shapes_or_mechanisms_are_refused() {
+    let mechanism = mechanism(1.0);
+    let mut sum = mechanism.empty_sum(&[2, 3]);
+    assert!(sum.add(&[&[0.0; 2]]).is_err());
+    assert!(sum.add(&[&[0.0; 3], &[0.0; 2]]).is_err());
+    assert!(sum.merge(&mechanism.empty_sum(&[5])).is_err());
+    let other = TrainingMechanism::new(0.25, 1.0, 10, 0.6, 32.0).unwrap();
+    assert!(other.release_units(&key(), &context(), 0, sum).is_err());
+}
+
+fn norm(difference: impl Iterator<Item = f64>) -> f64 {
+    difference.map(|x| x * x).sum::<f64>().sqrt()
+}
+
+proptest! {
+    #[test]
+    fn one_unit_moves_the_clipped_sum_by_at_most_clip_norm(
+        units in prop::collection::vec(prop::collection::vec(-1e3f32..1e3, 24), 1..12),
+        magnitudes in prop::collection::vec(-8i32..30, 12),
+        removed in any::<prop::sample::Index>(),
+    ) {
+        let mechanism = mechanism(1.0);
+        let removed = removed.index(units.len());
+        let (mut with, mut without) = (mechanism.empty_sum(&[16, 8]), mechanism.empty_sum(&[16, 8]));
+        for (i, unit) in units.iter().enumerate() {
+            let unit: Vec<f32> = unit.iter().map(|x| x * 10f32.powi(magnitudes[i])).collect();
+            let tensors: [&[f32]; 2] = [&unit[..16], &unit[16..]];
+            with.add(&tensors).unwrap();
+            if i != removed {
+                without.add(&tensors).unwrap();
+            }
+        }
+        let pairs = with.tensors.iter().flatten().zip(without.tensors.iter().flatten());
+        let moved = norm(pairs.map(|(a, b)| with.lattice.value(a - b)));
+        prop_assert!(moved <= with.sensitivity());
+        prop_assert!(with.sensitivity() <= 0.5 * (1.0 + 2f64.powi(-20)));
+    }
+
+    #[test]
+    fn micro_batches_do_not_change_the_sum(
+        units in prop::collection::vec(prop::collection::vec(-2f32..2.0, 5), 1..20),
+        size in 1usize..9,
+    ) {
+        let mechanism = mechanism(1.0);
+        let sum_of = |units: &[Vec<f32>]| {
+            let mut sum = mechanism.empty_sum(&[5]);
+            units.iter().for_each(|unit| sum.add(&[unit]).unwrap());
+            sum
+        };
+        let mut merged = mechanism.empty_sum(&[5]);
+        units.chunks(size).for_each(|chunk| merged.merge(&sum_of(chunk)).unwrap());
+        let reversed: Vec<_> = units.iter().rev().cloned().collect();
+        prop_assert!(merged == sum_of(&units) && merged == sum_of(&reversed));
+    }
+
+    #[test]
+    fn sampling_of_a_unit_does_not_depend_on_the_others(step in any::<u64>(), unit in ".{0,20}") {
+        let mechanism = mechanism(1.0);
+        let sampler = mechanism.sampler(&key(), &context(), step);
+        let before = sampler.includes(&unit);
+        prop_assert_eq!(before, mechanism.includes(&key(), &context(), step, &unit));
+    }
+}

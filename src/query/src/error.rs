@@ -1,0 +1,122 @@
+//! What can go wrong with a query, by what the caller can do about it.
+
+use datafusion::error::DataFusionError;
+use datafusion::sql::sqlparser::parser::ParserError;
+use lake::LakeError;
+use stage::Failure;
+
+/// What can go wrong with a query.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum QueryError {
+    /// The SQL is malformed, or names a column or function that is not there: exit code 2.
+    #[error("{0}")]
+    Sql(String),
+    /// A statement that is not a query: exit code 2.
+    #[error("{0} is refused: query is read-only\nhelp: use SELECT, and --output with --to FILE to keep the rows")]
+    ReadOnly(String),
+    /// A table or run that is not there: exit code 3.
+    #[error("{0}")]
+    Missing(String),
+    /// The data do not allow what the query asks for: exit code 3.
+    #[error("{0}")]
+    Data(String),
+    /// Storage.
+    #[error(transparent)]
+    Lake(#[from] LakeError),
+    /// The rows could not be written where they should go: exit code 5.
+    #[error("{target}: {reason}\nhelp: is the folder there and writable, and the disk not full?")]
+    Output {
+        /// The file, or standard output.
+        target: String,
+        /// What the operating system says.
+        reason: String,
+    },
+    /// A broken invariant, ours or the engine's: exit code 1.
+    #[error("{0}")]
+    Bug(String),
+}
+
+impl From<QueryError> for Failure {
+    fn from(error: QueryError) -> Self {
+        let message = error.to_string();
+        match error {
+            QueryError::Sql(_) | QueryError::ReadOnly(_) => Failure::Usage(message),
+            QueryError::Missing(_) | QueryError::Data(_) => Failure::Input(message),
+            QueryError::Lake(error) => error.into(),
+            QueryError::Output { .. } => Failure::Transient(message),
+            QueryError::Bug(_) => Failure::Bug(message),
+        }
+    }
+}
+
+impl From<DataFusionError> for QueryError {
+    /// Unwraps what the engine wrapped around our own errors, and sorts its own by remedy.
+    fn from(error: DataFusionError) -> Self {
+        let message = error.strip_backtrace();
+        match error {
+            DataFusionError::External(inner) => match inner.downcast::<QueryError>() {
+                Ok(ours) => *ours,
+                Err(inner) => match inner.downcast::<LakeError>() {
+                    Ok(lake) => QueryError::Lake(*lake),
+                    Err(_) => QueryError::Data(message),
+                },
+            },
+            DataFusionError::Context(_, inner) | DataFusionError::Diagnostic(_, inner) => (*inner).into(),
+            DataFusionError::Shared(inner) => match std::sync::Arc::try_unwrap(inner) {
+                Ok(inner) => inner.into(),
+                Err(shared) => sort(&shared, message),
+            },
+            DataFusionError::Collection(mut errors) if !errors.is_empty() => errors.swap_remove(0).into(),
+            other => sort(&other, message),
+        }
+    }
+}
+
+fn sort(error: &DataFusionError, message: String) -> QueryError {
+    match error.find_root() {
+        DataFusionError::SQL(error, _) => QueryError::Sql(syntax(error)),
+        DataFusionError::Plan(text) | DataFusionError::NotImplemented(text) => QueryError::Sql(with_help(text)),
+        DataFusionError::SchemaError(error, _) => QueryError::Sql(with_help(&error.to_string())),
+        DataFusionError::Configuration(_) => QueryError::Sql(message),
+        DataFusionError::Internal(_) | DataFusionError::ExecutionJoin(_) => QueryError::Bug(message),
+        // The engine reads files through stores of the lake, which have retried already.
+        DataFusionError::ObjectStore(_) | DataFusionError::IoError(_) => {
+            QueryError::Lake(LakeError::Transient(message))
+        }
+        _ => QueryError::Data(message),
+    }
+}
+
+fn syntax(error: &ParserError) -> String {
+    let (ParserError::TokenizerError(text) | ParserError::ParserError(text)) = error else {
+        return "the query nests too deeply\nhelp: split it with WITH".into();
+    };
+    format!("not valid SQL: {text}\nhelp: quote names that hold `-` or capitals, such as \"my-run\".synthetic")
+}
+
+fn with_help(text: &str) -> String {
+    format!("{}\nhelp: SHOW TABLES lists tables, DESCRIBE TABLE their columns", text.trim_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_keep_their_remedy_through_the_engine() {
+        let check = |error: DataFusionError, code: u8| {
+            let text = error.to_string();
+            assert_eq!(Failure::from(QueryError::from(error)).exit_code(), code, "{text}");
+        };
+        let external = |error: QueryError| DataFusionError::External(Box::new(error));
+        check(external(QueryError::Missing("no".into())), 3);
+        check(external(QueryError::ReadOnly("DROP".into())), 2);
+        check(DataFusionError::External(Box::new(LakeError::Transient("reset".into()))), 5);
+        check(external(QueryError::Missing("no".into())).context("while planning"), 3);
+        check(DataFusionError::Plan("no such column".into()), 2);
+        check(DataFusionError::Execution("division by zero".into()), 3);
+        check(DataFusionError::Internal("?".into()), 1);
+        check(DataFusionError::Shared(std::sync::Arc::new(external(QueryError::Missing("no".into())))), 3);
+    }
+}

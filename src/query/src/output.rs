@@ -1,0 +1,195 @@
+//! Rows on their way out: as a table for people, as CSV, JSON or Parquet for machines.
+//!
+//! CSV, JSON and Parquet stream, so memory does not grow with the result; a table is laid out by its widest cells and
+//! must be held whole. A file appears under its name only when it is complete.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::DataType;
+use arrow::error::ArrowError;
+use arrow::util::display::FormatOptions;
+use arrow::util::pretty::pretty_format_batches_with_options;
+use clap::ValueEnum;
+use datafusion::execution::SendableRecordBatchStream;
+use futures::{StreamExt, TryStreamExt};
+use parquet::arrow::ArrowWriter;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::properties::WriterProperties;
+
+use crate::error::QueryError;
+
+/// Form of the rows.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// A table for people.
+    Table,
+    /// CSV with a header.
+    Csv,
+    /// One JSON array of objects.
+    Json,
+    /// A Parquet file.
+    Parquet,
+}
+
+/// Where the rows go, and how.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Form of the rows.
+    pub format: Format,
+    /// The file; `None` for standard output.
+    pub file: Option<PathBuf>,
+}
+
+/// Writes all rows. A reader of standard output that went away, as in `… | head`, ends the work quietly.
+pub async fn write(rows: SendableRecordBatchStream, target: &Target) -> Result<(), QueryError> {
+    let Some(file) = &target.file else {
+        return write_to(rows, target.format, "standard output", Box::new(io::stdout())).await;
+    };
+    let name = file.display().to_string();
+    let partial = partial(file);
+    let failed = |error: io::Error| QueryError::Output { target: name.clone(), reason: error.to_string() };
+    let written = match File::create(&partial) {
+        Ok(sink) => write_to(rows, target.format, &name, Box::new(sink)).await,
+        Err(error) => Err(failed(error)),
+    };
+    match written {
+        Ok(()) => std::fs::rename(&partial, file).map_err(failed),
+        Err(error) => {
+            // The first error is the one to tell; what is left of the file is of no use either way.
+            let _ = std::fs::remove_file(&partial);
+            Err(error)
+        }
+    }
+}
+
+fn partial(file: &Path) -> PathBuf {
+    let mut name = file.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{}.partial", std::process::id()));
+    file.with_file_name(name)
+}
+
+async fn write_to(
+    rows: SendableRecordBatchStream,
+    format: Format,
+    name: &str,
+    sink: Box<dyn Write + Send>,
+) -> Result<(), QueryError> {
+    let fault = Fault::default();
+    let sink = Sink { inner: BufWriter::new(sink), fault: fault.clone() };
+    let written = match format {
+        Format::Table => table(rows, sink).await,
+        Format::Csv => csv(rows, sink).await,
+        Format::Json => json(rows, sink).await,
+        Format::Parquet => parquet(rows, sink).await,
+    };
+    match fault.take() {
+        Some(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        Some(error) => Err(QueryError::Output { target: name.into(), reason: error.to_string() }),
+        None => written,
+    }
+}
+
+async fn table(rows: SendableRecordBatchStream, mut sink: Sink) -> Result<(), QueryError> {
+    let schema = rows.schema();
+    let mut batches: Vec<RecordBatch> = rows.try_collect().await?;
+    if batches.is_empty() {
+        batches.push(RecordBatch::new_empty(schema));
+    }
+    let options = FormatOptions::default().with_null("NULL");
+    let text = pretty_format_batches_with_options(&batches, &options).map_err(unwritable)?;
+    writeln!(sink, "{text}").and_then(|()| sink.flush()).map_err(|error| unwritable(error.into()))
+}
+
+async fn csv(mut rows: SendableRecordBatchStream, mut sink: Sink) -> Result<(), QueryError> {
+    if let Some(field) = rows.schema().fields().iter().find(|field| field.data_type().is_nested()) {
+        return Err(QueryError::Sql(format!(
+            "column {} is a {}, which CSV cannot hold\n\
+             help: use --output json or parquet, or array_to_string({0}, ' ')",
+            field.name(),
+            plain(field.data_type()),
+        )));
+    }
+    let mut writer = arrow::csv::Writer::new(&mut sink);
+    // An empty batch first, so that a result without rows still has its header.
+    writer.write(&RecordBatch::new_empty(rows.schema())).map_err(unwritable)?;
+    while let Some(batch) = rows.next().await {
+        writer.write(&batch?).map_err(unwritable)?;
+    }
+    drop(writer);
+    sink.flush().map_err(|error| unwritable(error.into()))
+}
+
+async fn json(mut rows: SendableRecordBatchStream, mut sink: Sink) -> Result<(), QueryError> {
+    use arrow::json::writer::{JsonArray, WriterBuilder};
+    let mut writer = WriterBuilder::new().with_explicit_nulls(true).build::<_, JsonArray>(&mut sink);
+    while let Some(batch) = rows.next().await {
+        writer.write(&batch?).map_err(unwritable)?;
+    }
+    writer.finish().map_err(unwritable)?;
+    drop(writer);
+    writeln!(sink).and_then(|()| sink.flush()).map_err(|error| unwritable(error.into()))
+}
+
+async fn parquet(mut rows: SendableRecordBatchStream, sink: Sink) -> Result<(), QueryError> {
+    let properties = WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::default())).build();
+    let unwritable = |error: parquet::errors::ParquetError| QueryError::Bug(error.to_string());
+    let mut writer = ArrowWriter::try_new(sink, rows.schema(), Some(properties)).map_err(unwritable)?;
+    while let Some(batch) = rows.next().await {
+        writer.write(&batch?).map_err(unwritable)?;
+    }
+    writer.close().map(|_| ()).map_err(unwritable)
+}
+
+fn plain(data_type: &DataType) -> &'static str {
+    match data_type {
+        DataType::List(_) | DataType::LargeList(_) | DataType::FixedSizeList(..) => "list",
+        DataType::Map(..) => "map",
+        _ => "struct",
+    }
+}
+
+/// What a writer says of rows that it cannot encode; faults of the sink are told by [`Fault`].
+fn unwritable(error: ArrowError) -> QueryError {
+    QueryError::Bug(error.to_string())
+}
+
+/// The first fault of a sink. Encoders turn an I/O error into text; its kind is kept here.
+#[derive(Clone, Default)]
+struct Fault(Arc<Mutex<Option<io::Error>>>);
+
+impl Fault {
+    fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        result.map_err(|error| {
+            let kind = error.kind();
+            if let Ok(mut first) = self.0.lock() {
+                first.get_or_insert(error);
+            }
+            io::Error::from(kind)
+        })
+    }
+
+    fn take(&self) -> Option<io::Error> {
+        self.0.lock().ok()?.take()
+    }
+}
+
+struct Sink {
+    inner: BufWriter<Box<dyn Write + Send>>,
+    fault: Fault,
+}
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write(bytes);
+        self.fault.note(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let flushed = self.inner.flush();
+        self.fault.note(flushed)
+    }
+}

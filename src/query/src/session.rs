@@ -1,0 +1,107 @@
+//! The session: names that resolve to released tables, and a gate that lets only queries pass.
+//!
+//! The gate has two parts: an allow-list over the parsed statement, which gives a message that helps, and DataFusion's
+//! check of the plan, which would also stop a writing node that hides inside a query.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use datafusion::execution::SendableRecordBatchStream;
+use datafusion::execution::context::SQLOptions;
+use datafusion::prelude::{SessionConfig, SessionContext};
+use datafusion::sql::parser::Statement;
+use datafusion::sql::sqlparser::ast::Statement as SqlStatement;
+use lake::ReleaseRoot;
+
+use crate::catalog::{CATALOG, NO_RUN, ReleaseCatalog};
+use crate::error::QueryError;
+use crate::functions;
+
+/// What `SHOW TABLES` means here.
+const SHOW_TABLES: &str = "SELECT run, name, version FROM tables ORDER BY run, name";
+
+/// What names resolve by.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Run whose tables have short names.
+    pub run: Option<String>,
+    /// Older versions to read.
+    pub pins: Vec<Pin>,
+    /// Other names of runs.
+    pub aliases: HashMap<String, String>,
+}
+
+/// One table held at a version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pin {
+    /// Run id or alias; `None` for the run whose tables have short names.
+    pub run: Option<String>,
+    /// Table name.
+    pub table: String,
+    /// Version.
+    pub version: i64,
+}
+
+/// A session over one release root.
+pub struct Session {
+    context: SessionContext,
+}
+
+impl Session {
+    /// Opens a session; touches no storage.
+    pub fn new(root: ReleaseRoot, options: Options) -> Self {
+        let schema = options.run.clone().unwrap_or_else(|| NO_RUN.to_string());
+        let config = SessionConfig::new()
+            .with_create_default_catalog_and_schema(false)
+            .with_default_catalog_and_schema(CATALOG, schema);
+        let context = SessionContext::new_with_config(config);
+        let table_functions = context.state().table_functions().keys().cloned().collect();
+        let catalog = ReleaseCatalog::new(root, options, table_functions);
+        context.register_catalog(CATALOG, Arc::new(catalog));
+        functions::register(&context);
+        Self { context }
+    }
+
+    /// Plans and starts one query. Anything but a query is [`QueryError::ReadOnly`].
+    pub async fn query(&self, sql: &str) -> Result<SendableRecordBatchStream, QueryError> {
+        let state = self.context.state();
+        let dialect = state.config().options().sql_parser.dialect;
+        let mut statement = state.sql_to_statement(sql, &dialect)?;
+        if matches!(&statement, Statement::Statement(inner) if matches!(**inner, SqlStatement::ShowTables { .. })) {
+            statement = state.sql_to_statement(SHOW_TABLES, &dialect)?;
+        }
+        check_read_only(&statement)?;
+        let plan = state.statement_to_plan(statement).await?;
+        SQLOptions::new()
+            .with_allow_ddl(false)
+            .with_allow_dml(false)
+            .with_allow_statements(false)
+            .verify_plan(&plan)?;
+        Ok(self.context.execute_logical_plan(plan).await?.execute_stream().await?)
+    }
+}
+
+fn check_read_only(statement: &Statement) -> Result<(), QueryError> {
+    match statement {
+        Statement::Explain(explain) => check_read_only(&explain.statement),
+        Statement::Statement(inner) => check_sql_read_only(inner),
+        other => Err(refused(&other.to_string())),
+    }
+}
+
+fn check_sql_read_only(statement: &SqlStatement) -> Result<(), QueryError> {
+    match statement {
+        SqlStatement::Query(_) | SqlStatement::ExplainTable { .. } => Ok(()),
+        SqlStatement::Explain { statement, .. } => check_sql_read_only(statement),
+        other => Err(refused(&other.to_string())),
+    }
+}
+
+fn refused(statement: &str) -> QueryError {
+    let words: Vec<&str> = statement.split_whitespace().take_while(|word| is_keyword(word)).take(3).collect();
+    QueryError::ReadOnly(words.join(" "))
+}
+
+fn is_keyword(word: &str) -> bool {
+    word.chars().all(|c| c.is_ascii_uppercase())
+}

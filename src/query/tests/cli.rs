@@ -1,0 +1,245 @@
+//! The command line's contract: what goes to which stream, and which exit code says what.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow::array::{ArrayRef, Float32Array, Int32Array, ListArray, RecordBatch, StringArray};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::{DataType, Field, Schema};
+use assert_cmd::Command;
+use lake::{AppTransaction, ReleaseRoot, StorageOptions, Zone};
+
+/// A release root with run `demo`: table `synthetic` in two versions, and `embeddings`.
+fn release() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(write(folder.path()));
+    folder
+}
+
+async fn write(folder: &Path) {
+    let options = StorageOptions { timeout: Duration::from_secs(30) };
+    let root = ReleaseRoot::open(&folder.display().to_string(), &options).await.unwrap();
+    for (chunk, (id, text, tokens)) in [("a", "one, \"two\"", 3), ("b", "three\nfour", 5)].into_iter().enumerate() {
+        let columns: Vec<(&str, ArrayRef)> = vec![
+            ("id", Arc::new(StringArray::from(vec![id]))),
+            ("text", Arc::new(StringArray::from(vec![text]))),
+            ("tokens", Arc::new(Int32Array::from(vec![tokens]))),
+        ];
+        append(&root, "synthetic", RecordBatch::try_from_iter(columns).unwrap(), chunk as i64).await;
+    }
+    let element = Arc::new(Field::new("element", DataType::Float32, false));
+    let fields = vec![Field::new("id", DataType::Utf8, false), Field::new_list("embedding", element.clone(), false)];
+    let lists = ListArray::new(
+        element,
+        OffsetBuffer::from_lengths([2, 2]),
+        Arc::new(Float32Array::from(vec![1.0, 0.0, 0.6, 0.8])),
+        None,
+    );
+    let columns: Vec<ArrayRef> = vec![Arc::new(StringArray::from(vec!["a", "b"])), Arc::new(lists)];
+    append(&root, "embeddings", RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).unwrap(), 0).await;
+}
+
+async fn append(root: &ReleaseRoot, name: &str, batch: RecordBatch, version: i64) {
+    let table = root.table(&format!("runs/demo/{name}"));
+    table.create(batch.schema()).await.unwrap();
+    table.append(vec![batch], AppTransaction { id: format!("test/{name}"), version }).await.unwrap();
+}
+
+fn query(release: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::cargo_bin("doppel-query").unwrap();
+    for variable in ["DOPPEL_RUN", "DOPPEL_RELEASE", "DOPPEL_PRIVATE", "RUST_LOG"] {
+        command.env_remove(variable);
+    }
+    command.arg("--release").arg(release).args(arguments);
+    command
+}
+
+#[track_caller]
+fn succeeds(release: &Path, arguments: &[&str]) -> String {
+    let output = query(release, arguments).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{arguments:?}: {error}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Fails with `exit_code`, says each of `expected` on standard error, and prints no data.
+#[track_caller]
+fn fails(release: &Path, arguments: &[&str], exit_code: i32, expected: &[&str]) {
+    let output = query(release, arguments).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(exit_code), "{arguments:?}: {error}");
+    for text in expected {
+        assert!(error.contains(text), "{arguments:?}: expected {text:?} in: {error}");
+    }
+    assert!(output.stdout.is_empty(), "{arguments:?} printed {:?}", String::from_utf8_lossy(&output.stdout));
+}
+
+#[test]
+fn every_form_of_output_carries_the_same_rows() {
+    let release = release();
+    let sql = "SELECT id, text, tokens FROM synthetic ORDER BY id";
+    let rows = |output| succeeds(release.path(), &["--run", "demo", "--output", output, sql]);
+    assert_eq!(rows("csv"), "id,text,tokens\na,\"one, \"\"two\"\"\",3\nb,\"three\nfour\",5\n");
+    assert_eq!(
+        rows("json"),
+        "[{\"id\":\"a\",\"text\":\"one, \\\"two\\\"\",\"tokens\":3},{\"id\":\"b\",\"text\":\"three\\nfour\",\"tokens\":5}]\n"
+    );
+    assert!(rows("table").contains("| a  | one, \"two\" | 3      |"), "{}", rows("table"));
+    let output = query(release.path(), &["--run", "demo", "--output", "parquet", sql]).output().unwrap();
+    assert!(output.stdout.starts_with(b"PAR1") && output.stdout.ends_with(b"PAR1"));
+}
+
+#[test]
+fn no_rows_are_still_a_result() {
+    let release = release();
+    let rows = |output| {
+        succeeds(release.path(), &["--run", "demo", "--output", output, "SELECT id FROM synthetic WHERE tokens > 9"])
+    };
+    assert_eq!(rows("csv"), "id\n");
+    assert_eq!(rows("json"), "[]\n");
+    assert!(rows("table").contains("| id |"));
+}
+
+#[test]
+fn rows_go_to_a_file_that_appears_whole() {
+    let release = release();
+    let out = tempfile::tempdir().unwrap();
+    let file = out.path().join("rows.csv");
+    let to = file.to_str().unwrap();
+    let sql = "SELECT tokens FROM synthetic ORDER BY 1";
+    assert_eq!(succeeds(release.path(), &["--run", "demo", "--output", "csv", "--to", to, sql]), "");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "tokens\n3\n5\n");
+
+    let failing = "SELECT 1 / (tokens - 5) FROM synthetic";
+    fails(release.path(), &["--run", "demo", "--output", "csv", "--to", to, failing], 3, &["ivide by zero"]);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "tokens\n3\n5\n", "a failed query leaves the file alone");
+    assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 1, "and nothing beside it");
+
+    fails(release.path(), &["--run", "demo", "--to", "/nowhere/rows", sql], 5, &["/nowhere/rows", "help:"]);
+}
+
+#[test]
+fn sql_comes_from_a_file_or_standard_input() {
+    let release = release();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("count.sql");
+    std::fs::write(&file, "-- How many?\nSELECT count(*) AS n FROM synthetic;\n").unwrap();
+    let arguments = ["--run", "demo", "--output", "csv", "--file"];
+    assert_eq!(succeeds(release.path(), &[&arguments[..], &[file.to_str().unwrap()]].concat()), "n\n2\n");
+    let piped =
+        query(release.path(), &[&arguments[..], &["-"]].concat()).write_stdin("SELECT 7 AS n").output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&piped.stdout), "n\n7\n");
+    fails(release.path(), &[&arguments[..], &["/nowhere.sql"]].concat(), 3, &["/nowhere.sql"]);
+}
+
+#[test]
+fn older_versions_and_other_runs_have_names() {
+    let release = release();
+    let count = |arguments: &[&str], table: &str| {
+        let sql = format!("SELECT count(*) AS n FROM {table}");
+        succeeds(release.path(), &[arguments, &["--output", "csv", &sql]].concat())
+    };
+    assert_eq!(count(&["--run", "demo"], "synthetic"), "n\n2\n");
+    assert_eq!(count(&["--run", "demo", "--at", "synthetic=1"], "synthetic"), "n\n1\n");
+    assert_eq!(count(&[], "\"demo\".synthetic"), "n\n2\n");
+    assert_eq!(count(&["--at", "demo.synthetic=1"], "demo.synthetic"), "n\n1\n");
+    assert_eq!(count(&["--alias", "base=demo", "--at", "base.synthetic=1"], "base.synthetic"), "n\n1\n");
+    fails(
+        release.path(),
+        &["--run", "demo", "--at", "synthetic=9", "SELECT 1 FROM synthetic"],
+        3,
+        &["no version 9", "the latest is 2"],
+    );
+}
+
+#[test]
+fn embeddings_can_be_compared() {
+    let release = release();
+    let sql = "SELECT round(cosine_similarity(a.embedding, b.embedding), 4) AS similarity \
+               FROM embeddings a JOIN embeddings b ON a.id < b.id";
+    assert_eq!(succeeds(release.path(), &["--run", "demo", "--output", "csv", sql]), "similarity\n0.6\n");
+    fails(
+        release.path(),
+        &["--run", "demo", "--output", "csv", "SELECT * FROM embeddings"],
+        2,
+        &["column embedding is a list", "help:"],
+    );
+}
+
+#[test]
+fn only_queries_pass() {
+    let release = release();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let target = elsewhere.path().join("stolen.csv");
+    let target = target.to_str().unwrap();
+    for sql in [
+        &format!("COPY synthetic TO '{target}'"),
+        &format!("EXPLAIN ANALYZE COPY synthetic TO '{target}'"),
+        &format!("CREATE EXTERNAL TABLE t STORED AS CSV LOCATION '{target}'"),
+        "CREATE TABLE t AS SELECT 1",
+        "CREATE VIEW v AS SELECT 1",
+        "INSERT INTO synthetic SELECT * FROM synthetic",
+        "DELETE FROM synthetic",
+        "UPDATE synthetic SET tokens = 0",
+        "DROP TABLE synthetic",
+        "SET datafusion.execution.batch_size = 1",
+    ] {
+        fails(release.path(), &["--run", "demo", sql], 2, &["read-only", "help:"]);
+    }
+    assert!(!Path::new(target).exists());
+    for sql in ["DESCRIBE synthetic", "EXPLAIN SELECT * FROM synthetic", "SHOW TABLES"] {
+        succeeds(release.path(), &["--run", "demo", sql]);
+    }
+}
+
+#[test]
+fn other_files_are_not_tables() {
+    let release = release();
+    let file = release.path().join("secret.csv");
+    std::fs::write(&file, "a\n1\n").unwrap();
+    let sql = format!("SELECT * FROM '{}'", file.display());
+    fails(release.path(), &["--run", "demo", &sql], 3, &["not the name of a table or run"]);
+    fails(release.path(), &["SELECT * FROM \"../private\".corpus"], 3, &["not the name of a table or run"]);
+}
+
+#[test]
+fn mistakes_are_told_with_what_was_meant() {
+    let release = release();
+    let run = ["--run", "demo"];
+    let fails =
+        |sql: &str, code, expected: &[&str]| fails(release.path(), &[&run[..], &[sql]].concat(), code, expected);
+    fails("SELECT * FROM sinthetic", 3, &["did you mean synthetic?", "it has embeddings, synthetic"]);
+    fails("SELECT * FROM dmeo.synthetic", 3, &["no run dmeo", "did you mean demo?"]);
+    fails("SELECT token FROM synthetic", 2, &["token", "tokens"]);
+    fails("SELEC 1", 2, &["not valid SQL", "SELEC"]);
+    fails("SELECT 1; SELECT 2", 2, &["single SQL statement"]);
+    fails("SELECT nosuch(1)", 2, &["nosuch", "help:"]);
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    let release = release();
+    fails(release.path(), &["SELECT * FROM synthetic"], 3, &["no run is named", "--run", "demo"]);
+    let empty = tempfile::tempdir().unwrap();
+    fails(empty.path(), &["--run", "demo", "SELECT * FROM synthetic"], 3, &["no run demo", "no run yet"]);
+    let mut command = Command::cargo_bin("doppel-query").unwrap();
+    let output = command.env_remove("DOPPEL_RELEASE").arg("SELECT 1").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("DOPPEL_RELEASE"));
+}
+
+#[test]
+fn table_functions_are_not_taken_for_tables() {
+    let release = release();
+    let counted = succeeds(release.path(), &["--output", "csv", "SELECT count(*) AS n FROM generate_series(1, 9)"]);
+    assert_eq!(counted, "n\n9\n");
+}
+
+#[test]
+fn the_tables_of_all_runs_are_listed() {
+    let release = release();
+    let listed = succeeds(release.path(), &["--output", "csv", "SHOW TABLES"]);
+    assert_eq!(listed, "run,name,version\ndemo,embeddings,1\ndemo,synthetic,2\n");
+}

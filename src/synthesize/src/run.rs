@@ -1,0 +1,285 @@
+//! The stage: claim, load, sample, append, settle.
+
+use std::ops::Range;
+use std::path::Path;
+
+use lake::manifest::{self, Begin, Claim, Input, Manifest};
+use lake::{AppTransaction, LakeError, LocalFolder, Output, ReleaseRoot, Table, Zone};
+use lm::LmError;
+use lm::adapter::Lora;
+use lm::checkpoint::Checkpoint;
+use lm::decoder::Decoder;
+use lm::device::Compute;
+use lm::generate::{Completion, Request, Sampling, generate};
+use lm::template::Prompt;
+use lm::tokenizer::Tokenizer;
+use serde_json::json;
+use stage::telemetry::{Fact, phase, tell};
+use stage::{Failure, Progress, Summary};
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+
+use crate::args::{Args, Config};
+use crate::plan::{self, Chunks};
+use crate::rows::{self, Sample};
+
+const STAGE: &str = "synthesize";
+/// Samples that wait to be appended before sampling pauses: storage that hangs must not fill the memory.
+const QUEUE: usize = 1024;
+
+/// Runs the stage.
+pub async fn run(args: Args) -> Result<Summary, Failure> {
+    let config = args.config()?;
+    let release = args.common.release_root().await?;
+    let sources = Sources::open(&args, &config, &release).await?;
+    let claim = sources.claim(&args, &config)?;
+    if manifest::find(&release, &claim.run, STAGE, claim.shard).await?.is_some() {
+        // Done already, or a conflict with what was done: `begin` tells which.
+        if let Begin::Done(manifest) = manifest::begin(&release, claim.clone()).await? {
+            return Ok(summary(&args, &manifest, true));
+        }
+    }
+    // Before the claim: a run id must not be bound to settings that cannot work.
+    let sampler = sources.load(&args, &config)?;
+    let handle = match manifest::begin(&release, claim).await? {
+        Begin::Done(manifest) => return Ok(summary(&args, &manifest, true)),
+        Begin::Fresh(handle) | Begin::Resumed(handle) => handle,
+    };
+    let path = format!("runs/{}/synthetic", args.common.run);
+    let table = release.table(&path);
+    table.create(lake::schema::synthetic()).await?;
+    let totals = sample(&args, &config, sampler, &table).await?;
+    tell(Fact::Rows(totals.rows));
+    tell(Fact::Tokens(totals.tokens));
+    let outputs = vec![Output { name: "synthetic".into(), path, version: table.version().await? }];
+    let range = plan::range(config.count, args.effective_shard());
+    let facts = json!({ "rows": range.end - range.start, "first": range.start });
+    let manifest = handle.finish(outputs, facts).await?;
+    Ok(summary(&args, &manifest, false))
+}
+
+/// The inputs on this machine.
+struct Sources {
+    checkpoint: Checkpoint,
+    model_digest: String,
+    adapter: Option<Adapter>,
+    _folder: LocalFolder,
+}
+
+struct Adapter {
+    folder: TempDir,
+    path: String,
+    digest: String,
+}
+
+impl Sources {
+    async fn open(args: &Args, config: &Config, release: &ReleaseRoot) -> Result<Self, Failure> {
+        let adapter = match &config.adapter_run {
+            Some(run) => Some(Adapter::fetch(release, run).await?),
+            None => None,
+        };
+        let folder = lake::fetch_folder(&args.model, &args.common.storage()).await?;
+        let checkpoint = Checkpoint::open(folder.path()).map_err(failure)?;
+        let model_digest = checkpoint.digest().map_err(failure)?;
+        Ok(Self { checkpoint, model_digest, adapter, _folder: folder })
+    }
+
+    fn claim(&self, args: &Args, config: &Config) -> Result<Claim, Failure> {
+        let input = |name: &str, location: &str, digest: &str| Input {
+            name: name.into(),
+            location: location.into(),
+            version: None,
+            digest: Some(digest.into()),
+        };
+        let adapter = self.adapter.as_ref().map(|adapter| input("adapter", &adapter.path, &adapter.digest));
+        let model = input("model", model_name(&args.model), &self.model_digest);
+        Ok(Claim {
+            run: args.common.run.clone(),
+            stage: STAGE.into(),
+            shard: args.shard.map(|shard| (shard.index, shard.count)),
+            inputs: std::iter::once(model).chain(adapter).collect(),
+            config: serde_json::to_value(config).map_err(|error| Failure::Bug(error.to_string()))?,
+            seeds: vec![config.seed],
+            binary: stage::binary("doppel-synthesize"),
+            started: chrono::Utc::now(),
+        })
+    }
+
+    fn load(&self, args: &Args, config: &Config) -> Result<Sampler, Failure> {
+        let _span = phase("load model").entered();
+        let compute = Compute::resolve(args.device.into(), args.dtype.into()).map_err(failure)?;
+        let tokenizer = self.checkpoint.tokenizer().map_err(failure)?;
+        let mut decoder = Decoder::load(&self.checkpoint, compute).map_err(failure)?;
+        if let Some(adapter) = &self.adapter {
+            let lora = Lora::load(adapter.folder.path(), &decoder.config, compute.device).map_err(failure)?;
+            decoder.merge(&lora).map_err(failure)?;
+        }
+        let prompt = Prompt::new(config.template.into(), &tokenizer, &decoder.config).map_err(failure)?;
+        let longest = prompt.prefix.len() + config.max_new_tokens;
+        if longest as u64 > decoder.config.max_positions as u64 {
+            return Err(Failure::Usage(format!(
+                "--max-new-tokens {}: with a prompt of {} tokens the model's {} positions do not suffice\n\
+                 help: lower --max-new-tokens",
+                config.max_new_tokens,
+                prompt.prefix.len(),
+                decoder.config.max_positions
+            )));
+        }
+        Ok(Sampler { decoder, tokenizer, prompt })
+    }
+}
+
+impl Adapter {
+    async fn fetch(release: &ReleaseRoot, run: &str) -> Result<Self, Failure> {
+        let path = format!("runs/{run}/adapter");
+        let missing = || {
+            Failure::Input(format!(
+                "{}: no adapter there\nhelp: run train first, name its run with --adapter-run, or sample the base model \
+                 with --no-adapter",
+                release.url_of(&path)
+            ))
+        };
+        let folder = tempfile::tempdir()
+            .map_err(|error| Failure::Transient(format!("the temporary folder: {error}\nhelp: is the disk full?")))?;
+        match release.download(&path, folder.path()).await {
+            Err(LakeError::NotFound(message)) if !message.contains("bucket") => return Err(missing()),
+            other => other?,
+        }
+        let mut hasher = blake3::Hasher::new();
+        for name in ["adapter_config.json", "adapter_model.safetensors"] {
+            // train writes the configuration last: without it, the adapter is not complete.
+            let body = std::fs::read(folder.path().join(name)).map_err(|_| missing())?;
+            hasher.update(blake3::hash(&body).as_bytes());
+        }
+        Ok(Self { folder, path, digest: hasher.finalize().to_hex().to_string() })
+    }
+}
+
+/// Everything that sampling needs.
+struct Sampler {
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+}
+
+impl Sampler {
+    /// Draws the samples `range`, handing each to `done` as it finishes.
+    fn draw(
+        &self,
+        config: &Config,
+        batch: usize,
+        range: Range<u64>,
+        mut done: impl FnMut(u64, Sample) -> Result<(), LmError>,
+    ) -> Result<(), LmError> {
+        let mut stop = vec![self.prompt.end];
+        stop.extend(self.decoder.config.eos.iter().filter(|id| **id != self.prompt.end));
+        let sampling = Sampling {
+            temperature: config.temperature,
+            top_p: config.top_p,
+            top_k: config.top_k,
+            repetition_penalty: config.repetition_penalty,
+            max_new_tokens: config.max_new_tokens,
+            stop,
+        };
+        let request = |index| Request {
+            index,
+            prompt: self.prompt.prefix.clone(),
+            seed: plan::seed(config.seed, index),
+        };
+        generate(&self.decoder, &sampling, range.map(request), batch, |completion: Completion| {
+            let sample = Sample {
+                seed: plan::seed(config.seed, completion.index),
+                text: self.tokenizer.decode(&completion.tokens)?,
+                tokens: completion.tokens.len(),
+                stopped: completion.stopped,
+                mean_logprob: completion.mean_logprob,
+            };
+            done(completion.index, sample)
+        })
+    }
+}
+
+/// What this attempt added.
+#[derive(Default)]
+struct Totals {
+    rows: u64,
+    tokens: u64,
+}
+
+/// Draws what this shard lacks on a thread of its own, and appends whole chunks meanwhile.
+async fn sample(args: &Args, config: &Config, sampler: Sampler, table: &Table) -> Result<Totals, Failure> {
+    let shard = args.effective_shard();
+    let range = plan::range(config.count, shard);
+    let transaction = transaction(args);
+    let mut chunks = Chunks::new(range.clone(), table.last_chunk(&transaction).await?);
+    let remaining = chunks.remaining();
+    let mut totals = Totals::default();
+    if chunks.is_done() {
+        return Ok(totals);
+    }
+    let rows = Progress::public("synthesize", "rows", range.end - range.start);
+    rows.resume(remaining.start - range.start);
+    let tokens = Progress::public("sample", "tokens", 0);
+    let (sender, mut receiver) = mpsc::channel::<(u64, Sample)>(QUEUE);
+    let (drawn, batch) = (config.clone(), args.batch_size);
+    let drawing = tokio::task::spawn_blocking(move || {
+        sampler.draw(&drawn, batch, remaining, |index, sample| {
+            let gone = |_| LmError::Usage("synthesize: the rows could not be appended".into());
+            sender.blocking_send((index, sample)).map_err(gone)
+        })
+    });
+    while let Some((index, sample)) = receiver.recv().await {
+        rows.advance(1);
+        tokens.advance(sample.tokens as u64);
+        totals.rows += 1;
+        totals.tokens += sample.tokens as u64;
+        chunks.add(index, sample);
+        while let Some((version, chunk)) = chunks.take() {
+            let batch = rows::batch(&args.common.run, shard.index, &chunk)?;
+            table.append(vec![batch], AppTransaction { id: transaction.clone(), version }).await?;
+        }
+    }
+    drawing.await.map_err(|_| Failure::Bug("synthesize: the sampling thread panicked".into()))?.map_err(failure)?;
+    match chunks.is_done() {
+        true => Ok(totals),
+        false => Err(Failure::Bug("synthesize: fewer samples came than were asked for".into())),
+    }
+}
+
+/// Application transaction of this shard, such as `demo/synthesize/3-of-8`.
+fn transaction(args: &Args) -> String {
+    match args.shard {
+        Some(shard) => format!("{}/{STAGE}/{}-of-{}", args.common.run, shard.index, shard.count),
+        None => format!("{}/{STAGE}", args.common.run),
+    }
+}
+
+fn summary(args: &Args, manifest: &Manifest, already: bool) -> Summary {
+    let run = &args.common.run;
+    let path = format!("runs/{run}/synthetic");
+    let rows = manifest.facts.get("rows").and_then(serde_json::Value::as_u64).unwrap_or_default();
+    let done = if already { "done already; " } else { "" };
+    let version = manifest.outputs.first().and_then(|output| output.version);
+    Summary {
+        text: format!("synthesize: {done}{rows} samples are in the release zone at {path}"),
+        json: json!({
+            "stage": STAGE, "run": run, "already_done": already, "zone": ReleaseRoot::NAME, "table": path,
+            "version": version, "rows": rows,
+            "shard": manifest.claim.shard.map(|(index, count)| format!("{index}/{count}")),
+        }),
+    }
+}
+
+/// A model's name without the machine's folders.
+fn model_name(url: &str) -> &str {
+    Path::new(url.trim_end_matches('/')).file_name().and_then(|name| name.to_str()).unwrap_or(url)
+}
+
+/// A model's failure by what the operator can do.
+fn failure(error: LmError) -> Failure {
+    match error {
+        LmError::Usage(message) => Failure::Usage(message),
+        LmError::Malformed(message) => Failure::Input(message),
+        other => Failure::Bug(other.to_string()),
+    }
+}

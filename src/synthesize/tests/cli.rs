@@ -1,0 +1,268 @@
+//! The command line contract of doppel-synthesize: exit codes, messages, and what is in storage afterwards.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use arrow::array::AsArray;
+use arrow::datatypes::{Float32Type, Int32Type, Int64Type};
+use lake::{ReleaseRoot, StorageOptions, Zone};
+use lm::adapter::{Lora, LoraConfig, Target};
+use lm::checkpoint::Checkpoint;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// 256 bytes and three special tokens, of which 1 is the end.
+const TOKENIZER: &str = include_str!("../../lm/src/encoder/golden/t5-relu/tokenizer.json");
+const VOCABULARY: usize = 259;
+
+/// A release root and a tiny random model.
+struct Place {
+    folder: TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let place = Self { folder: tempfile::tempdir().unwrap() };
+        write_model(&place.path("model"), 16);
+        place
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).display().to_string()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_doppel-synthesize"));
+        for name in ["DOPPEL_RUN", "DOPPEL_PRIVATE", "DOPPEL_RELEASE", "RUST_LOG"] {
+            command.env_remove(name);
+        }
+        command.args(["--release", &self.path("release"), "--format", "json", "--dtype", "f32", "--device", "cpu"]);
+        if !arguments.contains(&"--max-new-tokens") {
+            command.args(["--max-new-tokens", "6"]);
+        }
+        command.args(arguments);
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// Runs the stage on the tiny model, without an adapter.
+    fn base(&self, run: &str, arguments: &[&str]) -> Output {
+        let model = self.path("model");
+        let mut all = vec!["--run", run, "--model", &model, "--no-adapter"];
+        all.extend(arguments);
+        self.run(&all)
+    }
+
+    /// (seed, text, tokens, finish reason, mean log-probability bits) by sample number.
+    fn samples(&self, run: &str) -> BTreeMap<u64, (i64, String, i32, String, u32)> {
+        let url = self.path("release");
+        let table = format!("runs/{run}/synthetic");
+        let columns = ["id", "seed", "text", "tokens", "finish_reason", "mean_logprob"];
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let batches = runtime.block_on(async {
+            let table = ReleaseRoot::open(&url, &StorageOptions::default()).await.unwrap().table(&table);
+            table.read(table.pin().await.unwrap(), &columns).await.unwrap()
+        });
+        let mut samples = BTreeMap::new();
+        for batch in batches {
+            for row in 0..batch.num_rows() {
+                let text = |column: usize| batch.column(column).as_string::<i32>().value(row).to_string();
+                let number: u64 = text(0).rsplit('-').next().unwrap().parse().unwrap();
+                let seed = batch.column(1).as_primitive::<Int64Type>().value(row);
+                let tokens = batch.column(3).as_primitive::<Int32Type>().value(row);
+                let logprob = batch.column(5).as_primitive::<Float32Type>().value(row);
+                assert!(logprob.is_finite());
+                let earlier = samples.insert(number, (seed, text(2), tokens, text(4), logprob.to_bits()));
+                assert!(earlier.is_none(), "sample {number} is there twice");
+            }
+        }
+        samples
+    }
+}
+
+/// A Llama of width `hidden` with random weights, small enough for a test.
+fn write_model(folder: &str, hidden: usize) {
+    let folder = Path::new(folder);
+    std::fs::create_dir_all(folder).unwrap();
+    let (inner, key) = (2 * hidden, hidden / 2);
+    let config = json!({
+        "model_type": "llama", "hidden_act": "silu", "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 32, "tie_word_embeddings": true,
+        "eos_token_id": 1,
+    });
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    std::fs::write(folder.join("tokenizer.json"), TOKENIZER).unwrap();
+    let layer = |name: &str| format!("model.layers.0.{name}.weight");
+    let shapes = [
+        ("model.embed_tokens.weight".to_string(), vec![VOCABULARY, hidden]),
+        ("model.norm.weight".to_string(), vec![hidden]),
+        (layer("input_layernorm"), vec![hidden]),
+        (layer("post_attention_layernorm"), vec![hidden]),
+        (layer("self_attn.q_proj"), vec![hidden, hidden]),
+        (layer("self_attn.k_proj"), vec![key, hidden]),
+        (layer("self_attn.v_proj"), vec![key, hidden]),
+        (layer("self_attn.o_proj"), vec![hidden, hidden]),
+        (layer("mlp.gate_proj"), vec![inner, hidden]),
+        (layer("mlp.up_proj"), vec![inner, hidden]),
+        (layer("mlp.down_proj"), vec![hidden, inner]),
+    ];
+    let mut state = 1u64;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 40) as f32 / (1u32 << 24) as f32 - 0.5) * 0.8
+    };
+    let bodies: Vec<Vec<u8>> = shapes
+        .iter()
+        .map(|(_, shape)| (0..shape.iter().product::<usize>()).flat_map(|_| next().to_le_bytes()).collect())
+        .collect();
+    let views = shapes
+        .iter()
+        .zip(&bodies)
+        .map(|((name, shape), body)| (name.clone(), TensorView::new(Dtype::F32, shape.clone(), body).unwrap()));
+    std::fs::write(folder.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+/// A PEFT folder for the model in `model`, as train releases it.
+fn write_adapter(model: &str, to: &str) {
+    let config = Checkpoint::open(Path::new(model)).unwrap().decoder_config().unwrap();
+    let lora = LoraConfig { rank: 2, alpha: 4.0, targets: vec![Target::Q, Target::V], dropout: 0.0 };
+    let lora = Lora::new(lora, &config, tch::Device::Cpu, 1).unwrap();
+    std::fs::create_dir_all(to).unwrap();
+    for (name, body) in lora.to_peft("model").unwrap() {
+        std::fs::write(Path::new(to).join(name), body).unwrap();
+    }
+}
+
+fn json_of(output: &Output) -> Value {
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Asserts exit code and message, and that nothing went to standard output.
+fn fails(output: &Output, code: i32, message: &str) {
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{error}");
+    assert!(error.contains(message), "expected {message:?} in {error}");
+    assert!(output.stdout.is_empty());
+}
+
+#[test]
+fn samples_are_written_once_and_a_second_run_finds_them() {
+    let place = Place::new();
+    let first = json_of(&place.base("base", &["--count", "20"]));
+    assert_eq!((&first["rows"], &first["already_done"], &first["zone"]), (&json!(20), &json!(false), &json!("release")));
+    let samples = place.samples("base");
+    assert_eq!(samples.len(), 20);
+    assert!(samples.values().all(|sample| sample.2 <= 6 && ["stop", "length"].contains(&sample.3.as_str())));
+    let second = json_of(&place.base("base", &["--count", "20"]));
+    assert_eq!(second["already_done"], json!(true));
+    assert_eq!(place.samples("base"), samples);
+}
+
+#[test]
+fn shards_and_batches_of_any_number_give_the_same_samples() {
+    let place = Place::new();
+    json_of(&place.base("whole", &["--count", "20", "--batch-size", "7"]));
+    for shard in ["2/3", "0/3", "1/3"] {
+        json_of(&place.base("parts", &["--count", "20", "--batch-size", "3", "--shard", shard]));
+    }
+    assert_eq!(place.samples("parts"), place.samples("whole"));
+    json_of(&place.base("other", &["--count", "20", "--seed", "1"]));
+    assert_ne!(place.samples("other"), place.samples("whole"));
+}
+
+#[test]
+fn killed_while_sampling_then_rerun_gives_what_one_clean_run_gives() {
+    let place = Place::new();
+    let model = place.path("model");
+    let arguments = ["--run", "killed", "--model", &model, "--no-adapter", "--count", "1500"];
+    let mut child = place.command(&arguments).spawn().unwrap();
+    let log = format!("{}/runs/killed/synthetic/_delta_log/00000000000000000002.json", place.path("release"));
+    for _ in 0..600 {
+        if Path::new(&log).exists() || child.try_wait().unwrap().is_some() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    let _ = child.kill();
+    child.wait().unwrap();
+    json_of(&place.run(&arguments));
+    json_of(&place.base("clean", &["--count", "1500"]));
+    assert_eq!(place.samples("killed"), place.samples("clean"));
+}
+
+#[test]
+fn an_adapter_is_taken_from_its_run() {
+    let place = Place::new();
+    let model = place.path("model");
+    write_adapter(&model, &place.path("release/runs/trained/adapter"));
+    let own = place.run(&["--run", "trained", "--model", &model, "--count", "5"]);
+    assert_eq!(json_of(&own)["rows"], json!(5));
+    let other = place.run(&["--run", "later", "--adapter-run", "trained", "--model", &model, "--count", "5"]);
+    assert_eq!(json_of(&other)["rows"], json!(5));
+    let missing = place.run(&["--run", "x", "--adapter-run", "untrained", "--model", &model, "--count", "5"]);
+    fails(&missing, 3, "runs/untrained/adapter: no adapter there");
+}
+
+#[test]
+fn an_adapter_for_another_model_is_an_input_error() {
+    let place = Place::new();
+    write_model(&place.path("wide"), 32);
+    write_adapter(&place.path("wide"), &place.path("release/runs/wide/adapter"));
+    let model = place.path("model");
+    let output = place.run(&["--run", "wide", "--model", &model, "--count", "5"]);
+    fails(&output, 3, "help:");
+    assert!(!Path::new(&place.path("release/runs/wide/synthetic")).exists());
+}
+
+#[test]
+fn a_run_id_with_other_settings_is_refused() {
+    let place = Place::new();
+    json_of(&place.base("base", &["--count", "5"]));
+    fails(&place.base("base", &["--count", "6"]), 2, "count: earlier 5, now 6");
+    fails(&place.base("base", &["--count", "5", "--top-p", "0.5"]), 2, "top_p");
+    fails(&place.base("base", &["--count", "5", "--shard", "0/2"]), 2, "");
+    write_model(&place.path("model"), 32);
+    fails(&place.base("base", &["--count", "5"]), 2, "input model");
+}
+
+#[test]
+fn a_model_that_cannot_be_used_is_an_input_error() {
+    let place = Place::new();
+    fails(&place.run(&["--run", "a", "--no-adapter", "--count", "1", "--model", &place.path("absent")]), 3, "absent");
+
+    let model = place.path("model");
+    let file = |name: &str| Path::new(&model).join(name);
+    std::fs::remove_file(file("tokenizer.json")).unwrap();
+    fails(&place.base("a", &["--count", "1"]), 3, "no tokenizer.json");
+    std::fs::write(file("tokenizer.json"), TOKENIZER).unwrap();
+
+    let weights = std::fs::read(file("model.safetensors")).unwrap();
+    std::fs::write(file("model.safetensors"), &weights[..weights.len() / 2]).unwrap();
+    fails(&place.base("b", &["--count", "1"]), 3, "cut short");
+    std::fs::write(file("model.safetensors"), weights).unwrap();
+
+    let config = std::fs::read_to_string(file("config.json")).unwrap();
+    std::fs::write(file("config.json"), config.replace("\"llama\"", "\"mamba\"")).unwrap();
+    fails(&place.base("c", &["--count", "1"]), 3, "known are llama, qwen2");
+    assert!(!Path::new(&place.path("release/runs/c/synthetic")).exists());
+}
+
+#[test]
+fn wrong_usage_says_what_to_change() {
+    let place = Place::new();
+    fails(&place.base("a", &["--count", "0", "--top-p", "2"]), 2, "--top-p 2: expected a number in (0, 1]");
+    fails(&place.base("a", &["--count", "5", "--shard", "5/5"]), 2, "0/8");
+    fails(&place.base("a", &["--count", "5", "--adapter-run", "b"]), 2, "--no-adapter");
+    fails(&place.base("a", &["--count", "5", "--template", "user"]), 2, "no chat template");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_doppel-synthesize"));
+    command.env_remove("DOPPEL_RELEASE").args(["--run", "a", "--model", "m", "--count", "1"]);
+    fails(&command.output().unwrap(), 2, "no release root is given");
+    fails(&place.base("a", &["--count", "5", "--max-new-tokens", "32"]), 2, "32 positions do not suffice");
+}

@@ -1,0 +1,403 @@
+//! Flags, and the configuration they mean.
+
+use clap::{Parser, ValueEnum};
+use lm::adapter::{LoraConfig, Target};
+use lm::device::{DeviceChoice, DtypeChoice};
+use privacy::event::Event;
+use privacy::training::TrainingMechanism;
+use serde::Serialize;
+use stage::Failure;
+
+/// Fine-tune a language model on the private corpus with DP-Adam and LoRA.
+///
+/// Reads the train split of a corpus and a base model; writes a PEFT adapter to the release zone, checkpoints and
+/// validation losses to the private zone. The privacy cost is reserved in the corpus's ledger before any record is
+/// read. Killed anywhere, it goes on where it was when run again, and spends nothing twice.
+///
+/// Exit codes: 0 done or already done; 1 a bug; 2 wrong usage; 3 an input is missing or malformed; 4 refused by the
+/// privacy budget; 5 storage or network, safe to retry.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "doppel-train", version)]
+pub struct Args {
+    /// Flags that every stage shares.
+    #[command(flatten)]
+    pub common: stage::Common,
+    /// Name of the corpus that partition wrote.
+    #[arg(long)]
+    pub corpus: String,
+    /// Base model: URL or path of a Hugging Face folder or a GGUF file.
+    #[arg(long)]
+    pub model: String,
+    /// LoRA rank r.
+    #[arg(long, default_value_t = 8)]
+    pub rank: i64,
+    /// LoRA alpha; the adapter's product is scaled by alpha / rank.
+    #[arg(long, default_value_t = 16.0)]
+    pub alpha: f64,
+    /// Projections to adapt, of q, k, v, o.
+    #[arg(long, value_delimiter = ',', default_value = "q,k,v,o")]
+    pub targets: Vec<TargetName>,
+    /// Dropout on the adapter's input while training.
+    #[arg(long, default_value_t = 0.0)]
+    pub dropout: f64,
+    /// Peak learning rate of AdamW.
+    #[arg(long, default_value_t = 1e-3)]
+    pub learning_rate: f64,
+    /// AdamW's decoupled weight decay.
+    #[arg(long, default_value_t = 0.0)]
+    pub weight_decay: f64,
+    /// Learning-rate schedule after warm-up.
+    #[arg(long, value_enum, default_value_t = Schedule::Constant)]
+    pub schedule: Schedule,
+    /// Steps over which the learning rate rises linearly from 0.
+    #[arg(long, default_value_t = 0)]
+    pub warmup_steps: u64,
+    /// L2 bound on one unit's summed gradient.
+    #[arg(long, default_value_t = 0.5)]
+    pub clip_norm: f64,
+    /// Public constant that divides the noised sum; with --records it also sets the sampling probability.
+    #[arg(long)]
+    pub expected_batch_size: f64,
+    /// Number of privacy units in the train split, as you declare it publicly; nothing private is counted for it.
+    /// The sampling probability is the expected batch size divided by this.
+    #[arg(long, required_unless_present = "sampling_probability")]
+    pub records: Option<u64>,
+    /// Chance that a unit joins a step, instead of --records.
+    #[arg(long, conflicts_with = "records")]
+    pub sampling_probability: Option<f64>,
+    /// Number of steps.
+    #[arg(long, required_unless_present = "epochs")]
+    pub steps: Option<u64>,
+    /// Expected passes over the units, instead of --steps: steps = epochs / sampling probability, rounded up.
+    #[arg(long, conflicts_with = "steps")]
+    pub epochs: Option<f64>,
+    /// Noise standard deviation divided by the clip norm.
+    #[arg(long, required_unless_present_any = ["target_epsilon", "no_dp"])]
+    pub noise_multiplier: Option<f64>,
+    /// Calibrate the noise to this ε (never exceeded) at --delta, instead of --noise-multiplier.
+    #[arg(long, conflicts_with = "noise_multiplier", requires = "delta")]
+    pub target_epsilon: Option<f64>,
+    /// The δ of --target-epsilon; the ledger's budget has its own.
+    #[arg(long)]
+    pub delta: Option<f64>,
+    /// Leave room in --target-epsilon for a later vote with this σ.
+    #[arg(long, requires = "target_epsilon")]
+    pub vote_sigma: Option<f64>,
+    /// Longest example in tokens, prompt and end token included; longer ones are cut.
+    #[arg(long, default_value_t = 1024)]
+    pub block_length: usize,
+    /// What stands before an instruction: nothing (as in the paper), the chat template's user turn, or all of it.
+    #[arg(long, value_enum, default_value_t = TemplateName::None)]
+    pub template: TemplateName,
+    /// Precision of weights and activations; the adapter and its gradients are always float32.
+    #[arg(long, value_enum, default_value_t = DtypeName::Auto)]
+    pub dtype: DtypeName,
+    /// Where to compute.
+    #[arg(long, value_enum, default_value_t = DeviceName::Auto)]
+    pub device: DeviceName,
+    /// Padded tokens per micro-batch: bounds memory and does not change the result, to rounding.
+    #[arg(long, default_value_t = 2048)]
+    pub micro_batch_tokens: usize,
+    /// Steps between checkpoints.
+    #[arg(long, default_value_t = 1)]
+    pub checkpoint_every: u64,
+    /// Public seed of the adapter's initial value and of dropout.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Train without noise and clipping, for a baseline: everything stays in the private zone.
+    #[arg(long, conflicts_with_all = ["noise_multiplier", "target_epsilon"])]
+    pub no_dp: bool,
+}
+
+/// A projection's name on the command line.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TargetName {
+    /// Query.
+    Q,
+    /// Key.
+    K,
+    /// Value.
+    V,
+    /// Output.
+    O,
+}
+
+/// Learning-rate schedule.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// The peak throughout.
+    Constant,
+    /// Down to 0 in a line.
+    Linear,
+    /// Down to 0 in half a cosine.
+    Cosine,
+}
+
+/// Prompt template.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TemplateName {
+    /// Unconditional.
+    None,
+    /// The chat template's user turn.
+    User,
+    /// The whole chat template.
+    Chat,
+}
+
+/// Precision.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DtypeName {
+    /// bf16 where the machine has it, else f32.
+    Auto,
+    /// float32.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+/// Device.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceName {
+    /// CUDA where there is one.
+    Auto,
+    /// CPU.
+    Cpu,
+    /// CUDA.
+    Cuda,
+}
+
+/// What was asked for, checked: everything here changes the result and binds the run id.
+#[derive(Clone, Debug, Serialize)]
+pub struct Config {
+    /// Corpus name.
+    pub corpus: String,
+    /// LoRA rank.
+    pub rank: i64,
+    /// LoRA alpha.
+    pub alpha: f64,
+    /// Adapted projections.
+    pub targets: Vec<TargetName>,
+    /// LoRA dropout.
+    pub dropout: f64,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Weight decay.
+    pub weight_decay: f64,
+    /// Schedule.
+    pub schedule: Schedule,
+    /// Warm-up steps.
+    pub warmup_steps: u64,
+    /// The mechanism: event, sampler and noise in one value.
+    pub mechanism: Mechanism,
+    /// Longest example, tokens.
+    pub block_length: usize,
+    /// Prompt template.
+    pub template: TemplateName,
+    /// Precision as asked for.
+    pub dtype: DtypeName,
+    /// Public seed.
+    pub seed: u64,
+}
+
+/// Private training, or a baseline that never leaves the private zone.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mechanism {
+    /// DP training.
+    Private(TrainingMechanism),
+    /// No clipping, no noise.
+    Baseline {
+        /// Chance that a unit joins a step.
+        sampling_probability: f64,
+        /// Number of steps.
+        steps: u64,
+        /// Divides the sum.
+        expected_batch_size: f64,
+    },
+}
+
+impl Mechanism {
+    /// Number of steps.
+    pub fn steps(&self) -> u64 {
+        match self {
+            Mechanism::Private(mechanism) => mechanism.steps(),
+            Mechanism::Baseline { steps, .. } => *steps,
+        }
+    }
+}
+
+impl Args {
+    /// Checks the flags and works out what follows from them; all findings are reported together.
+    pub fn config(&self) -> Result<Config, Failure> {
+        let findings = self.findings();
+        if !findings.is_empty() {
+            return Err(Failure::Usage(findings.join("\n")));
+        }
+        let sampling_probability = self.sampling_probability();
+        let steps = self.steps.unwrap_or_else(|| {
+            let steps = self.epochs.unwrap_or_default() / sampling_probability;
+            (steps - 1e-9).ceil().max(1.0) as u64
+        });
+        let mut targets = self.targets.clone();
+        targets.sort();
+        targets.dedup();
+        Ok(Config {
+            corpus: self.corpus.clone(),
+            rank: self.rank,
+            alpha: self.alpha,
+            targets,
+            dropout: self.dropout,
+            learning_rate: self.learning_rate,
+            weight_decay: self.weight_decay,
+            schedule: self.schedule,
+            warmup_steps: self.warmup_steps,
+            mechanism: self.mechanism(sampling_probability, steps)?,
+            block_length: self.block_length,
+            template: self.template,
+            dtype: self.dtype,
+            seed: self.seed,
+        })
+    }
+
+    fn sampling_probability(&self) -> f64 {
+        match (self.sampling_probability, self.records) {
+            (Some(probability), _) => probability,
+            (None, Some(records)) => self.expected_batch_size / records as f64,
+            (None, None) => f64::NAN,
+        }
+    }
+
+    fn mechanism(&self, sampling_probability: f64, steps: u64) -> Result<Mechanism, Failure> {
+        if self.no_dp {
+            let expected_batch_size = self.expected_batch_size;
+            return Ok(Mechanism::Baseline { sampling_probability, steps, expected_batch_size });
+        }
+        let noise_multiplier = match (self.noise_multiplier, self.target_epsilon, self.delta) {
+            (Some(noise_multiplier), ..) => noise_multiplier,
+            (None, Some(target), Some(delta)) => self.calibrate(sampling_probability, steps, target, delta)?,
+            _ => return Err(Failure::Usage("give --noise-multiplier, or --target-epsilon with --delta".into())),
+        };
+        TrainingMechanism::new(
+            sampling_probability,
+            noise_multiplier,
+            steps,
+            self.clip_norm,
+            self.expected_batch_size,
+        )
+        .map(Mechanism::Private)
+        .map_err(|error| Failure::Usage(error.to_string()))
+    }
+
+    fn calibrate(&self, sampling_probability: f64, steps: u64, target: f64, delta: f64) -> Result<f64, Failure> {
+        let events = |noise_multiplier| {
+            let training = Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps };
+            let vote = self.vote_sigma.map(|sigma| Event::DiscreteGaussian { noise_multiplier: sigma });
+            std::iter::once(training).chain(vote).collect()
+        };
+        privacy::calibrate(events, target, delta).map_err(|error| Failure::Usage(error.to_string()))
+    }
+
+    fn findings(&self) -> Vec<String> {
+        let mut findings = Vec::new();
+        let mut check = |holds: bool, message: String| {
+            if !holds {
+                findings.push(message);
+            }
+        };
+        let probability = self.sampling_probability();
+        check(self.rank >= 1, format!("--rank {}: expected at least 1", self.rank));
+        check(
+            self.expected_batch_size.is_finite() && self.expected_batch_size > 0.0,
+            format!("--expected-batch-size {}: expected a positive number", self.expected_batch_size),
+        );
+        check(
+            probability > 0.0 && probability <= 1.0,
+            format!(
+                "sampling probability {probability}: expected a number in (0, 1]\n\
+                 help: --expected-batch-size may not exceed --records"
+            ),
+        );
+        check((0.0..1.0).contains(&self.dropout), format!("--dropout {}: expected [0, 1)", self.dropout));
+        check(self.steps != Some(0), "--steps 0: expected at least 1".into());
+        check(
+            self.epochs.is_none_or(|epochs| epochs.is_finite() && epochs > 0.0),
+            "--epochs: expected a positive number".into(),
+        );
+        check(
+            self.learning_rate.is_finite() && self.learning_rate > 0.0,
+            format!("--learning-rate {}: expected a positive number", self.learning_rate),
+        );
+        check(self.block_length >= 8, format!("--block-length {}: expected at least 8 tokens", self.block_length));
+        check(self.checkpoint_every >= 1, "--checkpoint-every 0: expected at least 1".into());
+        check(self.micro_batch_tokens >= 1, "--micro-batch-tokens 0: expected at least 1".into());
+        findings
+    }
+}
+
+impl Config {
+    /// The adapter's shape.
+    pub fn lora(&self) -> LoraConfig {
+        let target = |name: &TargetName| match name {
+            TargetName::Q => Target::Q,
+            TargetName::K => Target::K,
+            TargetName::V => Target::V,
+            TargetName::O => Target::O,
+        };
+        LoraConfig {
+            rank: self.rank,
+            alpha: self.alpha,
+            targets: self.targets.iter().map(target).collect(),
+            dropout: self.dropout,
+        }
+    }
+
+    /// Learning rate of `step`, from 0.
+    pub fn learning_rate(&self, step: u64) -> f64 {
+        if step < self.warmup_steps {
+            return self.learning_rate * (step + 1) as f64 / self.warmup_steps as f64;
+        }
+        let span = self.mechanism.steps().saturating_sub(self.warmup_steps).max(1) as f64;
+        let done = (step - self.warmup_steps) as f64 / span;
+        self.learning_rate
+            * match self.schedule {
+                Schedule::Constant => 1.0,
+                Schedule::Linear => 1.0 - done,
+                Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
+            }
+    }
+}
+
+impl From<TemplateName> for lm::template::Template {
+    fn from(name: TemplateName) -> Self {
+        match name {
+            TemplateName::None => Self::None,
+            TemplateName::User => Self::User,
+            TemplateName::Chat => Self::Chat,
+        }
+    }
+}
+
+impl From<DtypeName> for DtypeChoice {
+    fn from(name: DtypeName) -> Self {
+        match name {
+            DtypeName::Auto => Self::Auto,
+            DtypeName::F32 => Self::F32,
+            DtypeName::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+impl From<DeviceName> for DeviceChoice {
+    fn from(name: DeviceName) -> Self {
+        match name {
+            DeviceName::Auto => Self::Auto,
+            DeviceName::Cpu => Self::Cpu,
+            DeviceName::Cuda => Self::Cuda,
+        }
+    }
+}

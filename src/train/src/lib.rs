@@ -1,0 +1,19 @@
+//! Algorithm 1 of Yu et al. 2024 (arXiv 2402.13659): LoRA fine-tuning with DP-Adam on the private instructions.
+//!
+//! The only crate that holds private text, libtorch and noise together, so it stays short. Read [`step`] first: one
+//! step of the algorithm in the paper's order. [`publish`] alone names the release zone, and takes only an adapter
+//! that noised gradients made.
+
+pub mod adapter;
+pub mod args;
+pub mod checkpoint;
+pub mod corpus;
+pub mod loss;
+pub mod publish;
+pub mod run;
+pub mod step;
+#[cfg(test)]
+mod testing;
+
+pub use args::Args;
+pub use run::run;

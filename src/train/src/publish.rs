@@ -1,0 +1,30 @@
+//! The only file of this crate that writes to the release zone, and what it accepts: an adapter made by noised
+//! gradients.
+
+use lake::{Output, ReleaseRoot, Zone};
+use lm::adapter::Lora;
+use stage::Failure;
+
+use crate::adapter::PrivateAdapter;
+
+/// Writes `adapter` as a PEFT folder into the release zone.
+pub async fn publish(
+    release: &ReleaseRoot,
+    run: &str,
+    base_model: &str,
+    adapter: &PrivateAdapter,
+) -> Result<Output, Failure> {
+    write(release, run, base_model, &adapter.training().lora).await
+}
+
+/// Writes a PEFT folder to `runs/<run>/adapter` of `zone`; the configuration comes last, so that its presence means
+/// that the weights are there.
+pub(crate) async fn write<Z: Zone>(zone: &Z, run: &str, base_model: &str, lora: &Lora) -> Result<Output, Failure> {
+    let folder = format!("runs/{run}/adapter");
+    let mut files = lora.to_peft(base_model).map_err(|error| crate::run::failure(&error))?;
+    files.sort_by_key(|(name, _)| name.ends_with(".json"));
+    for (name, body) in files {
+        zone.put(&format!("{folder}/{name}"), body.into()).await?;
+    }
+    Ok(Output { name: "adapter".into(), path: folder, version: None })
+}

@@ -1,0 +1,373 @@
+//! The stage as a whole: pins, budget, and the steps of Algorithm 2 in their order.
+
+use std::collections::{HashMap, HashSet};
+
+use chrono::Utc;
+use lake::{Begin, Claim, CorpusTerms, Input, Manifest, PrivateRoot, RunHandle, Table, Zone, manifest};
+use privacy::histogram::VotingMechanism;
+use privacy::keyed::Context;
+use stage::progress::PrivateProgress;
+use stage::{Failure, Summary};
+
+use crate::ballot;
+use crate::compare;
+use crate::config::{Args, Config};
+use crate::embeddings::for_each_chunk;
+use crate::error::VoteError;
+use crate::kmeans::{self, Assignment};
+use crate::matrix::Matrix;
+use crate::pca::{Covariance, PcaError};
+use crate::provenance::{Embedded, OF_CORPUS, OF_TEXTS, embedded, same_encoder};
+use crate::publish::{Histogram, Publisher};
+use crate::resample::{allocate, choose};
+use crate::space::Space;
+
+const STAGE: &str = "vote";
+
+/// The stage: settings from `args` to a summary.
+pub async fn run(args: Args) -> Result<Summary, Failure> {
+    let config = Config::new(&args)?;
+    let mechanism = VotingMechanism::new(config.sigma).map_err(VoteError::from)?;
+    let (private, release) = args.common.roots().await?;
+    let inputs = Inputs::find(&private, &release, &args.common.run, &config).await?;
+    inputs.check(&config).await?;
+    let handle = match manifest::begin(&release, inputs.claim(&args.common.run, &config)?).await? {
+        Begin::Done(manifest) => return summary(&args, &config, &manifest),
+        Begin::Fresh(handle) | Begin::Resumed(handle) => handle,
+    };
+    let publisher = Publisher::new(&release, &args.common.run);
+    let manifest = vote(&private, &publisher, handle, &config, &inputs, &mechanism, args.delta).await?;
+    summary(&args, &config, &manifest)
+}
+
+/// Algorithm 2.
+async fn vote<Z: Zone>(
+    private: &PrivateRoot,
+    publisher: &Publisher,
+    handle: RunHandle<Z>,
+    config: &Config,
+    inputs: &Inputs,
+    mechanism: &VotingMechanism,
+    delta: Option<f64>,
+) -> Result<Manifest, VoteError> {
+    let run = handle.claim.run.clone();
+    let identity = inputs.identity(&handle.claim).await?;
+    // PRIVACY: budget first, and nothing private is read before it stands.
+    let reservation =
+        ledger::reserve(private, &inputs.request(private, &run, config, mechanism, &identity).await?).await?;
+
+    let (space, stored) = find_space(publisher, config, inputs).await?;
+    let (ids, assignment) = assign(&space, &inputs.texts).await?;
+    let bins = publisher.clusters(&ids, &assignment).await?;
+    let supply = Assignment { bins: bins.clone(), squared_distances: Vec::new() }.counts(space.bins());
+
+    if publisher.stored_histogram().await?.is_none() {
+        let _progress = PrivateProgress::new("voting");
+        let key = ledger::noise_key(private).await?;
+        // The bins belong to the context: with others, the same noise would cover other counts.
+        let context = Context::new("vote")
+            .field("identity", identity.as_bytes())
+            .field("centroids", blake3::hash(&stored).as_bytes());
+        let (table, version) = (&inputs.votes.table, inputs.votes.embedded.version);
+        let votes = ballot::hold(mechanism, &key, &context, &space, table, version).await?;
+        publisher.histogram(&votes, &supply, config.target).await?;
+    }
+    let histogram =
+        publisher.stored_histogram().await?.ok_or(VoteError::Bug("a histogram that was written is gone"))?;
+    let taken = choose(&ids, &bins, &histogram.selected, config.seed)?;
+    let bin_of: HashMap<&str, u32> =
+        (0..ids.len()).filter(|&row| taken[row]).map(|row| (ids[row].as_str(), bins[row])).collect();
+    publisher.selected(&inputs.candidates, inputs.texts.embedded.source.1, &bin_of).await?;
+    ledger::settle(private, &reservation).await?;
+
+    comparison(private, &run, &space, inputs, &histogram).await?;
+    let facts = facts(config, mechanism, delta, &space, &histogram)?;
+    Ok(handle.finish(publisher.outputs().await?, facts).await?)
+}
+
+/// A table of embeddings, and where it comes from.
+struct Embeddings {
+    table: Table,
+    embedded: Embedded,
+}
+
+impl Embeddings {
+    async fn find<Z: Zone>(zone: &Z, run: &str, stage: (&str, &str)) -> Result<Self, VoteError> {
+        let embedded = embedded(zone, run, stage).await?;
+        Ok(Self { table: zone.table(&format!("runs/{run}/embeddings")), embedded })
+    }
+}
+
+/// Everything that is read, pinned.
+struct Inputs {
+    candidates: Table,
+    texts: Embeddings,
+    corpus: Table,
+    votes: Embeddings,
+    baseline: Option<Embeddings>,
+}
+
+impl Inputs {
+    async fn find<Z: Zone>(private: &PrivateRoot, release: &Z, run: &str, config: &Config) -> Result<Self, VoteError> {
+        let baseline = match &config.baseline_run {
+            Some(run) => Some(Embeddings::find(release, run, OF_TEXTS).await?),
+            None => None,
+        };
+        Ok(Self {
+            candidates: release.table(&config.candidates),
+            texts: Embeddings::find(release, run, OF_TEXTS).await?,
+            corpus: private.table(&format!("corpora/{}", config.corpus)),
+            votes: Embeddings::find(private, run, OF_CORPUS).await?,
+            baseline,
+        })
+    }
+
+    /// What can be refused before anything is claimed, reserved or read.
+    async fn check(&self, config: &Config) -> Result<(), VoteError> {
+        let (texts, corpus) = (&self.texts.embedded.source, &self.votes.embedded.source);
+        if texts.0 != config.candidates {
+            return Err(VoteError::Usage(format!(
+                "--candidates {}: this run embedded {}\nhelp: name that table, or embed the other in another --run",
+                config.candidates, texts.0
+            )));
+        }
+        if corpus.0 != format!("corpora/{}", config.corpus) {
+            return Err(VoteError::Usage(format!(
+                "--corpus {}: this run embedded {}\nhelp: votes are paid from the ledger of the corpus that was embedded",
+                config.corpus, corpus.0
+            )));
+        }
+        same_encoder((self.texts.table.url(), &self.texts.embedded), (self.votes.table.url(), &self.votes.embedded))?;
+        if let Some(baseline) = &self.baseline {
+            same_encoder((baseline.table.url(), &baseline.embedded), (self.texts.table.url(), &self.texts.embedded))?;
+        }
+        let rows = self.texts.table.count(self.texts.embedded.version).await?;
+        if rows != self.candidates.count(texts.1).await? {
+            return Err(incomplete(&self.texts.table));
+        }
+        // PRIVACY: compared here, told nowhere.
+        if self.votes.table.count(self.votes.embedded.version).await? != self.corpus.count(corpus.1).await? {
+            return Err(incomplete(&self.votes.table));
+        }
+        for (flag, asked) in [("--clusters", config.clusters as u64), ("--target", config.target)] {
+            if asked > rows {
+                return Err(VoteError::Usage(format!(
+                    "{flag} {asked}: there are {rows} synthetic rows\nhelp: lower {flag}, or synthesize more"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// PRIVACY: this goes to the release zone, so private inputs are pinned by version alone, without a digest.
+    fn claim(&self, run: &str, config: &Config) -> Result<Claim, VoteError> {
+        let input = |name: &str, location: String, version| Input {
+            name: name.to_owned(),
+            location,
+            version: Some(version),
+            digest: None,
+        };
+        let embeddings = format!("runs/{run}/embeddings");
+        let (texts, votes) = (&self.texts.embedded, &self.votes.embedded);
+        let mut inputs = vec![
+            input("candidates", texts.source.0.clone(), texts.source.1),
+            input("embeddings", embeddings.clone(), texts.version),
+            input("corpus", votes.source.0.clone(), votes.source.1),
+            input("corpus-embeddings", embeddings, votes.version),
+        ];
+        if let (Some(baseline), Some(run)) = (&self.baseline, &config.baseline_run) {
+            inputs.push(input("baseline-embeddings", format!("runs/{run}/embeddings"), baseline.embedded.version));
+        }
+        Ok(Claim {
+            run: run.to_owned(),
+            stage: STAGE.to_owned(),
+            shard: None,
+            inputs,
+            config: serde_json::to_value(config).map_err(|_| VoteError::Bug("a configuration that is not JSON"))?,
+            seeds: vec![config.seed],
+            binary: stage::binary(STAGE),
+            started: Utc::now(),
+        })
+    }
+
+    /// Run, settings and inputs with their digests: what a reservation and the noise are bound to.
+    /// PRIVACY: it depends on the corpus's content, so it stays in the private root.
+    async fn identity(&self, claim: &Claim) -> Result<String, VoteError> {
+        let digests = [
+            self.corpus.digest(self.votes.embedded.source.1).await?,
+            self.votes.table.digest(self.votes.embedded.version).await?,
+            self.texts.table.digest(self.texts.embedded.version).await?,
+        ];
+        let identity = serde_json::json!([claim.run, claim.stage, claim.config, claim.inputs, digests]);
+        Ok(blake3::hash(identity.to_string().as_bytes()).to_hex().to_string())
+    }
+
+    async fn request(
+        &self,
+        private: &PrivateRoot,
+        run: &str,
+        config: &Config,
+        mechanism: &VotingMechanism,
+        identity: &str,
+    ) -> Result<ledger::Request, VoteError> {
+        let terms = CorpusTerms::read(private, &config.corpus).await?;
+        Ok(ledger::Request {
+            corpus: config.corpus.clone(),
+            version: self.votes.embedded.source.1,
+            unit: terms.privacy_unit,
+            conditions: terms.conditions,
+            run: run.to_owned(),
+            stage: STAGE.to_owned(),
+            event: mechanism.event(),
+            fingerprint: identity.to_owned(),
+        })
+    }
+}
+
+fn incomplete(table: &Table) -> VoteError {
+    let problem = "it does not hold a vector for every row of the table that was embedded";
+    VoteError::input(table.url(), problem, "run doppel-embed to its end, under another --run if the table grew since")
+}
+
+/// The stored space, made first where there is none; with its bytes.
+async fn find_space(
+    publisher: &Publisher,
+    config: &Config,
+    inputs: &Inputs,
+) -> Result<(Space, bytes::Bytes), VoteError> {
+    if publisher.stored_space().await?.is_none() {
+        publisher.space(&make_space(config, &inputs.texts).await?).await?;
+    }
+    publisher.stored_space().await?.ok_or(VoteError::Bug("centroids that were written are gone"))
+}
+
+/// Principal components and centroids of the synthetic embeddings, read twice: for their covariance and to project.
+async fn make_space(config: &Config, texts: &Embeddings) -> Result<Space, VoteError> {
+    let (table, version) = (&texts.table, texts.embedded.version);
+    let mut covariance: Option<Covariance> = None;
+    for_each_chunk(table, version, &[], None, |chunk| {
+        covariance.get_or_insert_with(|| Covariance::new(chunk.vectors.columns())).add(&chunk.vectors);
+        Ok(())
+    })
+    .await?;
+    let pca = match covariance.map(|covariance| covariance.components(config.variance)) {
+        Some(Ok(pca)) => pca,
+        Some(Err(PcaError::Decomposition)) => return Err(VoteError::Bug("a covariance without eigenvalues")),
+        Some(Err(PcaError::NoVariance)) | None => {
+            let help = "synthesize more, and more varied, texts";
+            return Err(VoteError::input(table.url(), "its vectors do not differ", help));
+        }
+    };
+    let mut projected = Matrix::new(pca.output_columns());
+    for_each_chunk(table, version, &[], Some(pca.input_columns()), |chunk| {
+        projected.extend(pca.project(&chunk.vectors).values());
+        Ok(())
+    })
+    .await?;
+    let plan = config.plan();
+    let clustering = tokio::task::spawn_blocking(move || kmeans::fit(&projected, &plan))
+        .await
+        .map_err(|_| VoteError::Bug("clustering panicked"))?;
+    tracing::info!(
+        components = pca.output_columns(),
+        iterations = clustering.iterations,
+        inertia = clustering.inertia,
+        "clustered"
+    );
+    Ok(Space::new(pca, clustering))
+}
+
+/// Ids and bins of all synthetic rows.
+async fn assign(space: &Space, texts: &Embeddings) -> Result<(Vec<String>, Assignment), VoteError> {
+    let mut ids = Vec::new();
+    let mut all = Assignment { bins: Vec::new(), squared_distances: Vec::new() };
+    let dimension = Some(space.pca.input_columns());
+    for_each_chunk(&texts.table, texts.embedded.version, &["id"], dimension, |chunk| {
+        let assignment = space.assign(&chunk.vectors);
+        all.bins.extend(assignment.bins);
+        all.squared_distances.extend(assignment.squared_distances);
+        ids.extend(chunk.columns.into_iter().flatten());
+        Ok(())
+    })
+    .await?;
+    let unique: HashSet<&str> = ids.iter().map(String::as_str).collect();
+    if unique.len() != ids.len() {
+        let help = "ids must be unique, since rows are selected by them";
+        return Err(VoteError::input(texts.table.url(), "an id occurs twice", help));
+    }
+    Ok((ids, all))
+}
+
+/// The private comparison with test records.
+async fn comparison(
+    private: &PrivateRoot,
+    run: &str,
+    space: &Space,
+    inputs: &Inputs,
+    histogram: &Histogram,
+) -> Result<(), VoteError> {
+    let _progress = PrivateProgress::new("comparing with test records");
+    let (votes, version) = (&inputs.votes.table, inputs.votes.embedded.version);
+    let mut test = vec![0; space.bins()];
+    for (_, bin) in ballot::votes(space, votes, version, "test").await?.expose() {
+        test[*bin] += 1;
+    }
+    let mut sets = Vec::new();
+    if let Some(baseline) = &inputs.baseline {
+        let base = assign(space, baseline).await?.1.counts(space.bins());
+        sets.push(("base", compare::shares(&base)));
+    }
+    sets.push(("synthetic", compare::shares(&histogram.synthetic)));
+    sets.push(("selected", compare::shares(&histogram.selected)));
+    compare::write(private, run, &compare::shares(&test), &sets).await
+}
+
+/// What the manifest says besides: all of it public, from noised counts and synthetic rows.
+fn facts(
+    config: &Config,
+    mechanism: &VotingMechanism,
+    delta: Option<f64>,
+    space: &Space,
+    histogram: &Histogram,
+) -> Result<serde_json::Value, VoteError> {
+    let allocation = allocate(config.target, &histogram.noisy, &histogram.synthetic);
+    let epsilon = delta.map(|delta| privacy::epsilon(&[mechanism.event()], delta)).transpose()?;
+    Ok(serde_json::json!({
+        "adjacency": "add_or_remove_one",
+        "events": [mechanism.event()],
+        "epsilon": epsilon.map(|epsilon| epsilon.pld),
+        "delta": delta,
+        "bins": space.bins(),
+        "components": space.pca.output_columns(),
+        "explained_variance": space.pca.explained,
+        "inertia": space.inertia,
+        "iterations": space.iterations,
+        "selected": histogram.selected.iter().sum::<u64>(),
+        "target": config.target,
+        "ran_out": { "bins": allocation.ran_out, "rows": allocation.shortfall },
+    }))
+}
+
+fn summary(args: &Args, config: &Config, manifest: &Manifest) -> Result<Summary, Failure> {
+    let facts = &manifest.facts;
+    let number = |name: &str| facts[name].as_u64().unwrap_or(0);
+    let empty = facts["ran_out"]["bins"].as_array().map_or(0, Vec::len);
+    let mut text = format!(
+        "{} of {} rows selected over {} bins of {} components; {empty} bins ran out, {} rows short of their share",
+        number("selected"),
+        config.target,
+        number("bins"),
+        number("components"),
+        facts["ran_out"]["rows"].as_u64().unwrap_or(0),
+    );
+    let mut json = serde_json::json!({
+        "stage": STAGE, "run": manifest.claim.run, "corpus": config.corpus, "facts": facts, "outputs": manifest.outputs,
+    });
+    if let Some(delta) = args.delta {
+        let mechanism = VotingMechanism::new(config.sigma).map_err(VoteError::from)?;
+        let epsilon = privacy::epsilon(&[mechanism.event()], delta).map_err(VoteError::from)?;
+        json["epsilon"] = serde_json::json!({ "pld": epsilon.pld, "rdp": epsilon.rdp, "delta": delta });
+        text.push_str(&format!("; ε = {:.3} at δ = {delta:e} for this stage alone", epsilon.pld));
+    }
+    Ok(Summary { text, json })
+}

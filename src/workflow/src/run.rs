@@ -1,0 +1,513 @@
+//! Runs a plan: starts jobs as their dependencies end and slots suffice, tries again what may be tried again, stops
+//! everything in order when told to.
+
+use std::collections::{HashSet, VecDeque};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use futures::future::LocalBoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::watch;
+
+use crate::machine::Machine;
+use crate::plan::{Job, Plan};
+use crate::process::Attempt;
+use crate::retry::Outcome;
+
+/// Lines kept of what a job last said.
+const TAIL: usize = 20;
+
+/// How to run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Slots.
+    pub machine: Machine,
+    /// Time between SIGTERM and SIGKILL.
+    pub grace: Duration,
+    /// Environment for every job, below what the workflow declares.
+    pub env: Vec<(String, String)>,
+    /// Folder for one log file per job; it exists.
+    pub logs: PathBuf,
+    /// Folders that are searched for a command before `PATH`.
+    pub programs: Vec<PathBuf>,
+}
+
+/// Whether to stop, from weak to strong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stop {
+    /// Go on.
+    No,
+    /// End all jobs: SIGTERM, then SIGKILL after the grace.
+    Gently,
+    /// SIGKILL now.
+    Kill,
+}
+
+/// What happens while a plan runs.
+#[derive(Clone, Copy, Debug)]
+pub enum Event<'a> {
+    /// An attempt starts, counted from 1.
+    Started {
+        /// Index of the job.
+        job: usize,
+        /// Number of the attempt.
+        attempt: u32,
+    },
+    /// The job wrote a line to standard output or standard error.
+    Line {
+        /// Index of the job.
+        job: usize,
+        /// The line.
+        line: &'a str,
+    },
+    /// An attempt failed and there will be another.
+    Retrying {
+        /// Index of the job.
+        job: usize,
+        /// How the attempt ended.
+        outcome: &'a Outcome,
+        /// Time until the next.
+        pause: Duration,
+    },
+    /// A job will not run (again).
+    Finished {
+        /// Index of the job.
+        job: usize,
+        /// What became of it.
+        report: &'a JobReport,
+    },
+}
+
+/// Whoever watches a run.
+pub trait Observer {
+    /// Something happened.
+    fn event(&self, plan: &Plan, event: Event<'_>);
+}
+
+/// What became of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It did its work.
+    Succeeded,
+    /// Its last attempt failed.
+    Failed,
+    /// It was ended because the run was stopped.
+    Stopped,
+    /// It never started: a job before it failed, or the run was stopped.
+    NotRun,
+}
+
+impl State {
+    /// A word for tables.
+    pub fn word(self) -> &'static str {
+        match self {
+            State::Succeeded => "succeeded",
+            State::Failed => "failed",
+            State::Stopped => "stopped",
+            State::NotRun => "not run",
+        }
+    }
+}
+
+/// One job of a finished run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JobReport {
+    /// What became of it.
+    pub state: State,
+    /// Attempts made.
+    pub attempts: u32,
+    /// How the last attempt ended.
+    pub outcome: Option<Outcome>,
+    /// From the first start to the end.
+    pub elapsed: Duration,
+    /// The last lines that it wrote.
+    pub tail: Vec<String>,
+    /// All that it wrote.
+    pub log: PathBuf,
+}
+
+/// A finished run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Report {
+    /// One report per job, in the plan's order.
+    pub jobs: Vec<JobReport>,
+    /// Wall time.
+    pub elapsed: Duration,
+    /// Whether it was stopped.
+    pub stopped: bool,
+}
+
+impl Report {
+    /// Whether every job succeeded.
+    pub fn success(&self) -> bool {
+        self.jobs.iter().all(|job| job.state == State::Succeeded)
+    }
+
+    /// Indices of the jobs that failed.
+    pub fn failed(&self) -> Vec<usize> {
+        (0..self.jobs.len())
+            .filter(|job| self.jobs[*job].state == State::Failed)
+            .collect()
+    }
+}
+
+/// Where the program of a command is: a path as it stands, a name in the folders of `first`, then in `PATH`.
+pub fn find_program(name: &str, first: &[PathBuf]) -> Option<PathBuf> {
+    if name.contains('/') {
+        return executable(Path::new(name)).then(|| PathBuf::from(name));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = first.iter().cloned().chain(std::env::split_paths(&path));
+    folders
+        .map(|folder| folder.join(name))
+        .find(|file| executable(file))
+}
+
+fn executable(file: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    file.metadata()
+        .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+}
+
+/// Runs `plan` to its end, or until `stop` says otherwise. Call it on the thread that outlives it: children get SIGTERM
+/// when the thread that started them is gone.
+pub async fn run(
+    plan: &Plan,
+    options: &Options,
+    stop: watch::Receiver<Stop>,
+    observer: &dyn Observer,
+) -> Report {
+    let started = Instant::now();
+    let mut runner = Runner::new(plan, options, stop.clone(), observer);
+    let mut stopping = stop.clone();
+    loop {
+        if *stop.borrow() == Stop::No {
+            runner.start_ready();
+        }
+        if runner.running.is_empty() {
+            break;
+        }
+        tokio::select! {
+            Some(done) = runner.running.next() => runner.done(done),
+            // Wakes the loop so that nothing new starts; pauses before a retry end at once.
+            () = stopped(&mut stopping), if *stop.borrow() == Stop::No => {}
+        }
+    }
+    let stopped = *stop.borrow() != Stop::No;
+    Report {
+        jobs: runner.finish(),
+        elapsed: started.elapsed(),
+        stopped,
+    }
+}
+
+async fn stopped(stop: &mut watch::Receiver<Stop>) {
+    if stop.wait_for(|wish| *wish > Stop::No).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// What a future of the runner ended with.
+enum Done {
+    Attempt(usize, Outcome, Vec<String>),
+    Paused(usize),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Waiting,
+    Running,
+    Pausing,
+    Ended,
+}
+
+struct Progress {
+    phase: Phase,
+    report: JobReport,
+    first_start: Option<Instant>,
+    gpus: Vec<String>,
+}
+
+struct Runner<'a> {
+    plan: &'a Plan,
+    options: &'a Options,
+    stop: watch::Receiver<Stop>,
+    observer: &'a dyn Observer,
+    jobs: Vec<Progress>,
+    running: FuturesUnordered<LocalBoxFuture<'a, Done>>,
+    free: Machine,
+    /// DAGs in which nothing new may start.
+    closed: HashSet<usize>,
+}
+
+impl<'a> Runner<'a> {
+    fn new(
+        plan: &'a Plan,
+        options: &'a Options,
+        stop: watch::Receiver<Stop>,
+        observer: &'a dyn Observer,
+    ) -> Self {
+        let progress = |job: &Job| Progress {
+            phase: Phase::Waiting,
+            report: JobReport {
+                state: State::NotRun,
+                attempts: 0,
+                outcome: None,
+                elapsed: Duration::ZERO,
+                tail: Vec::new(),
+                log: options.logs.join(log_name(&job.name)),
+            },
+            first_start: None,
+            gpus: Vec::new(),
+        };
+        let jobs = plan.jobs.iter().map(progress).collect();
+        let (running, closed) = (FuturesUnordered::new(), HashSet::new());
+        Self {
+            plan,
+            options,
+            stop,
+            observer,
+            jobs,
+            running,
+            free: options.machine.clone(),
+            closed,
+        }
+    }
+
+    /// Starts every job that waits for nothing and fits, in the order of the file.
+    fn start_ready(&mut self) {
+        for job in 0..self.plan.jobs.len() {
+            if self.jobs[job].phase != Phase::Waiting || !self.ready(job) {
+                continue;
+            }
+            if let Some(reason) = self.options.machine.lacks(&self.plan.jobs[job]) {
+                self.fail(job, Outcome::NotStarted(reason));
+            } else if self.fits(job) {
+                self.start(job);
+            }
+        }
+    }
+
+    fn ready(&self, job: usize) -> bool {
+        let job = &self.plan.jobs[job];
+        let open = job
+            .dag
+            .is_none_or(|dag| !self.ancestors(dag).any(|dag| self.closed.contains(&dag)));
+        open && job
+            .after
+            .iter()
+            .all(|before| self.jobs[*before].report.state == State::Succeeded)
+    }
+
+    /// `dag` and the DAGs around it.
+    fn ancestors(&self, dag: usize) -> impl Iterator<Item = usize> {
+        std::iter::successors(Some(dag), |dag| self.plan.dags[*dag].parent)
+    }
+
+    fn fits(&self, job: usize) -> bool {
+        let job = &self.plan.jobs[job];
+        let active = self
+            .jobs
+            .iter()
+            .filter(|job| job.phase == Phase::Running)
+            .count();
+        self.plan.parallelism.is_none_or(|most| active < most)
+            && self.options.machine.share(job.cpu) <= self.free.cpu
+            && job.gpus as usize <= self.free.gpus.len()
+            && job.memory <= self.free.memory
+    }
+
+    fn start(&mut self, index: usize) {
+        let job = &self.plan.jobs[index];
+        self.free.cpu -= self.options.machine.share(job.cpu);
+        self.free.memory -= job.memory;
+        let gpus: Vec<String> = self.free.gpus.drain(..job.gpus as usize).collect();
+        let env = self.environment(job, &gpus);
+        let progress = &mut self.jobs[index];
+        progress.gpus = gpus;
+        progress.phase = Phase::Running;
+        progress.first_start.get_or_insert_with(Instant::now);
+        progress.report.attempts += 1;
+        let (attempt, log) = (progress.report.attempts, progress.report.log.clone());
+        self.observer.event(
+            self.plan,
+            Event::Started {
+                job: index,
+                attempt,
+            },
+        );
+        let (plan, observer, stop) = (self.plan, self.observer, self.stop.clone());
+        let program = find_program(&job.command[0], &self.options.programs);
+        let grace = self.options.grace;
+        self.running.push(Box::pin(async move {
+            let Some(program) = program else {
+                let outcome = Outcome::NotStarted(format!("no program `{}` here", job.command[0]));
+                return Done::Attempt(index, outcome, Vec::new());
+            };
+            let working_dir = job.working_dir.as_deref().map(Path::new);
+            let spec = Attempt {
+                program,
+                args: &job.command[1..],
+                env,
+                working_dir,
+                grace,
+            };
+            let mut tail = VecDeque::with_capacity(TAIL);
+            let file = std::fs::OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(&log)
+                .ok();
+            let outcome = spec
+                .run(stop, file, |line| {
+                    if tail.len() == TAIL {
+                        tail.pop_front();
+                    }
+                    tail.push_back(line.to_owned());
+                    observer.event(plan, Event::Line { job: index, line });
+                })
+                .await;
+            Done::Attempt(index, outcome, tail.into())
+        }));
+    }
+
+    /// What the job's process gets on top of the runner's environment; what the workflow declares comes last and wins.
+    fn environment(&self, job: &Job, gpus: &[String]) -> Vec<(String, String)> {
+        let mut env = self.options.env.clone();
+        if !gpus.is_empty() {
+            env.push(("CUDA_VISIBLE_DEVICES".to_owned(), gpus.join(",")));
+        }
+        if job.cpu_limit.is_some() {
+            // What the limit would do to a container, for the libraries that size their thread pools by it.
+            let threads = (self.options.machine.share(job.cpu_limit) / 1_000)
+                .max(1)
+                .to_string();
+            for name in ["OMP_NUM_THREADS", "RAYON_NUM_THREADS"] {
+                if std::env::var_os(name).is_none() {
+                    env.push((name.to_owned(), threads.clone()));
+                }
+            }
+        }
+        env.extend(job.env.iter().cloned());
+        env
+    }
+
+    fn done(&mut self, done: Done) {
+        match done {
+            Done::Paused(job) => self.jobs[job].phase = Phase::Waiting,
+            Done::Attempt(index, outcome, tail) => {
+                self.release(index);
+                let progress = &mut self.jobs[index];
+                let elapsed = progress
+                    .first_start
+                    .map(|start| start.elapsed())
+                    .unwrap_or_default();
+                progress.report.elapsed = elapsed;
+                progress.report.tail = tail;
+                let stopping = *self.stop.borrow() != Stop::No;
+                if outcome.success() {
+                    progress.report.state = State::Succeeded;
+                    self.end(index, outcome);
+                } else if stopping {
+                    progress.report.state = State::Stopped;
+                    self.end(index, outcome);
+                } else {
+                    let attempts = progress.report.attempts;
+                    match self.plan.jobs[index]
+                        .retry
+                        .next(attempts, elapsed, &outcome)
+                    {
+                        Some(pause) => self.pause(index, outcome, pause),
+                        None => self.fail(index, outcome),
+                    }
+                }
+            }
+        }
+    }
+
+    fn release(&mut self, index: usize) {
+        let job = &self.plan.jobs[index];
+        self.free.cpu += self.options.machine.share(job.cpu);
+        self.free.memory += job.memory;
+        self.free.gpus.append(&mut self.jobs[index].gpus);
+    }
+
+    fn pause(&mut self, index: usize, outcome: Outcome, pause: Duration) {
+        self.observer.event(
+            self.plan,
+            Event::Retrying {
+                job: index,
+                outcome: &outcome,
+                pause,
+            },
+        );
+        self.jobs[index].phase = Phase::Pausing;
+        self.jobs[index].report.outcome = Some(outcome);
+        let mut stop = self.stop.clone();
+        self.running.push(Box::pin(async move {
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = stopped(&mut stop) => {}
+            }
+            Done::Paused(index)
+        }));
+    }
+
+    /// The job failed for good: nothing new starts in its DAG, nor in those around it, while they fail fast.
+    fn fail(&mut self, index: usize, outcome: Outcome) {
+        self.jobs[index].report.state = State::Failed;
+        if let Some(dag) = self.plan.jobs[index].dag {
+            let dags: Vec<usize> = self
+                .ancestors(dag)
+                .take_while(|dag| self.plan.dags[*dag].fail_fast)
+                .collect();
+            self.closed.extend(dags);
+        }
+        self.end(index, outcome);
+    }
+
+    fn end(&mut self, index: usize, outcome: Outcome) {
+        let progress = &mut self.jobs[index];
+        progress.phase = Phase::Ended;
+        progress.report.outcome = Some(outcome);
+        self.observer.event(
+            self.plan,
+            Event::Finished {
+                job: index,
+                report: &self.jobs[index].report,
+            },
+        );
+    }
+
+    /// Reports what never ran, too.
+    fn finish(self) -> Vec<JobReport> {
+        for (index, progress) in self.jobs.iter().enumerate() {
+            if progress.phase != Phase::Ended {
+                self.observer.event(
+                    self.plan,
+                    Event::Finished {
+                        job: index,
+                        report: &progress.report,
+                    },
+                );
+            }
+        }
+        self.jobs
+            .into_iter()
+            .map(|progress| progress.report)
+            .collect()
+    }
+}
+
+/// A file name for a job's log.
+fn log_name(job: &str) -> String {
+    let plain = |c: char| {
+        if c.is_ascii_alphanumeric() || "-_.".contains(c) {
+            c
+        } else {
+            '_'
+        }
+    };
+    let name: String = job.chars().map(plain).take(100).collect();
+    format!("{}.log", name.trim_end_matches('_'))
+}

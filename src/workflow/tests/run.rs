@@ -1,0 +1,284 @@
+//! Running plans as processes.
+
+use std::cell::RefCell;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use workflow::run::Stop;
+use workflow::{Event, Machine, Observer, Options, Plan, Report, State};
+
+/// A workflow of shell commands: `(name, fields of the task, fields of the template, script)`.
+fn plan(tasks: &[(&str, &str, &str, &str)], fail_fast: bool) -> Plan {
+    let mut text = format!(
+        "apiVersion: argoproj.io/v1alpha1\nkind: Workflow\nmetadata: {{name: t}}\nspec:\n  entrypoint: main\n  templates:\n  \
+         - name: main\n    dag:\n      failFast: {fail_fast}\n      tasks:\n"
+    );
+    for (name, task, ..) in tasks {
+        text += &format!("      - {{name: {name}, template: {name}{task}}}\n");
+    }
+    for (name, _, template, script) in tasks {
+        text += &format!(
+            "  - name: {name}\n{template}    container:\n      command: [sh, -c]\n      args:\n      - |\n        {script}\n"
+        );
+    }
+    workflow::load("t.yaml", &text, &[]).unwrap_or_else(|findings| panic!("{findings}\n{text}"))
+}
+
+/// Remembers events as words.
+#[derive(Default)]
+struct Log(RefCell<Vec<String>>);
+
+impl Observer for Log {
+    fn event(&self, plan: &Plan, event: Event<'_>) {
+        let name = |job: usize| &plan.jobs[job].name;
+        self.0.borrow_mut().push(match event {
+            Event::Started { job, attempt } => format!("start {} {attempt}", name(job)),
+            Event::Line { job, line } => format!("{}: {line}", name(job)),
+            Event::Retrying { job, outcome, .. } => format!("retry {} {outcome}", name(job)),
+            Event::Finished { job, report } => format!("end {} {}", name(job), report.state.word()),
+        });
+    }
+}
+
+fn options(folder: &Path) -> Options {
+    Options {
+        machine: Machine {
+            cpu: 2_000,
+            gpus: vec!["7".into()],
+            memory: 1 << 30,
+        },
+        grace: Duration::from_millis(400),
+        env: vec![("FOLDER".into(), folder.display().to_string())],
+        logs: folder.to_owned(),
+        programs: Vec::new(),
+    }
+}
+
+/// Runs to the end, or stops after `patience`.
+fn run_for(plan: &Plan, folder: &Path, patience: Option<Duration>) -> (Report, Vec<String>) {
+    let (wish, stop) = watch::channel(Stop::No);
+    let log = Log::default();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let report = runtime.block_on(async {
+        let options = options(folder);
+        let run = workflow::run(plan, &options, stop, &log);
+        let stopper = async {
+            match patience {
+                Some(patience) => tokio::time::sleep(patience).await,
+                None => std::future::pending().await,
+            }
+            wish.send_replace(Stop::Gently);
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            report = run => report,
+            () = stopper => unreachable!("never ends"),
+        }
+    });
+    (report, log.0.into_inner())
+}
+
+fn run(plan: &Plan) -> (Report, Vec<String>) {
+    run_for(plan, tempfile::tempdir().unwrap().path(), None)
+}
+
+fn states(report: &Report) -> Vec<State> {
+    report.jobs.iter().map(|job| job.state).collect()
+}
+
+#[test]
+fn tasks_run_in_order_and_their_output_is_seen() {
+    let plan = plan(
+        &[
+            ("b", ", dependencies: [a]", "", "printf 'two\\nlast'"),
+            ("a", "", "", "echo one >&2"),
+        ],
+        true,
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let (report, log) = run_for(&plan, folder.path(), None);
+    assert!(report.success());
+    assert_eq!(
+        log,
+        [
+            "start a 1",
+            "a: one",
+            "end a succeeded",
+            "start b 1",
+            "b: two",
+            "b: last",
+            "end b succeeded"
+        ]
+    );
+    assert_eq!(
+        std::fs::read_to_string(folder.path().join("b.log")).unwrap(),
+        "two\nlast\n"
+    );
+}
+
+#[test]
+fn slots_bound_what_runs_at_a_time() {
+    // Each waits until it sees the other, so two must run at once; with one slot each would wait in vain.
+    let meet = "touch $FOLDER/{{inputs.parameters.i}}; for n in $(seq 100); do [ $(ls $FOLDER | grep -c '^[01]$') = 2 ] && exit 0; sleep 0.05; done; exit 1";
+    let input = "    inputs: {parameters: [{name: i}]}\n";
+    let fan = ", withItems: [0, 1], arguments: {parameters: [{name: i, value: '{{item}}'}]}";
+    assert!(run(&plan(&[("meet", fan, input, meet)], true)).0.success());
+
+    let alone = "mkdir $FOLDER/lock || exit 1; sleep 0.1; rmdir $FOLDER/lock; echo gpu=$CUDA_VISIBLE_DEVICES";
+    let fan = ", withItems: [0, 1, 2]";
+    let mut plan = plan(&[("alone", fan, "", alone)], true);
+    for job in &mut plan.jobs {
+        job.gpus = 1;
+    }
+    let (report, log) = run(&plan);
+    assert!(report.success());
+    assert_eq!(
+        log.iter().filter(|line| line.ends_with(": gpu=7")).count(),
+        3,
+        "{log:?}"
+    );
+
+    plan.jobs[0].gpus = 2;
+    let (report, _) = run(&plan);
+    assert_eq!(
+        report.jobs[0].outcome.as_ref().unwrap().to_string(),
+        "not started: needs 2 GPUs; this machine has 1"
+    );
+}
+
+#[test]
+fn failures_are_retried_as_declared() {
+    let twice = "    retryStrategy: {limit: 2, backoff: {duration: 10ms}}\n";
+    let flaky = "echo x >> $FOLDER/tries; [ $(wc -l < $FOLDER/tries) -ge 3 ]";
+    let (report, log) = run(&plan(&[("flaky", "", twice, flaky)], true));
+    assert_eq!(
+        (states(&report), report.jobs[0].attempts),
+        (vec![State::Succeeded], 3),
+        "{log:?}"
+    );
+    assert!(log.contains(&"retry flaky exit code 1".to_owned()));
+
+    for (script, attempts) in [("exit 3", 1), ("exit 5", 3), ("kill -9 $$", 3)] {
+        let (report, _) = run(&plan(&[("bad", "", twice, script)], true));
+        assert_eq!(
+            (states(&report), report.jobs[0].attempts),
+            (vec![State::Failed], attempts),
+            "{script}"
+        );
+    }
+}
+
+#[test]
+fn after_a_failure_nothing_new_starts_unless_the_dag_says_so() {
+    let tasks = [
+        ("bad", "", "", "echo why >&2; exit 4"),
+        ("next", ", dependencies: [bad]", "", "true"),
+        ("slow", "", "", "sleep 0.3"),
+        ("after-slow", ", dependencies: [slow]", "", "true"),
+    ];
+    let (report, _) = run(&plan(&tasks, true));
+    assert_eq!(
+        states(&report),
+        [
+            State::Failed,
+            State::NotRun,
+            State::Succeeded,
+            State::NotRun
+        ]
+    );
+    assert_eq!(report.jobs[0].tail, ["why"]);
+    let (report, _) = run(&plan(&tasks, false));
+    assert_eq!(
+        states(&report),
+        [
+            State::Failed,
+            State::NotRun,
+            State::Succeeded,
+            State::Succeeded
+        ]
+    );
+}
+
+#[test]
+fn stopping_ends_the_whole_process_group_also_one_that_will_not() {
+    let tasks = [
+        (
+            "stubborn",
+            "",
+            "",
+            "trap '' TERM; (trap '' TERM; sleep 30; touch $FOLDER/lived) & sleep 30",
+        ),
+        (
+            "polite",
+            "",
+            "",
+            "trap 'echo bye; exit 7' TERM; sleep 30 & wait",
+        ),
+        ("later", ", dependencies: [polite]", "", "true"),
+    ];
+    let started = Instant::now();
+    let (report, log) = run_for(
+        &plan(&tasks, true),
+        tempfile::tempdir().unwrap().path(),
+        Some(Duration::from_millis(300)),
+    );
+    assert!(started.elapsed() < Duration::from_secs(5));
+    assert!(report.stopped);
+    assert_eq!(
+        states(&report),
+        [State::Stopped, State::Stopped, State::NotRun]
+    );
+    assert!(log.contains(&"polite: bye".to_owned()), "{log:?}");
+    assert_eq!(
+        report.jobs[0].outcome.as_ref().unwrap().to_string(),
+        "killed by signal 9"
+    );
+}
+
+#[test]
+fn a_pause_before_a_retry_ends_when_the_run_is_stopped() {
+    let tasks = [(
+        "bad",
+        "",
+        "    retryStrategy: {limit: 9, backoff: {duration: 1h}}\n",
+        "exit 1",
+    )];
+    let (report, _) = run_for(
+        &plan(&tasks, true),
+        tempfile::tempdir().unwrap().path(),
+        Some(Duration::from_millis(300)),
+    );
+    assert!(report.stopped && !report.success());
+}
+
+#[test]
+fn a_program_that_is_not_there_fails_its_task() {
+    let mut plan = plan(
+        &[("a", "", "    retryStrategy: {limit: 3}\n", "true")],
+        true,
+    );
+    plan.jobs[0].command[0] = "no-such-program-anywhere".into();
+    let (report, _) = run(&plan);
+    assert_eq!(
+        (states(&report), report.jobs[0].attempts),
+        (vec![State::Failed], 1)
+    );
+}
+
+#[test]
+fn the_runner_costs_next_to_nothing() {
+    let fan = ", withSequence: {count: 100}";
+    let plan = plan(&[("nothing", fan, "", "true")], true);
+    let started = Instant::now();
+    assert!(run(&plan).0.success());
+    // 100 processes on two slots; generous, since other tests share the machine.
+    assert!(
+        started.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        started.elapsed()
+    );
+}
