@@ -8,7 +8,7 @@ WITH vectors AS (
 pairs AS (
   SELECT
     a.bin,
-    cosine_similarity(a.embedding, b.embedding) AS similarity,
+    cosine_similarity(a.embedding, b.embedding) AS cosine,
     a.id AS a_id,
     b.id AS b_id,
     a.text AS a_text,
@@ -18,10 +18,10 @@ pairs AS (
 )
 SELECT
   bin,
-  round(similarity, 4) AS similarity,
+  round(cosine, 4) AS similarity,
   regexp_replace(left(a_text, 60), '\s+', ' ', 'g') AS one,
   regexp_replace(left(b_text, 60), '\s+', ' ', 'g') AS other
 FROM pairs
-WHERE similarity >= 0.95
-ORDER BY pairs.similarity DESC, a_id, b_id
+WHERE cosine >= 0.95
+ORDER BY cosine DESC, a_id, b_id
 LIMIT 50;

@@ -7,25 +7,16 @@ use std::process::{Command, Output};
 pub fn path(name: &str) -> PathBuf {
     // A test runs as target/<profile>/deps/<test>-<hash>; binaries lie one folder up.
     let test = std::env::current_exe().expect("a test knows its own path");
-    let folder = test
-        .ancestors()
-        .nth(2)
-        .expect("a test lies in a target folder");
+    let folder = test.ancestors().nth(2).expect("a test lies in a target folder");
     let binary = folder.join(name);
-    assert!(
-        binary.exists(),
-        "{}: not built; run `make test`, or `cargo build --workspace --bins`",
-        binary.display()
-    );
+    assert!(binary.exists(), "{}: not built; run `make test`, or `cargo build --workspace --bins`", binary.display());
     binary
 }
 
 /// A command that runs the binary `name` with nothing of the user's environment that would change what it does.
 pub fn command(name: &str) -> Command {
     let mut command = Command::new(path(name));
-    for (variable, _) in std::env::vars()
-        .filter(|(name, _)| name.starts_with("DOPPEL_") || name.starts_with("OTEL_"))
-    {
+    for (variable, _) in std::env::vars().filter(|(name, _)| name.starts_with("DOPPEL_") || name.starts_with("OTEL_")) {
         command.env_remove(variable);
     }
     command.env_remove("TRACEPARENT").env_remove("RUST_LOG");
@@ -35,26 +26,11 @@ pub fn command(name: &str) -> Command {
 /// Runs a command to its end and checks its exit code. A panic shows what it printed.
 #[track_caller]
 pub fn run(command: &mut Command, exit_code: i32) -> Ran {
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = command
-        .output()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let Output { status, stdout, stderr } = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    let ran = Ran {
-        stdout: text(stdout),
-        stderr: text(stderr),
-    };
+    let ran = Ran { stdout: text(stdout), stderr: text(stderr) };
     let found = status.code();
-    assert_eq!(
-        found,
-        Some(exit_code),
-        "{command:?}\n{}\n{}",
-        ran.stdout,
-        ran.stderr
-    );
+    assert_eq!(found, Some(exit_code), "{command:?}\n{}\n{}", ran.stdout, ran.stderr);
     ran
 }
 
@@ -70,7 +46,6 @@ pub struct Ran {
 impl Ran {
     /// Standard output as JSON.
     pub fn json(&self) -> serde_json::Value {
-        serde_json::from_str(&self.stdout)
-            .unwrap_or_else(|error| panic!("{error}:\n{}", self.stdout))
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}:\n{}", self.stdout))
     }
 }

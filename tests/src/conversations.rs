@@ -4,20 +4,13 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-const FORMS: [&str; 7] = [
-    "poem", "story", "letter", "recipe", "plan", "joke", "speech",
-];
-const TOPICS: [&str; 9] = [
-    "rain", "trains", "bread", "whales", "snow", "chess", "rivers", "moss", "kites",
-];
+const FORMS: [&str; 7] = ["poem", "story", "letter", "recipe", "plan", "joke", "speech"];
+const TOPICS: [&str; 9] = ["rain", "trains", "bread", "whales", "snow", "chess", "rivers", "moss", "kites"];
 const READERS: [&str; 5] = ["children", "sailors", "a friend", "my class", "bakers"];
 
 /// The first user turn of conversation `index`: no two are equal, and none shares ten words with another.
 pub fn instruction(index: usize) -> String {
-    let (form, topic) = (
-        FORMS[index % FORMS.len()],
-        TOPICS[index / FORMS.len() % TOPICS.len()],
-    );
+    let (form, topic) = (FORMS[index % FORMS.len()], TOPICS[index / FORMS.len() % TOPICS.len()]);
     let reader = READERS[index / FORMS.len() / TOPICS.len() % READERS.len()];
     format!("Write a {form} about {topic} for {reader}.")
 }
@@ -35,11 +28,7 @@ pub fn write(path: &Path, count: usize) -> std::io::Result<()> {
 
 fn conversation(index: usize) -> Value {
     let is_second_part = index % 10 == 9;
-    let (unit, part) = if is_second_part {
-        (index - 1, 1)
-    } else {
-        (index, 0)
-    };
+    let (unit, part) = if is_second_part { (index - 1, 1) } else { (index, 0) };
     json!({
         "id": format!("u{unit:05}_{part}"),
         "conversations": [

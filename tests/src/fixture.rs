@@ -6,15 +6,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::array::{
-    ArrayRef, Float32Array, Int32Array, Int64Array, ListArray, RecordBatch, StringArray,
-};
+use arrow::array::{ArrayRef, Float32Array, Int32Array, Int64Array, ListArray, RecordBatch, StringArray};
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, SchemaRef};
 use chrono::{DateTime, Utc};
 use lake::{
-    AppTransaction, Begin, Claim, Input, LakeError, Output, ReleaseRoot, StorageOptions, Zone,
-    manifest, schema,
+    AppTransaction, Begin, Claim, Input, LakeError, Output, ReleaseRoot, StorageOptions, Zone, manifest, schema,
 };
 use serde_json::json;
 
@@ -49,73 +46,19 @@ const ROWS: [Row; 12] = [
 
 /// Writes the fixture below `url` and opens it.
 pub async fn write(url: &str) -> Result<ReleaseRoot, LakeError> {
-    let root = ReleaseRoot::open(
-        url,
-        &StorageOptions {
-            timeout: Duration::from_secs(30),
-        },
-    )
-    .await?;
+    let root = ReleaseRoot::open(url, &StorageOptions { timeout: Duration::from_secs(30) }).await?;
     let all: Vec<&Row> = ROWS.iter().collect();
     for shard in 0..2 {
         // One commit per shard: version 1 has the first alone.
         let rows: Vec<&Row> = ROWS.iter().filter(|row| row.shard == shard).collect();
-        append(
-            &root,
-            "tiny",
-            "synthetic",
-            schema::synthetic(),
-            synthetic(&rows),
-            shard.into(),
-        )
-        .await?;
+        append(&root, "tiny", "synthetic", schema::synthetic(), synthetic(&rows), shard.into()).await?;
     }
-    append(
-        &root,
-        "tiny",
-        "embeddings",
-        schema::embeddings(),
-        embeddings(&all),
-        0,
-    )
-    .await?;
-    append(
-        &root,
-        "tiny",
-        "clusters",
-        schema::clusters(),
-        clusters(&all),
-        0,
-    )
-    .await?;
-    append(
-        &root,
-        "tiny",
-        "histogram",
-        schema::histogram(),
-        histogram(),
-        0,
-    )
-    .await?;
+    append(&root, "tiny", "embeddings", schema::embeddings(), embeddings(&all), 0).await?;
+    append(&root, "tiny", "clusters", schema::clusters(), clusters(&all), 0).await?;
+    append(&root, "tiny", "histogram", schema::histogram(), histogram(), 0).await?;
     let chosen: Vec<&Row> = ROWS.iter().filter(|row| row.selected).collect();
-    append(
-        &root,
-        "tiny",
-        "selected",
-        schema::selected(),
-        selected(&chosen),
-        0,
-    )
-    .await?;
-    append(
-        &root,
-        "tiny-base",
-        "synthetic",
-        schema::synthetic(),
-        synthetic(&all[..2]),
-        0,
-    )
-    .await?;
+    append(&root, "tiny", "selected", schema::selected(), selected(&chosen), 0).await?;
+    append(&root, "tiny-base", "synthetic", schema::synthetic(), synthetic(&all[..2]), 0).await?;
     manifests(&root).await?;
     Ok(root)
 }
@@ -129,46 +72,30 @@ async fn append(
     version: i64,
 ) -> Result<(), LakeError> {
     let table = root.table(&format!("runs/{run}/{name}"));
-    let batch = RecordBatch::try_new(schema.clone(), columns)
-        .map_err(|error| LakeError::Malformed(error.to_string()))?;
+    let batch =
+        RecordBatch::try_new(schema.clone(), columns).map_err(|error| LakeError::Malformed(error.to_string()))?;
     table.create(schema).await?;
-    table
-        .append(
-            vec![batch],
-            AppTransaction {
-                id: format!("{run}/fixture/{name}"),
-                version,
-            },
-        )
-        .await?;
+    table.append(vec![batch], AppTransaction { id: format!("{run}/fixture/{name}"), version }).await?;
     Ok(())
 }
 
 fn texts(rows: &[&Row], column: impl Fn(&Row) -> &str) -> ArrayRef {
-    Arc::new(StringArray::from_iter_values(
-        rows.iter().map(|row| column(row)),
-    ))
+    Arc::new(StringArray::from_iter_values(rows.iter().map(|row| column(row))))
 }
 
 fn ints(rows: &[&Row], column: impl Fn(&Row) -> i32) -> ArrayRef {
-    Arc::new(Int32Array::from_iter_values(
-        rows.iter().map(|row| column(row)),
-    ))
+    Arc::new(Int32Array::from_iter_values(rows.iter().map(|row| column(row))))
 }
 
 fn synthetic(rows: &[&Row]) -> Vec<ArrayRef> {
     vec![
         texts(rows, |row| row.id),
         ints(rows, |row| row.shard),
-        Arc::new(Int64Array::from_iter_values(
-            rows.iter().map(|row| i64::from(row.shard) + 100),
-        )),
+        Arc::new(Int64Array::from_iter_values(rows.iter().map(|row| i64::from(row.shard) + 100))),
         texts(rows, |row| row.text),
         ints(rows, |row| row.tokens),
         texts(rows, |row| row.finish_reason),
-        Arc::new(Float32Array::from_iter_values(
-            rows.iter().map(|row| -row.tokens as f32 / 8.0),
-        )),
+        Arc::new(Float32Array::from_iter_values(rows.iter().map(|row| -row.tokens as f32 / 8.0))),
     ]
 }
 
@@ -178,22 +105,13 @@ fn embeddings(rows: &[&Row]) -> Vec<ArrayRef> {
         panic!("embeddings are lists");
     };
     let values = Float32Array::from_iter_values(rows.iter().flat_map(|row| row.embedding));
-    let lists = ListArray::new(
-        element,
-        OffsetBuffer::from_lengths(rows.iter().map(|_| 3)),
-        Arc::new(values),
-        None,
-    );
+    let lists = ListArray::new(element, OffsetBuffer::from_lengths(rows.iter().map(|_| 3)), Arc::new(values), None);
     vec![texts(rows, |row| row.id), Arc::new(lists)]
 }
 
 fn clusters(rows: &[&Row]) -> Vec<ArrayRef> {
     let distances = Float32Array::from_iter_values(rows.iter().map(|row| row.distance));
-    vec![
-        texts(rows, |row| row.id),
-        ints(rows, |row| row.bin),
-        Arc::new(distances),
-    ]
+    vec![texts(rows, |row| row.id), ints(rows, |row| row.bin), Arc::new(distances)]
 }
 
 fn histogram() -> Vec<ArrayRef> {
@@ -206,11 +124,7 @@ fn histogram() -> Vec<ArrayRef> {
 }
 
 fn selected(rows: &[&Row]) -> Vec<ArrayRef> {
-    vec![
-        texts(rows, |row| row.id),
-        texts(rows, |row| row.text),
-        ints(rows, |row| row.bin),
-    ]
+    vec![texts(rows, |row| row.id), texts(rows, |row| row.text), ints(rows, |row| row.bin)]
 }
 
 /// Manifests of train and vote, and a claim of a second synthesize that did not end.
@@ -226,38 +140,15 @@ async fn manifests(root: &ReleaseRoot) -> Result<(), LakeError> {
         "epsilon": 0.4125, "delta": 1e-5,
     });
     let synthetic = input("synthetic", "runs/tiny/synthetic", Some(2), None);
-    finish(
-        root,
-        claim("train", None, vec![corpus.clone(), model.clone()]),
-        &["adapter"],
-        training,
-    )
-    .await?;
-    finish(
-        root,
-        claim("synthesize", Some((0, 2)), vec![model.clone()]),
-        &["synthetic"],
-        json!({ "rows": 6 }),
-    )
-    .await?;
-    finish(
-        root,
-        claim("vote", None, vec![corpus, synthetic]),
-        &["clusters", "histogram", "selected"],
-        voting,
-    )
-    .await?;
+    finish(root, claim("train", None, vec![corpus.clone(), model.clone()]), &["adapter"], training).await?;
+    finish(root, claim("synthesize", Some((0, 2)), vec![model.clone()]), &["synthetic"], json!({ "rows": 6 })).await?;
+    finish(root, claim("vote", None, vec![corpus, synthetic]), &["clusters", "histogram", "selected"], voting).await?;
     manifest::begin(root, claim("synthesize", Some((1, 2)), vec![model])).await?;
     Ok(())
 }
 
 fn input(name: &str, location: &str, version: Option<i64>, digest: Option<&str>) -> Input {
-    Input {
-        name: name.into(),
-        location: location.into(),
-        version,
-        digest: digest.map(str::to_string),
-    }
+    Input { name: name.into(), location: location.into(), version, digest: digest.map(str::to_string) }
 }
 
 fn claim(stage: &str, shard: Option<(u32, u32)>, inputs: Vec<Input>) -> Claim {
@@ -273,12 +164,7 @@ fn claim(stage: &str, shard: Option<(u32, u32)>, inputs: Vec<Input>) -> Claim {
     }
 }
 
-async fn finish(
-    root: &ReleaseRoot,
-    claim: Claim,
-    outputs: &[&str],
-    facts: serde_json::Value,
-) -> Result<(), LakeError> {
+async fn finish(root: &ReleaseRoot, claim: Claim, outputs: &[&str], facts: serde_json::Value) -> Result<(), LakeError> {
     let Begin::Fresh(handle) = manifest::begin(root, claim).await? else {
         return Ok(());
     };
@@ -287,8 +173,6 @@ async fn finish(
         path: format!("runs/tiny/{name}"),
         version: (*name != "adapter").then_some(1),
     };
-    handle
-        .finish(outputs.iter().map(output).collect(), facts)
-        .await?;
+    handle.finish(outputs.iter().map(output).collect(), facts).await?;
     Ok(())
 }

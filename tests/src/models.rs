@@ -60,25 +60,13 @@ pub fn write_bert(folder: &Path, seed: u64) -> std::io::Result<()> {
         "type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0, "position_embedding_type": "absolute",
     });
     let mut weights = Weights::new(seed);
-    for (table, rows) in [
-        ("word", vocabulary.len()),
-        ("position", POSITIONS),
-        ("token_type", 2),
-    ] {
-        weights.random(
-            &format!("embeddings.{table}_embeddings.weight"),
-            &[rows, WIDTH],
-        );
+    for (table, rows) in [("word", vocabulary.len()), ("position", POSITIONS), ("token_type", 2)] {
+        weights.random(&format!("embeddings.{table}_embeddings.weight"), &[rows, WIDTH]);
     }
     weights.norm("embeddings.LayerNorm", WIDTH);
     for layer in 0..LAYERS {
         let name = |part: &str| format!("encoder.layer.{layer}.{part}");
-        for part in [
-            "attention.self.query",
-            "attention.self.key",
-            "attention.self.value",
-            "attention.output.dense",
-        ] {
+        for part in ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"] {
             weights.linear(&name(part), WIDTH, WIDTH);
         }
         weights.norm(&name("attention.output.LayerNorm"), WIDTH);
@@ -88,21 +76,15 @@ pub fn write_bert(folder: &Path, seed: u64) -> std::io::Result<()> {
     }
     weights.write(&folder.join("model.safetensors"))?;
     write_json(&folder.join("config.json"), &config)?;
-    write_json(
-        &folder.join("sentence_bert_config.json"),
-        &json!({ "max_seq_length": 128, "do_lower_case": false }),
-    )?;
+    write_json(&folder.join("sentence_bert_config.json"), &json!({ "max_seq_length": 128, "do_lower_case": false }))?;
     let pooling = json!({
         "word_embedding_dimension": WIDTH, "pooling_mode_cls_token": false, "pooling_mode_mean_tokens": true,
         "pooling_mode_max_tokens": false, "pooling_mode_mean_sqrt_len_tokens": false,
     });
     write_json(&folder.join("1_Pooling/config.json"), &pooling)?;
     let module = |index: usize, path: &str, kind: &str| json!({ "idx": index, "name": index.to_string(), "path": path, "type": format!("sentence_transformers.models.{kind}") });
-    let modules = json!([
-        module(0, "", "Transformer"),
-        module(1, "1_Pooling", "Pooling"),
-        module(2, "2_Normalize", "Normalize")
-    ]);
+    let modules =
+        json!([module(0, "", "Transformer"), module(1, "1_Pooling", "Pooling"), module(2, "2_Normalize", "Normalize")]);
     write_json(&folder.join("modules.json"), &modules)?;
     write_tokenizer(folder, &vocabulary)
 }
@@ -111,12 +93,7 @@ pub fn write_bert(folder: &Path, seed: u64) -> std::io::Result<()> {
 fn vocabulary() -> HashMap<String, usize> {
     let printable = (b'!'..=b'~').map(|byte| char::from(byte).to_string());
     let special = [BEGIN.to_string(), END.to_string()];
-    special
-        .into_iter()
-        .chain(["Ġ".to_string(), "Ċ".to_string()])
-        .chain(printable)
-        .zip(0..)
-        .collect()
+    special.into_iter().chain(["Ġ".to_string(), "Ċ".to_string()]).chain(printable).zip(0..).collect()
 }
 
 fn write_tokenizer(folder: &Path, vocabulary: &HashMap<String, usize>) -> std::io::Result<()> {
@@ -154,17 +131,12 @@ struct Weights {
 
 impl Weights {
     fn new(seed: u64) -> Self {
-        Self {
-            tensors: Vec::new(),
-            state: seed,
-        }
+        Self { tensors: Vec::new(), state: seed }
     }
 
     /// Uniform in ±0.2: spread enough that the models tell texts apart, and nothing saturates.
     fn random(&mut self, name: &str, shape: &[usize]) {
-        let values = (0..shape.iter().product())
-            .map(|_| (self.uniform() * 0.4 - 0.2) as f32)
-            .collect();
+        let values = (0..shape.iter().product()).map(|_| (self.uniform() * 0.4 - 0.2) as f32).collect();
         self.push(name, shape, values);
     }
 
@@ -198,8 +170,7 @@ impl Weights {
 
     fn write(&self, path: &Path) -> std::io::Result<()> {
         let views = self.tensors.iter().map(|(name, shape, bytes)| {
-            let view = TensorView::new(Dtype::F32, shape.clone(), bytes)
-                .expect("the shape fits the values");
+            let view = TensorView::new(Dtype::F32, shape.clone(), bytes).expect("the shape fits the values");
             (name.as_str(), view)
         });
         safetensors::serialize_to_file(views, None, path).map_err(std::io::Error::other)

@@ -8,7 +8,7 @@ use stage::{Failure, Format};
 /// Attack the training mechanism with canaries, and state the ε that the attack proves.
 ///
 /// Two audits run on the product's own sampler, clipping and noise with made-up gradients: each step by itself, and all
-/// steps as one training run (Steinke, Nasr, Jagielski 2023). With --model, a third trains that model on canary texts.
+/// steps as one training run (Steinke, Nasr, Jagielski 2023). With --model, a third trains that model.
 /// A lower bound above the claimed ε would prove a fault; one below it does not prove the guarantee. Reads no records,
 /// needs no root, spends nothing. The defaults take seconds; an audit sees most where the claimed ε is small.
 ///
@@ -35,12 +35,9 @@ pub struct Args {
     /// Number of canary gradients, each in the data by a fair coin.
     #[arg(long, default_value_t = 4000, value_parser = count)]
     pub canaries: usize,
-    /// Also train this model on canary texts: URL or path of a Hugging Face folder or a GGUF file.
+    /// Also audit the training of this model, with canary gradients beside those of texts: URL or path of a Hugging Face folder or a GGUF file.
     #[arg(long, value_name = "URL")]
     pub model: Option<String>,
-    /// Number of canary texts; their gradients are held in memory at once.
-    #[arg(long, default_value_t = 1024, requires = "model", value_parser = count)]
-    pub model_canaries: usize,
     /// Seed of everything that is drawn: the same seed gives the same answer.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,

@@ -26,7 +26,7 @@ use stage::{Failure, Summary};
 pub use args::Args;
 use attack::Attack;
 use canary::Directions;
-use model::{Canaries, Model};
+use model::Model;
 use parts::Parts;
 use report::Report;
 
@@ -37,9 +37,8 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
     let directions = || Directions::new(Parts::of(&mechanism), args.canaries, &attack);
     let mut findings = vec![attack.per_step(&mut directions())?, attack.one_run("one run", &mut directions())?];
     if let Some(url) = &args.model {
-        let canaries = Canaries::fetch(url, args.model_canaries, args.seed).await?;
-        let parts = Parts::of(&canaries.mechanism(&mechanism).map_err(accounting)?);
-        findings.push(attack.one_run("one run of the model", &mut Model::new(canaries, parts, &attack)?)?);
+        let mut model = Model::fetch(url, Parts::of(&mechanism), args.canaries, &attack).await?;
+        findings.push(attack.one_run("one run of the model", &mut model)?);
     }
     let report = Report { mechanism, delta: args.delta, confidence: args.confidence, audits: findings };
     match report.refuted() {

@@ -6,7 +6,10 @@ use serde_json::Value;
 fn audit(flags: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_doppel-audit"));
     command.env_clear().envs(std::env::var_os("LD_LIBRARY_PATH").map(|path| ("LD_LIBRARY_PATH", path)));
-    command.args(["--canaries", "500"]).args(flags);
+    if !flags.contains(&"--canaries") {
+        command.args(["--canaries", "500"]);
+    }
+    command.args(flags);
     command
 }
 
@@ -45,17 +48,17 @@ fn a_model_can_be_audited_too() {
     let folder = tempfile::tempdir().unwrap();
     scenarios::models::write_llama(folder.path(), 1).unwrap();
     let model = folder.path().to_str().unwrap();
-    let flags = ["--format", "json", "--steps", "3", "--model-canaries", "64", "--model", model];
+    let flags = ["--format", "json", "--steps", "3", "--model", model];
     let output = audit(&flags).assert().success().get_output().clone();
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["audits"][2]["audit"], "one run of the model");
-    assert_eq!(report["audits"][2]["canaries"], 64);
+    assert_eq!(report["audits"][2]["canaries"], 500);
 }
 
 #[test]
 fn misuse_and_a_missing_model_have_their_exit_codes() {
     audit(&["--noise-multiplier", "0"]).assert().code(2);
-    audit(&["--model-canaries", "100"]).assert().code(2);
+    audit(&["--canaries", "1"]).assert().code(2);
     let output = audit(&["--model", "no/such/folder"]).assert().code(3).get_output().clone();
     assert!(String::from_utf8(output.stderr).unwrap().contains("no/such/folder"));
 }

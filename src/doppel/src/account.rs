@@ -13,24 +13,14 @@ use crate::table::table;
 /// Does what `args` ask.
 pub fn account(args: &AccountArgs) -> Result<Summary, Failure> {
     if !(args.delta > 0.0 && args.delta < 1.0) {
-        return Err(Failure::Usage(format!(
-            "--delta {}: expected a number between 0 and 1, such as 1e-6",
-            args.delta
-        )));
+        return Err(Failure::Usage(format!("--delta {}: expected a number between 0 and 1, such as 1e-6", args.delta)));
     }
-    let mut specs = args
-        .mechanisms
-        .iter()
-        .map(|text| Spec::parse(text))
-        .collect::<Result<Vec<_>, _>>()?;
+    let mut specs = args.mechanisms.iter().map(|text| Spec::parse(text)).collect::<Result<Vec<_>, _>>()?;
     let calibrated = match args.target_epsilon {
         Some(target) => Some(calibrate(&mut specs, target, args.delta)?),
         None => None,
     };
-    let events = specs
-        .iter()
-        .map(Spec::event)
-        .collect::<Result<Vec<_>, _>>()?;
+    let events = specs.iter().map(Spec::event).collect::<Result<Vec<_>, _>>()?;
     for event in &events {
         event.validate().map_err(usage)?;
     }
@@ -38,22 +28,14 @@ pub fn account(args: &AccountArgs) -> Result<Summary, Failure> {
     let mut text = String::new();
     let mut json = json!({ "delta": args.delta, "mechanisms": events, "epsilon": told(epsilon) });
     if let (Some(noise_multiplier), Some(target)) = (calibrated, args.target_epsilon) {
-        text += &format!(
-            "noise multiplier {noise_multiplier} keeps ε to {target} at δ = {:e}\n",
-            args.delta
-        );
+        text += &format!("noise multiplier {noise_multiplier} keeps ε to {target} at δ = {:e}\n", args.delta);
         json["noise_multiplier"] = json!(noise_multiplier);
         json["target_epsilon"] = json!(target);
     }
     for event in &events {
         text += &format!("{}\n", mechanism(event));
     }
-    text += &format!(
-        "ε = {} by PLD, {} by RDP, at δ = {:e}",
-        up(epsilon.pld),
-        up(epsilon.rdp),
-        args.delta
-    );
+    text += &format!("ε = {} by PLD, {} by RDP, at δ = {:e}", up(epsilon.pld), up(epsilon.rdp), args.delta);
     if let Some(file) = &args.curve {
         let curve = Curve::of(&events)?;
         if let Some(file) = file {
@@ -84,53 +66,31 @@ struct Spec {
 
 impl Spec {
     fn parse(text: &str) -> Result<Self, Failure> {
-        let mut spec = Self {
-            noise_multiplier: None,
-            sampling_probability: None,
-            steps: None,
-            discrete: false,
-        };
+        let mut spec = Self { noise_multiplier: None, sampling_probability: None, steps: None, discrete: false };
         for part in text.split(',') {
             let wrong = |why: String| Failure::Usage(format!("--mechanism {text}: {why}"));
-            let (key, value) = part.split_once('=').ok_or_else(|| {
-                wrong(format!(
-                    "`{part}`: expected KEY=VALUE, such as noise_multiplier=1.1"
-                ))
-            })?;
-            let number = || {
-                value
-                    .trim()
-                    .parse::<f64>()
-                    .map_err(|_| wrong(format!("`{value}` is no number")))
-            };
+            let (key, value) = part
+                .split_once('=')
+                .ok_or_else(|| wrong(format!("`{part}`: expected KEY=VALUE, such as noise_multiplier=1.1")))?;
+            let number = || value.trim().parse::<f64>().map_err(|_| wrong(format!("`{value}` is no number")));
             match key.trim() {
                 "noise_multiplier" => spec.noise_multiplier = Some(number()?),
                 "sampling_probability" => spec.sampling_probability = Some(number()?),
                 "steps" => {
-                    let steps = value
-                        .trim()
-                        .parse()
-                        .map_err(|_| wrong(format!("`{value}` is no number of steps")))?;
+                    let steps = value.trim().parse().map_err(|_| wrong(format!("`{value}` is no number of steps")))?;
                     spec.steps = Some(steps);
                 }
                 "kind" => match value.trim() {
                     "gaussian" => spec.discrete = false,
                     "discrete_gaussian" => spec.discrete = true,
                     other => {
-                        return Err(wrong(format!(
-                            "kind `{other}`: expected gaussian or discrete_gaussian"
-                        )));
+                        return Err(wrong(format!("kind `{other}`: expected gaussian or discrete_gaussian")));
                     }
                 },
                 other => {
                     let known = ["noise_multiplier", "sampling_probability", "steps", "kind"];
-                    let hint = workflow::finding::nearest(other, known)
-                        .map(|near| format!("; did you mean `{near}`?"));
-                    return Err(wrong(format!(
-                        "`{other}`: expected {}{}",
-                        known.join(", "),
-                        hint.unwrap_or_default()
-                    )));
+                    let hint = workflow::finding::nearest(other, known).map(|near| format!("; did you mean `{near}`?"));
+                    return Err(wrong(format!("`{other}`: expected {}{}", known.join(", "), hint.unwrap_or_default())));
                 }
             }
         }
@@ -143,12 +103,8 @@ impl Spec {
     }
 
     fn event(&self) -> Result<Event, Failure> {
-        let missing = || {
-            Failure::Usage("a mechanism without noise_multiplier needs --target-epsilon".to_owned())
-        };
-        self.noise_multiplier
-            .map(|noise| self.with(noise))
-            .ok_or_else(missing)
+        let missing = || Failure::Usage("a mechanism without noise_multiplier needs --target-epsilon".to_owned());
+        self.noise_multiplier.map(|noise| self.with(noise)).ok_or_else(missing)
     }
 
     fn with(&self, noise_multiplier: f64) -> Event {
@@ -166,26 +122,19 @@ impl Spec {
 
 /// Finds the noise multiplier that is left out, or the first where none is.
 fn calibrate(specs: &mut [Spec], target: f64, delta: f64) -> Result<f64, Failure> {
-    let open: Vec<usize> = (0..specs.len())
-        .filter(|i| specs[*i].noise_multiplier.is_none())
-        .collect();
+    let open: Vec<usize> = (0..specs.len()).filter(|i| specs[*i].noise_multiplier.is_none()).collect();
     let index = match open.as_slice() {
         [] => 0,
         [one] => *one,
         _ => {
             return Err(Failure::Usage(
-                "more than one --mechanism leaves noise_multiplier out; --target-epsilon finds one"
-                    .to_owned(),
+                "more than one --mechanism leaves noise_multiplier out; --target-epsilon finds one".to_owned(),
             ));
         }
     };
     let events = |noise| {
         let event = |(i, spec): (usize, &Spec)| {
-            if i == index {
-                Some(spec.with(noise))
-            } else {
-                spec.noise_multiplier.map(|noise| spec.with(noise))
-            }
+            if i == index { Some(spec.with(noise)) } else { spec.noise_multiplier.map(|noise| spec.with(noise)) }
         };
         specs.iter().enumerate().filter_map(event).collect()
     };
@@ -201,38 +150,21 @@ impl Curve {
     fn of(events: &[Event]) -> Result<Self, Failure> {
         let deltas = (2..=24).map(|half| 10f64.powf(-f64::from(half) / 2.0));
         let point = |delta| privacy::epsilon(events, delta).map(|epsilon| (delta, epsilon));
-        deltas
-            .map(point)
-            .collect::<Result<_, _>>()
-            .map(Self)
-            .map_err(usage)
+        deltas.map(point).collect::<Result<_, _>>().map(Self).map_err(usage)
     }
 
     fn text(&self) -> String {
-        let rows = self
-            .0
-            .iter()
-            .map(|(delta, epsilon)| vec![format!("{delta:.2e}"), up(epsilon.pld), up(epsilon.rdp)]);
-        table(
-            &["δ", "ε (PLD)", "ε (RDP)"],
-            &rows.collect::<Vec<_>>(),
-            &[0, 1, 2],
-        )
+        let rows = self.0.iter().map(|(delta, epsilon)| vec![format!("{delta:.2e}"), up(epsilon.pld), up(epsilon.rdp)]);
+        table(&["δ", "ε (PLD)", "ε (RDP)"], &rows.collect::<Vec<_>>(), &[0, 1, 2])
     }
 
     fn json(&self) -> Value {
-        self.0
-            .iter()
-            .map(|(delta, epsilon)| json!({ "delta": delta, "epsilon": told(*epsilon) }))
-            .collect()
+        self.0.iter().map(|(delta, epsilon)| json!({ "delta": delta, "epsilon": told(*epsilon) })).collect()
     }
 
     fn plot(&self, file: &std::path::Path) -> Result<(), Failure> {
         let line = |value: fn(&Epsilon) -> f64| -> Vec<(f64, f64)> {
-            self.0
-                .iter()
-                .map(|(delta, epsilon)| (delta.log10(), value(epsilon)))
-                .collect()
+            self.0.iter().map(|(delta, epsilon)| (delta.log10(), value(epsilon))).collect()
         };
         plot::write(
             file,
@@ -240,10 +172,7 @@ impl Curve {
                 title: "privacy: ε against δ".to_owned(),
                 x: "log₁₀ δ".to_owned(),
                 y: "ε".to_owned(),
-                lines: vec![
-                    ("PLD".to_owned(), line(|e| e.pld)),
-                    ("RDP".to_owned(), line(|e| e.rdp)),
-                ],
+                lines: vec![("PLD".to_owned(), line(|e| e.pld)), ("RDP".to_owned(), line(|e| e.rdp))],
             },
         )
     }
@@ -256,23 +185,12 @@ mod tests {
     #[test]
     fn mechanisms_are_read() {
         let event = |text: &str| Spec::parse(text).unwrap().event().unwrap();
-        assert_eq!(
-            event("noise_multiplier=10"),
-            Event::Gaussian {
-                noise_multiplier: 10.0
-            }
-        );
-        let steps = Event::PoissonSampledGaussian {
-            sampling_probability: 1.0,
-            noise_multiplier: 2.0,
-            steps: 5,
-        };
+        assert_eq!(event("noise_multiplier=10"), Event::Gaussian { noise_multiplier: 10.0 });
+        let steps = Event::PoissonSampledGaussian { sampling_probability: 1.0, noise_multiplier: 2.0, steps: 5 };
         assert_eq!(event("steps=5,noise_multiplier=2"), steps);
         assert_eq!(
             event("noise_multiplier=10,kind=discrete_gaussian"),
-            Event::DiscreteGaussian {
-                noise_multiplier: 10.0
-            }
+            Event::DiscreteGaussian { noise_multiplier: 10.0 }
         );
     }
 
@@ -285,10 +203,7 @@ mod tests {
             ("noise_multiplier=x", "`x` is no number"),
             ("noise_multiplier=1,steps=1.5", "no number of steps"),
             ("noise_multiplier=1,kind=laplace", "kind `laplace`"),
-            (
-                "noise_multiplier=1,kind=discrete_gaussian,steps=2",
-                "neither steps nor sampling",
-            ),
+            ("noise_multiplier=1,kind=discrete_gaussian,steps=2", "neither steps nor sampling"),
         ] {
             let told = Spec::parse(text).unwrap_err().to_string();
             assert!(told.contains(expected), "{told}");

@@ -18,15 +18,8 @@ use crate::table::table;
 /// Sets the budget of a corpus.
 pub async fn set(args: BudgetSetArgs) -> Result<Summary, Failure> {
     let root = open(&args.root).await?;
-    ledger::set_budget(&root, &args.corpus, args.epsilon, args.delta)
-        .await
-        .map_err(failure)?;
-    let BudgetSetArgs {
-        corpus,
-        epsilon,
-        delta,
-        ..
-    } = args;
+    ledger::set_budget(&root, &args.corpus, args.epsilon, args.delta).await.map_err(failure)?;
+    let BudgetSetArgs { corpus, epsilon, delta, .. } = args;
     Ok(Summary {
         text: format!("{corpus}: the budget is ε = {epsilon} at δ = {delta:e}"),
         json: json!({ "corpus": corpus, "budget": { "epsilon": epsilon, "delta": delta } }),
@@ -45,20 +38,14 @@ pub async fn show(args: BudgetShowArgs) -> Result<Summary, Failure> {
     };
     let mut statements = Vec::new();
     for corpus in &corpora {
-        statements.push(Statement::of(
-            ledger::read(&root, corpus).await.map_err(failure)?,
-        )?);
+        statements.push(Statement::of(ledger::read(&root, corpus).await.map_err(failure)?)?);
     }
     if let (Some(file), Some(statement)) = (&args.plot, statements.first()) {
         statement.plot(file)?;
     }
     let text = match statements.as_slice() {
         [] => format!("{}: no corpus has a ledger here", root.url()),
-        statements => statements
-            .iter()
-            .map(Statement::text)
-            .collect::<Vec<_>>()
-            .join("\n\n"),
+        statements => statements.iter().map(Statement::text).collect::<Vec<_>>().join("\n\n"),
     };
     let list: Vec<_> = statements.iter().map(Statement::json).collect();
     let json = match (&one, list.as_slice()) {
@@ -71,24 +58,16 @@ pub async fn show(args: BudgetShowArgs) -> Result<Summary, Failure> {
 async fn open(args: &PrivateArgs) -> Result<PrivateRoot, Failure> {
     let url = args.private.as_deref().filter(|url| !url.is_empty());
     let url = url.ok_or_else(|| {
-        Failure::Usage(
-            "no private root is given\nhelp: pass --private URL, or set DOPPEL_PRIVATE".to_owned(),
-        )
+        Failure::Usage("no private root is given\nhelp: pass --private URL, or set DOPPEL_PRIVATE".to_owned())
     })?;
-    let options = StorageOptions {
-        timeout: Duration::from_secs(args.storage_timeout),
-    };
+    let options = StorageOptions { timeout: Duration::from_secs(args.storage_timeout) };
     Ok(PrivateRoot::open(url, &options).await?)
 }
 
 /// Corpora that have a ledger.
 async fn corpora(root: &PrivateRoot) -> Result<BTreeSet<String>, Failure> {
     let paths = root.list("ledger").await?;
-    Ok(paths
-        .iter()
-        .filter_map(|path| path.split('/').nth(1))
-        .map(str::to_owned)
-        .collect())
+    Ok(paths.iter().filter_map(|path| path.split('/').nth(1)).map(str::to_owned).collect())
 }
 
 fn unknown(root: &PrivateRoot, corpus: &str, known: &BTreeSet<String>) -> String {
@@ -100,10 +79,7 @@ fn unknown(root: &PrivateRoot, corpus: &str, known: &BTreeSet<String>) -> String
         }
         None => format!("ledgers are there for: {}", known.join(", ")),
     };
-    format!(
-        "{}: the corpus `{corpus}` has no ledger\nhelp: {hint}",
-        root.url()
-    )
+    format!("{}: the corpus `{corpus}` has no ledger\nhelp: {hint}", root.url())
 }
 
 /// The stage contract's failure for a ledger's error.
@@ -157,15 +133,7 @@ impl Statement {
             lines: Vec::new(),
         };
         for entry in &ledger.entries {
-            let Body::Reserve {
-                run,
-                stage,
-                unit,
-                event,
-                conditions,
-                ..
-            } = &entry.body
-            else {
+            let Body::Reserve { run, stage, unit, event, conditions, .. } = &entry.body else {
                 continue;
             };
             statement.unit = Some(unit.clone());
@@ -178,20 +146,14 @@ impl Statement {
                 mechanism: mechanism(event),
                 event: event.clone(),
                 settled: ledger.is_settled(entry.sequence),
-                epsilon: spent
-                    .iter()
-                    .find(|spent| spent.sequence == entry.sequence)
-                    .map(|spent| spent.epsilon),
+                epsilon: spent.iter().find(|spent| spent.sequence == entry.sequence).map(|spent| spent.epsilon),
             });
         }
         Ok(statement)
     }
 
     fn total(&self) -> privacy::Epsilon {
-        self.lines
-            .last()
-            .and_then(|line| line.epsilon)
-            .unwrap_or(privacy::Epsilon { pld: 0.0, rdp: 0.0 })
+        self.lines.last().and_then(|line| line.epsilon).unwrap_or(privacy::Epsilon { pld: 0.0, rdp: 0.0 })
     }
 
     fn text(&self) -> String {
@@ -228,20 +190,8 @@ impl Statement {
                 told(line.epsilon.map(|epsilon| epsilon.rdp)),
             ]
         });
-        let headings = [
-            "entry",
-            "time (UTC)",
-            "run",
-            "stage",
-            "mechanism",
-            "state",
-            "ε so far",
-            "by RDP",
-        ];
-        format!(
-            "{text}\n\n{}",
-            table(&headings, &rows.collect::<Vec<_>>(), &[0, 6, 7])
-        )
+        let headings = ["entry", "time (UTC)", "run", "stage", "mechanism", "state", "ε so far", "by RDP"];
+        format!("{text}\n\n{}", table(&headings, &rows.collect::<Vec<_>>(), &[0, 6, 7]))
     }
 
     fn json(&self) -> serde_json::Value {
@@ -279,12 +229,7 @@ impl Statement {
         };
         let steps = |value: fn(&privacy::Epsilon) -> f64| -> Vec<(f64, f64)> {
             let mut points = vec![(0.0, 0.0)];
-            for (i, epsilon) in self
-                .lines
-                .iter()
-                .filter_map(|line| line.epsilon.as_ref())
-                .enumerate()
-            {
+            for (i, epsilon) in self.lines.iter().filter_map(|line| line.epsilon.as_ref()).enumerate() {
                 let before = points.last().map_or(0.0, |point| point.1);
                 points.extend([((i + 1) as f64, before), ((i + 1) as f64, value(epsilon))]);
             }
@@ -300,10 +245,7 @@ impl Statement {
                 lines: vec![
                     ("spent (PLD)".to_owned(), steps(|epsilon| epsilon.pld)),
                     ("spent (RDP)".to_owned(), steps(|epsilon| epsilon.rdp)),
-                    (
-                        "budget".to_owned(),
-                        vec![(0.0, budget.epsilon), (last, budget.epsilon)],
-                    ),
+                    ("budget".to_owned(), vec![(0.0, budget.epsilon), (last, budget.epsilon)]),
                 ],
             },
         )
@@ -322,14 +264,8 @@ pub fn mechanism(event: &Event) -> String {
         Event::DiscreteGaussian { noise_multiplier } => {
             format!("discrete Gaussian σ={noise_multiplier}")
         }
-        Event::PoissonSampledGaussian {
-            sampling_probability,
-            noise_multiplier,
-            steps,
-        } => {
-            format!(
-                "{steps} × Poisson-sampled Gaussian q={sampling_probability:.6} σ={noise_multiplier}"
-            )
+        Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps } => {
+            format!("{steps} × Poisson-sampled Gaussian q={sampling_probability:.6} σ={noise_multiplier}")
         }
     }
 }
@@ -359,10 +295,7 @@ async fn affordable(root: &str, corpus: &str, invocations: &[&Invocation<'_>]) -
         Err(LedgerError::Lake(_)) => return None,
         Err(error) => {
             let failure = failure(error);
-            return Some(Finding {
-                message: failure.to_string(),
-                code: failure.exit_code(),
-            });
+            return Some(Finding { message: failure.to_string(), code: failure.exit_code() });
         }
     };
     let reserved = |invocation: &Invocation| {
@@ -381,16 +314,12 @@ async fn affordable(root: &str, corpus: &str, invocations: &[&Invocation<'_>]) -
     if asked.is_empty() {
         return None;
     }
-    let set = invocations
-        .iter()
-        .rev()
-        .find(|one| one.program == "doppel" && one.words == ["budget", "set"]);
+    let set = invocations.iter().rev().find(|one| one.program == "doppel" && one.words == ["budget", "set"]);
     let set = set.and_then(|set| Some((set.number("epsilon")?, set.number("delta")?)));
     let budget = set.or_else(|| ledger.budget().map(|budget| (budget.epsilon, budget.delta)));
     let Some((epsilon, delta)) = budget else {
-        let message = format!(
-            "the corpus `{corpus}` has no privacy budget; `doppel budget set --corpus {corpus}` sets one"
-        );
+        let message =
+            format!("the corpus `{corpus}` has no privacy budget; `doppel budget set --corpus {corpus}` sets one");
         return Some(Finding { message, code: 2 });
     };
     let mut events = ledger.spent();
@@ -413,39 +342,20 @@ async fn affordable(root: &str, corpus: &str, invocations: &[&Invocation<'_>]) -
 /// What an invocation will reserve, where its flags tell.
 fn planned_event(invocation: &Invocation) -> Option<Event> {
     match invocation.program {
-        "vote" => Some(Event::DiscreteGaussian {
-            noise_multiplier: invocation.number("sigma").unwrap_or(10.0),
-        }),
+        "vote" => Some(Event::DiscreteGaussian { noise_multiplier: invocation.number("sigma").unwrap_or(10.0) }),
         "train" if invocation.one("no-dp").is_none() => {
             let batch = invocation.number("expected-batch-size");
             let probability = || Some(batch? / invocation.number("records")?);
-            let sampling_probability = invocation
-                .number("sampling-probability")
-                .or_else(probability)?;
-            let epochs = || {
-                Some(
-                    (invocation.number("epochs")? / sampling_probability - 1e-9)
-                        .ceil()
-                        .max(1.0),
-                )
-            };
+            let sampling_probability = invocation.number("sampling-probability").or_else(probability)?;
+            let epochs = || Some((invocation.number("epochs")? / sampling_probability - 1e-9).ceil().max(1.0));
             let steps = invocation.number("steps").or_else(epochs)? as u64;
-            let event = |noise_multiplier| Event::PoissonSampledGaussian {
-                sampling_probability,
-                noise_multiplier,
-                steps,
-            };
+            let event =
+                |noise_multiplier| Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps };
             let noise_multiplier = invocation.number("noise-multiplier").or_else(|| {
                 let vote = invocation.number("vote-sigma");
-                let vote =
-                    vote.map(|noise_multiplier| Event::DiscreteGaussian { noise_multiplier });
+                let vote = vote.map(|noise_multiplier| Event::DiscreteGaussian { noise_multiplier });
                 let events = |noise| std::iter::once(event(noise)).chain(vote.clone()).collect();
-                privacy::calibrate(
-                    events,
-                    invocation.number("target-epsilon")?,
-                    invocation.number("delta")?,
-                )
-                .ok()
+                privacy::calibrate(events, invocation.number("target-epsilon")?, invocation.number("delta")?).ok()
             })?;
             Some(event(noise_multiplier)).filter(|event| event.validate().is_ok())
         }

@@ -14,12 +14,7 @@ use stage::common::Verbosity;
 /// Exit codes: 0 done; 1 a bug; 2 wrong usage or configuration; 3 an input is missing or malformed; 4 refused by the
 /// privacy budget; 5 storage or network, safe to retry; 130 and 143 ended by SIGINT and SIGTERM.
 #[derive(Parser, Clone, Debug)]
-#[command(
-    name = "doppel",
-    version,
-    subcommand_required = true,
-    arg_required_else_help = true
-)]
+#[command(name = "doppel", version, subcommand_required = true, arg_required_else_help = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -125,13 +120,7 @@ fn name_value(text: &str) -> Result<(String, String), String> {
 #[derive(Args, Clone, Debug)]
 pub struct PrivateArgs {
     /// Private root: a path, file://, s3://, gs:// or az:// URL.
-    #[arg(
-        long,
-        env = "DOPPEL_PRIVATE",
-        value_name = "URL",
-        hide_env_values = true,
-        global = true
-    )]
+    #[arg(long, env = "DOPPEL_PRIVATE", value_name = "URL", hide_env_values = true, global = true)]
     pub private: Option<String>,
     /// Deadline of one storage operation with its retries, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 180, global = true)]
@@ -304,20 +293,10 @@ pub struct ShowArgs {
 #[derive(Args, Clone, Debug)]
 pub struct RootsArgs {
     /// Private root.
-    #[arg(
-        long,
-        env = "DOPPEL_PRIVATE",
-        value_name = "URL",
-        hide_env_values = true
-    )]
+    #[arg(long, env = "DOPPEL_PRIVATE", value_name = "URL", hide_env_values = true)]
     pub private: Option<String>,
     /// Release root.
-    #[arg(
-        long,
-        env = "DOPPEL_RELEASE",
-        value_name = "URL",
-        hide_env_values = true
-    )]
+    #[arg(long, env = "DOPPEL_RELEASE", value_name = "URL", hide_env_values = true)]
     pub release: Option<String>,
     /// Deadline of one storage operation with its retries, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 180)]

@@ -21,10 +21,7 @@ pub async fn run(args: RunArgs) -> Result<Summary, Failure> {
     let mut signals = Signals::new()?;
     let plan = load(&args)?;
     if args.dry_run {
-        return Ok(Summary {
-            text: outline(&plan),
-            json: outline_json(&plan),
-        });
+        return Ok(Summary { text: outline(&plan), json: outline_json(&plan) });
     }
     let machine = machine(&args);
     if !args.no_preflight {
@@ -49,13 +46,9 @@ pub async fn run(args: RunArgs) -> Result<Summary, Failure> {
 
 fn load(args: &RunArgs) -> Result<Plan, Failure> {
     let file = args.file.display().to_string();
-    let text = std::fs::read_to_string(&args.file).map_err(|error| {
-        Failure::Usage(format!(
-            "{file}: {error}\nhelp: give the path of a workflow file"
-        ))
-    })?;
-    workflow::load(&file, &text, &args.parameters)
-        .map_err(|findings| Failure::Usage(findings.to_string()))
+    let text = std::fs::read_to_string(&args.file)
+        .map_err(|error| Failure::Usage(format!("{file}: {error}\nhelp: give the path of a workflow file")))?;
+    workflow::load(&file, &text, &args.parameters).map_err(|findings| Failure::Usage(findings.to_string()))
 }
 
 fn machine(args: &RunArgs) -> Machine {
@@ -76,8 +69,7 @@ fn machine(args: &RunArgs) -> Machine {
 fn environment(quiet: bool) -> Vec<(String, String)> {
     use std::io::IsTerminal;
     let mut env = stage::telemetry::child_env();
-    if std::io::stderr().is_terminal() && !quiet && std::env::var_os("DOPPEL_LOG_FORMAT").is_none()
-    {
+    if std::io::stderr().is_terminal() && !quiet && std::env::var_os("DOPPEL_LOG_FORMAT").is_none() {
         env.push(("DOPPEL_LOG_FORMAT".to_owned(), "text".to_owned()));
     }
     env
@@ -94,10 +86,7 @@ struct Signals {
 
 impl Signals {
     fn new() -> Result<Self, Failure> {
-        let watch = |kind| {
-            signal(kind)
-                .map_err(|error| Failure::Transient(format!("cannot watch signals: {error}")))
-        };
+        let watch = |kind| signal(kind).map_err(|error| Failure::Transient(format!("cannot watch signals: {error}")));
         Ok(Self {
             interrupt: watch(SignalKind::interrupt())?,
             terminate: watch(SignalKind::terminate())?,
@@ -124,12 +113,7 @@ impl Signals {
 }
 
 /// Runs the plan; the first signal ends the tasks gently, a second one at once.
-async fn watch_over(
-    plan: &Plan,
-    options: &Options,
-    view: &dyn Observer,
-    signals: &mut Signals,
-) -> Report {
+async fn watch_over(plan: &Plan, options: &Options, view: &dyn Observer, signals: &mut Signals) -> Report {
     let (wish, stop) = watch::channel(Stop::No);
     let run = workflow::run(plan, options, stop, view);
     tokio::pin!(run);
@@ -157,22 +141,13 @@ impl Logs {
         let temporary = args.logs.is_none();
         let folder = args.logs.clone().unwrap_or_else(|| {
             let name = plan.name.replace(|c: char| !c.is_ascii_alphanumeric(), "-");
-            let since = std::time::UNIX_EPOCH
-                .elapsed()
-                .unwrap_or_default()
-                .as_millis();
+            let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_millis();
             std::env::temp_dir().join(format!("doppel-{name}-{since}-{}", std::process::id()))
         });
         // Tasks of other people's workflows may print what is not for everybody on the machine.
-        let created = std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&folder);
+        let created = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder);
         created.map_err(|error| {
-            Failure::Usage(format!(
-                "{}: {error}\nhelp: choose a folder for the logs with --logs",
-                folder.display()
-            ))
+            Failure::Usage(format!("{}: {error}\nhelp: choose a folder for the logs with --logs", folder.display()))
         })?;
         Ok(Self { folder, temporary })
     }
@@ -185,16 +160,8 @@ impl Logs {
     }
 }
 
-fn conclude(
-    plan: &Plan,
-    report: &Report,
-    format: Format,
-    signals: &Signals,
-) -> Result<Summary, Failure> {
-    let summary = Summary {
-        text: result_table(plan, report),
-        json: result_json(plan, report),
-    };
+fn conclude(plan: &Plan, report: &Report, format: Format, signals: &Signals) -> Result<Summary, Failure> {
+    let summary = Summary { text: result_table(plan, report), json: result_json(plan, report) };
     if report.success() {
         return Ok(summary);
     }
@@ -217,9 +184,7 @@ fn failure(plan: &Plan, report: &Report) -> Failure {
         text += &format!("\n  {}", complaint(&plan.jobs[job].name, &report.jobs[job]));
     }
     text += "\nhelp: the same command continues with what is not done yet";
-    let first = failed
-        .first()
-        .and_then(|job| report.jobs[*job].outcome.as_ref());
+    let first = failed.first().and_then(|job| report.jobs[*job].outcome.as_ref());
     match first.map(workflow::retry::Outcome::code) {
         Some(3) => Failure::Input(text),
         Some(4) => Failure::Budget(text),
@@ -234,16 +199,8 @@ fn failure(plan: &Plan, report: &Report) -> Failure {
 }
 
 fn complaint(name: &str, report: &JobReport) -> String {
-    let outcome = report
-        .outcome
-        .as_ref()
-        .map(ToString::to_string)
-        .unwrap_or_default();
-    let times = if report.attempts > 1 {
-        format!(" after {} attempts", report.attempts)
-    } else {
-        String::new()
-    };
+    let outcome = report.outcome.as_ref().map(ToString::to_string).unwrap_or_default();
+    let times = if report.attempts > 1 { format!(" after {} attempts", report.attempts) } else { String::new() };
     let mut text = format!("{name}: {outcome}{times}");
     for line in &report.tail {
         text += &format!("\n    | {line}");
@@ -264,25 +221,12 @@ fn result_table(plan: &Plan, report: &Report) -> String {
                 State::NotRun => (String::new(), String::new()),
                 _ => (report.attempts.to_string(), duration(report.elapsed)),
             };
-            vec![
-                job.name.clone(),
-                report.state.word().to_owned(),
-                attempts,
-                time,
-            ]
+            vec![job.name.clone(), report.state.word().to_owned(), attempts, time]
         })
         .collect();
-    let done = report
-        .jobs
-        .iter()
-        .filter(|job| job.state == State::Succeeded)
-        .count();
+    let done = report.jobs.iter().filter(|job| job.state == State::Succeeded).count();
     let table = table(&["task", "state", "attempts", "time"], &rows, &[2, 3]);
-    format!(
-        "{table}\n{done} of {} tasks succeeded in {}",
-        plan.jobs.len(),
-        duration(report.elapsed)
-    )
+    format!("{table}\n{done} of {} tasks succeeded in {}", plan.jobs.len(), duration(report.elapsed))
 }
 
 fn result_json(plan: &Plan, report: &Report) -> serde_json::Value {
@@ -307,16 +251,8 @@ fn result_json(plan: &Plan, report: &Report) -> serde_json::Value {
 fn outline(plan: &Plan) -> String {
     let mut text = format!("{}: {} tasks", plan.name, plan.jobs.len());
     for job in &plan.jobs {
-        let after: Vec<&str> = job
-            .after
-            .iter()
-            .map(|job| plan.jobs[*job].name.as_str())
-            .collect();
-        let after = if after.is_empty() {
-            String::new()
-        } else {
-            format!(" (after {})", after.join(", "))
-        };
+        let after: Vec<&str> = job.after.iter().map(|job| plan.jobs[*job].name.as_str()).collect();
+        let after = if after.is_empty() { String::new() } else { format!(" (after {})", after.join(", ")) };
         text += &format!("\n{}{after}\n    {}", job.name, shell_line(&job.command));
     }
     text
@@ -324,11 +260,7 @@ fn outline(plan: &Plan) -> String {
 
 fn outline_json(plan: &Plan) -> serde_json::Value {
     let tasks = plan.jobs.iter().map(|job| {
-        let after: Vec<&str> = job
-            .after
-            .iter()
-            .map(|job| plan.jobs[*job].name.as_str())
-            .collect();
+        let after: Vec<&str> = job.after.iter().map(|job| plan.jobs[*job].name.as_str()).collect();
         json!({ "task": job.name, "after": after, "command": job.command, "gpus": job.gpus })
     });
     json!({ "workflow": plan.name, "parameters": plan.parameters, "tasks": tasks.collect::<Vec<_>>() })
@@ -337,25 +269,15 @@ fn outline_json(plan: &Plan) -> serde_json::Value {
 /// A command as a shell would take it.
 fn shell_line(command: &[String]) -> String {
     let quoted = command.iter().map(|word| {
-        let plain = !word.is_empty()
-            && word
-                .chars()
-                .all(|c| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c));
-        if plain {
-            word.clone()
-        } else {
-            format!("'{}'", word.replace('\'', r"'\''"))
-        }
+        let plain = !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c));
+        if plain { word.clone() } else { format!("'{}'", word.replace('\'', r"'\''")) }
     });
     quoted.collect::<Vec<_>>().join(" ")
 }
 
 /// The name of a program without its folder.
 pub fn base_name(program: &str) -> &str {
-    Path::new(program)
-        .file_name()
-        .and_then(|name| name.to_str())
-        .unwrap_or(program)
+    Path::new(program).file_name().and_then(|name| name.to_str()).unwrap_or(program)
 }
 
 #[cfg(test)]

@@ -44,8 +44,6 @@ pub async fn run(cli: Cli) -> Result<Summary, Failure> {
         | Command::Embed(_)
         | Command::Vote(_)
         | Command::Query(_)
-        | Command::Audit(_) => Err(Failure::Usage(
-            "a stage comes first: doppel STAGE …".to_owned(),
-        )),
+        | Command::Audit(_) => Err(Failure::Usage("a stage comes first: doppel STAGE …".to_owned())),
     }
 }

@@ -31,9 +31,7 @@ struct Setting {
 /// Makes the table.
 pub fn plan(args: &PlanArgs) -> Result<Summary, Failure> {
     check(args)?;
-    let vote = (args.vote_sigma > 0.0).then_some(Event::DiscreteGaussian {
-        noise_multiplier: args.vote_sigma,
-    });
+    let vote = (args.vote_sigma > 0.0).then_some(Event::DiscreteGaussian { noise_multiplier: args.vote_sigma });
     let votes = match &vote {
         Some(vote) => {
             privacy::epsilon(std::slice::from_ref(vote), args.delta)
@@ -44,23 +42,9 @@ pub fn plan(args: &PlanArgs) -> Result<Summary, Failure> {
     };
     let settings = work_out(args, &vote);
     let rows: Vec<Vec<String>> = settings.iter().map(|setting| row(args, setting)).collect();
-    let json = settings
-        .iter()
-        .map(|setting| as_json(args, setting))
-        .collect::<Vec<_>>();
-    let headings = [
-        "batch",
-        "steps",
-        "q",
-        "epochs",
-        "seen",
-        "largest batch",
-        "noise",
-        "ε train",
-        "noise/signal",
-        "wall time",
-        "",
-    ];
+    let json = settings.iter().map(|setting| as_json(args, setting)).collect::<Vec<_>>();
+    let headings =
+        ["batch", "steps", "q", "epochs", "seen", "largest batch", "noise", "ε train", "noise/signal", "wall time", ""];
     let text = format!(
         "{} records, ε ≤ {} at δ = {:e}; the votes (σ = {}) take ε = {} alone\n\n{}\n\n{}",
         args.records,
@@ -93,10 +77,7 @@ noise drowns the signal: raise the batch, or train fewer parameters";
 fn check(args: &PlanArgs) -> Result<(), Failure> {
     let mut findings = Vec::new();
     if !(args.delta > 0.0 && args.delta < 1.0) {
-        findings.push(format!(
-            "--delta {}: expected a number between 0 and 1",
-            args.delta
-        ));
+        findings.push(format!("--delta {}: expected a number between 0 and 1", args.delta));
     } else if args.delta * args.records as f64 > 1.0 {
         findings.push(format!(
             "--delta {}: with {} records a δ this large lets a mechanism publish one record outright; choose below {:.1e}",
@@ -106,40 +87,21 @@ fn check(args: &PlanArgs) -> Result<(), Failure> {
         ));
     }
     if !(args.target_epsilon.is_finite() && args.target_epsilon > 0.0) {
-        findings.push(format!(
-            "--target-epsilon {}: expected a number above 0",
-            args.target_epsilon
-        ));
+        findings.push(format!("--target-epsilon {}: expected a number above 0", args.target_epsilon));
     }
     if !(args.vote_sigma.is_finite() && args.vote_sigma >= 0.0) {
-        findings.push(format!(
-            "--vote-sigma {}: expected 0 or more",
-            args.vote_sigma
-        ));
+        findings.push(format!("--vote-sigma {}: expected 0 or more", args.vote_sigma));
     }
-    if let Some(batch) = args
-        .expected_batch_size
-        .iter()
-        .find(|batch| **batch == 0 || **batch > args.records)
-    {
-        findings.push(format!(
-            "--expected-batch-size {batch}: expected 1 to the number of records"
-        ));
+    if let Some(batch) = args.expected_batch_size.iter().find(|batch| **batch == 0 || **batch > args.records) {
+        findings.push(format!("--expected-batch-size {batch}: expected 1 to the number of records"));
     }
     if args.steps.contains(&0) {
         findings.push("--steps 0: expected at least 1".to_owned());
     }
     if args.examples_per_second.is_nan() || args.examples_per_second <= 0.0 {
-        findings.push(format!(
-            "--examples-per-second {}: expected a number above 0",
-            args.examples_per_second
-        ));
+        findings.push(format!("--examples-per-second {}: expected a number above 0", args.examples_per_second));
     }
-    if findings.is_empty() {
-        Ok(())
-    } else {
-        Err(Failure::Usage(findings.join("\n")))
-    }
+    if findings.is_empty() { Ok(()) } else { Err(Failure::Usage(findings.join("\n"))) }
 }
 
 /// Batches and steps to look at.
@@ -147,12 +109,7 @@ fn candidates(args: &PlanArgs) -> Vec<(u64, u64)> {
     let mut batches = args.expected_batch_size.clone();
     if batches.is_empty() {
         // Powers of two near these shares of the records; the paper's is 1/44.
-        let near = |share: u64| {
-            (args.records / share)
-                .max(1)
-                .next_power_of_two()
-                .min(args.records)
-        };
+        let near = |share: u64| (args.records / share).max(1).next_power_of_two().min(args.records);
         batches = [128, 44, 16, 8].map(near).to_vec();
     }
     batches.sort_unstable();
@@ -162,9 +119,7 @@ fn candidates(args: &PlanArgs) -> Vec<(u64, u64)> {
         let mut steps = args.steps.clone();
         if steps.is_empty() {
             // One, three and ten passes over the records.
-            steps = [1, 3, 10]
-                .map(|epochs: u64| (epochs * args.records).div_ceil(batch))
-                .to_vec();
+            steps = [1, 3, 10].map(|epochs: u64| (epochs * args.records).div_ceil(batch)).to_vec();
         }
         pairs.extend(steps.into_iter().map(|steps| (batch, steps)));
     }
@@ -178,41 +133,20 @@ fn work_out(args: &PlanArgs, vote: &Option<Event>) -> Vec<Setting> {
     let chunk = pairs.len().div_ceil(cores).max(1);
     std::thread::scope(|scope| {
         let one = |&(batch, steps): &(u64, u64)| setting(args, vote, batch, steps);
-        let start =
-            |pairs| scope.spawn(move || <[(u64, u64)]>::iter(pairs).map(one).collect::<Vec<_>>());
+        let start = |pairs| scope.spawn(move || <[(u64, u64)]>::iter(pairs).map(one).collect::<Vec<_>>());
         let threads: Vec<_> = pairs.chunks(chunk).map(start).collect();
-        threads
-            .into_iter()
-            .flat_map(|thread| thread.join().unwrap_or_default())
-            .collect()
+        threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()
     })
 }
 
 fn setting(args: &PlanArgs, vote: &Option<Event>, batch: u64, steps: u64) -> Setting {
     let sampling_probability = batch as f64 / args.records as f64;
-    let training = |noise_multiplier| Event::PoissonSampledGaussian {
-        sampling_probability,
-        noise_multiplier,
-        steps,
-    };
-    let events = |noise| {
-        std::iter::once(training(noise))
-            .chain(vote.clone())
-            .collect()
-    };
-    let noise_multiplier = privacy::calibrate(events, args.target_epsilon, args.delta)
-        .map_err(|error| error.to_string());
-    let alone = noise_multiplier
-        .as_ref()
-        .ok()
-        .and_then(|noise| privacy::epsilon(&[training(*noise)], args.delta).ok());
-    Setting {
-        batch,
-        steps,
-        sampling_probability,
-        noise_multiplier,
-        training: alone.map_or(f64::NAN, |e| e.pld),
-    }
+    let training = |noise_multiplier| Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps };
+    let events = |noise| std::iter::once(training(noise)).chain(vote.clone()).collect();
+    let noise_multiplier =
+        privacy::calibrate(events, args.target_epsilon, args.delta).map_err(|error| error.to_string());
+    let alone = noise_multiplier.as_ref().ok().and_then(|noise| privacy::epsilon(&[training(*noise)], args.delta).ok());
+    Setting { batch, steps, sampling_probability, noise_multiplier, training: alone.map_or(f64::NAN, |e| e.pld) }
 }
 
 impl Setting {
@@ -249,25 +183,16 @@ impl Setting {
         if let Err(error) = &self.noise_multiplier {
             return Some(format!("infeasible: {error}"));
         }
-        if self
-            .noise_to_signal(args.parameters)
-            .is_some_and(|ratio| ratio > DROWNED)
-        {
+        if self.noise_to_signal(args.parameters).is_some_and(|ratio| ratio > DROWNED) {
             return Some("infeasible: the noise drowns the signal".to_owned());
         }
         let hours = self.seconds(args.examples_per_second) / 3600.0;
-        args.gpu_hours
-            .filter(|most| hours > *most)
-            .map(|most| format!("infeasible: more than {most} GPU hours"))
+        args.gpu_hours.filter(|most| hours > *most).map(|most| format!("infeasible: more than {most} GPU hours"))
     }
 }
 
 fn row(args: &PlanArgs, setting: &Setting) -> Vec<String> {
-    let number = |value: Option<f64>, digits: usize| {
-        value
-            .map(|value| format!("{value:.digits$}"))
-            .unwrap_or_default()
-    };
+    let number = |value: Option<f64>, digits: usize| value.map(|value| format!("{value:.digits$}")).unwrap_or_default();
     let seconds = setting.seconds(args.examples_per_second).min(1e9);
     vec![
         setting.batch.to_string(),
@@ -277,16 +202,10 @@ fn row(args: &PlanArgs, setting: &Setting) -> Vec<String> {
         format!("{:.1} %", 100.0 * setting.seen()),
         setting.largest_batch(args.records).to_string(),
         number(setting.noise_multiplier.as_ref().ok().copied(), 4),
-        if setting.training.is_finite() {
-            up(setting.training)
-        } else {
-            String::new()
-        },
+        if setting.training.is_finite() { up(setting.training) } else { String::new() },
         number(setting.noise_to_signal(args.parameters), 2),
         duration(std::time::Duration::from_secs_f64(seconds)),
-        setting
-            .verdict(args)
-            .unwrap_or_else(|| "feasible".to_owned()),
+        setting.verdict(args).unwrap_or_else(|| "feasible".to_owned()),
     ]
 }
 
@@ -314,13 +233,7 @@ mod tests {
 
     fn sampled(batch: u64, records: u64, steps: u64) -> Setting {
         let sampling_probability = batch as f64 / records as f64;
-        Setting {
-            batch,
-            steps,
-            sampling_probability,
-            noise_multiplier: Ok(1.0),
-            training: 1.0,
-        }
+        Setting { batch, steps, sampling_probability, noise_multiplier: Ok(1.0), training: 1.0 }
     }
 
     #[test]

@@ -33,10 +33,7 @@ pub fn write(file: &Path, chart: &Chart) -> Result<(), Failure> {
         Some("svg") => draw(&SVGBackend::new(file, SIZE).into_drawing_area(), chart),
         Some("png") => draw(&BitMapBackend::new(file, SIZE).into_drawing_area(), chart),
         _ => {
-            return Err(Failure::Usage(format!(
-                "{}: a plot's file name ends in .svg or .png",
-                file.display()
-            )));
+            return Err(Failure::Usage(format!("{}: a plot's file name ends in .svg or .png", file.display())));
         }
     };
     drawn.map_err(|error| Failure::Usage(format!("{}: cannot be written: {error}", file.display())))
@@ -45,24 +42,11 @@ pub fn write(file: &Path, chart: &Chart) -> Result<(), Failure> {
 fn draw<B: DrawingBackend>(area: &DrawingArea<B, Shift>, chart: &Chart) -> Result<(), String> {
     let text = |error: DrawingAreaErrorKind<B::ErrorType>| error.to_string();
     area.fill(&WHITE).map_err(text)?;
-    let points = || {
-        chart
-            .lines
-            .iter()
-            .flat_map(|(_, points)| points)
-            .filter(|(x, y)| x.is_finite() && y.is_finite())
-    };
+    let points = || chart.lines.iter().flat_map(|(_, points)| points).filter(|(x, y)| x.is_finite() && y.is_finite());
     let range = |values: Vec<f64>| {
-        let (low, high) = values
-            .iter()
-            .fold((f64::MAX, f64::MIN), |(low, high), value| {
-                (low.min(*value), high.max(*value))
-            });
-        if low < high {
-            low..high
-        } else {
-            0.0..high.max(1.0)
-        }
+        let (low, high) =
+            values.iter().fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(*value), high.max(*value)));
+        if low < high { low..high } else { 0.0..high.max(1.0) }
     };
     let xs = range(points().map(|point| point.0).collect());
     let ys = range(points().map(|point| point.1).chain([0.0]).collect());
@@ -74,32 +58,15 @@ fn draw<B: DrawingBackend>(area: &DrawingArea<B, Shift>, chart: &Chart) -> Resul
         .y_label_area_size(60)
         .build_cartesian_2d(xs, ys)
         .map_err(text)?;
-    context
-        .configure_mesh()
-        .x_desc(&chart.x)
-        .y_desc(&chart.y)
-        .light_line_style(TRANSPARENT)
-        .draw()
-        .map_err(text)?;
+    context.configure_mesh().x_desc(&chart.x).y_desc(&chart.y).light_line_style(TRANSPARENT).draw().map_err(text)?;
     for (i, (name, points)) in chart.lines.iter().enumerate() {
         let colour = Palette99::pick(i).stroke_width(2);
-        let finite = points
-            .iter()
-            .copied()
-            .filter(|(x, y)| x.is_finite() && y.is_finite());
-        let series = context
-            .draw_series(LineSeries::new(finite, colour))
-            .map_err(text)?;
-        series
-            .label(name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour));
+        let finite = points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite());
+        let series = context.draw_series(LineSeries::new(finite, colour)).map_err(text)?;
+        series.label(name).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour));
     }
     let mut labels = context.configure_series_labels();
-    labels
-        .background_style(WHITE.mix(0.85))
-        .border_style(BLACK.mix(0.3))
-        .draw()
-        .map_err(text)?;
+    labels.background_style(WHITE.mix(0.85)).border_style(BLACK.mix(0.3)).draw().map_err(text)?;
     area.present().map_err(text)
 }
 
@@ -110,32 +77,14 @@ mod tests {
     #[test]
     fn charts_are_written_in_both_formats() {
         let folder = tempfile::tempdir().unwrap();
-        let lines = vec![
-            ("a".to_owned(), vec![(0.0, 0.0), (1.0, 2.0)]),
-            ("empty".to_owned(), Vec::new()),
-        ];
-        let chart = Chart {
-            title: "ε".into(),
-            x: "x".into(),
-            y: "y".into(),
-            lines,
-        };
+        let lines = vec![("a".to_owned(), vec![(0.0, 0.0), (1.0, 2.0)]), ("empty".to_owned(), Vec::new())];
+        let chart = Chart { title: "ε".into(), x: "x".into(), y: "y".into(), lines };
         for (name, start) in [("c.svg", &b"<svg"[..]), ("c.png", &b"\x89PNG"[..])] {
             let file = folder.path().join(name);
             write(&file, &chart).unwrap();
             assert!(std::fs::read(&file).unwrap().starts_with(start), "{name}");
         }
-        assert_eq!(
-            write(&folder.path().join("c.pdf"), &chart)
-                .unwrap_err()
-                .exit_code(),
-            2
-        );
-        assert_eq!(
-            write(&folder.path().join("no/such/c.svg"), &chart)
-                .unwrap_err()
-                .exit_code(),
-            2
-        );
+        assert_eq!(write(&folder.path().join("c.pdf"), &chart).unwrap_err().exit_code(), 2);
+        assert_eq!(write(&folder.path().join("no/such/c.svg"), &chart).unwrap_err().exit_code(), 2);
     }
 }

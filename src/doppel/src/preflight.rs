@@ -41,10 +41,7 @@ impl From<&lake::LakeError> for Finding {
             lake::LakeError::Transient(_) => 5,
             _ => 3,
         };
-        Self {
-            message: error.to_string(),
-            code,
-        }
+        Self { message: error.to_string(), code }
     }
 }
 
@@ -54,11 +51,7 @@ pub fn verdict(findings: &[Finding]) -> Result<(), Failure> {
     let Some(code) = findings.iter().map(|finding| finding.code).min() else {
         return Ok(());
     };
-    let many = if findings.len() == 1 {
-        "1 finding".to_owned()
-    } else {
-        format!("{} findings", findings.len())
-    };
+    let many = if findings.len() == 1 { "1 finding".to_owned() } else { format!("{} findings", findings.len()) };
     let mut text = format!("the preflight has {many}; nothing was started");
     for finding in findings {
         text += &format!("\n- {}", finding.message.replace('\n', "\n  "));
@@ -94,40 +87,28 @@ fn surroundings(job: &Job, machine: &Machine) -> Vec<String> {
     let mut say = |message: String| found.push(format!("{}: {message}", job.task));
     match job.command.first() {
         Some(program) if find_program(program, &stages::folders()).is_none() => {
-            say(format!(
-                "the program `{program}` is neither beside doppel nor on PATH; install or build it"
-            ));
+            say(format!("the program `{program}` is neither beside doppel nor on PATH; install or build it"));
         }
         _ => {}
     }
     if let Some(reason) = machine.lacks(job) {
-        say(format!(
-            "{reason}; lower what the workflow requests, or raise --gpus if it is wrong"
-        ));
+        say(format!("{reason}; lower what the workflow requests, or raise --gpus if it is wrong"));
     }
     for folder in job.mounts.iter().chain(&job.working_dir) {
         if !Path::new(folder).is_dir() {
-            say(format!(
-                "{folder} is no folder of this machine; the local runner mounts nothing, so create it"
-            ));
+            say(format!("{folder} is no folder of this machine; the local runner mounts nothing, so create it"));
         }
     }
     for name in &job.required_env {
         if std::env::var_os(name).is_none() {
-            say(format!(
-                "the variable {name}, which a secret of the cluster holds, is not set; export it"
-            ));
+            say(format!("the variable {name}, which a secret of the cluster holds, is not set; export it"));
         }
     }
     if job.disk > 0
         && let Some(free) = free_space(&std::env::temp_dir())
         && free < job.disk
     {
-        say(format!(
-            "wants {} MiB of local disk; {} MiB are free",
-            job.disk >> 20,
-            free >> 20
-        ));
+        say(format!("wants {} MiB of local disk; {} MiB are free", job.disk >> 20, free >> 20));
     }
     found
 }
@@ -135,11 +116,7 @@ fn surroundings(job: &Job, machine: &Machine) -> Vec<String> {
 /// Free bytes below `path`, or below the nearest folder above it that exists.
 fn free_space(path: &Path) -> Option<u64> {
     let existing = path.ancestors().find(|folder| folder.exists())?;
-    let existing = if existing.as_os_str().is_empty() {
-        Path::new(".")
-    } else {
-        existing
-    };
+    let existing = if existing.as_os_str().is_empty() { Path::new(".") } else { existing };
     let stat = rustix::fs::statvfs(existing).ok()?;
     Some(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
@@ -171,10 +148,7 @@ impl<'a> Invocation<'a> {
         {
             (program, args) = (stage, &args[1..]);
         }
-        let first_flag = args
-            .iter()
-            .position(|arg| arg.starts_with("--"))
-            .unwrap_or(args.len());
+        let first_flag = args.iter().position(|arg| arg.starts_with("--")).unwrap_or(args.len());
         let words = args[..first_flag].iter().map(String::as_str).collect();
         let mut flags = Vec::new();
         let mut rest = args[first_flag..].iter().map(String::as_str).peekable();
@@ -184,27 +158,15 @@ impl<'a> Invocation<'a> {
             };
             match flag.split_once('=') {
                 Some(pair) => flags.push(pair),
-                None => flags.push((
-                    flag,
-                    rest.next_if(|value| !value.starts_with("--"))
-                        .unwrap_or_default(),
-                )),
+                None => flags.push((flag, rest.next_if(|value| !value.starts_with("--")).unwrap_or_default())),
             }
         }
-        Some(Self {
-            job,
-            program,
-            words,
-            flags,
-        })
+        Some(Self { job, program, words, flags })
     }
 
     /// Values of a flag.
     pub fn all(&self, flag: &str) -> impl Iterator<Item = &'a str> {
-        self.flags
-            .iter()
-            .filter(move |(name, _)| *name == flag)
-            .map(|(_, value)| *value)
+        self.flags.iter().filter(move |(name, _)| *name == flag).map(|(_, value)| *value)
     }
 
     /// Last value of a flag.
@@ -220,28 +182,15 @@ impl<'a> Invocation<'a> {
     /// The root of a zone: a flag, the job's environment, or that of this process.
     pub fn root(&self, zone: &str) -> Option<String> {
         let variable = format!("DOPPEL_{}", zone.to_uppercase());
-        let declared = || {
-            self.job
-                .env
-                .iter()
-                .rev()
-                .find(|(name, _)| *name == variable)
-                .map(|(_, value)| value.clone())
-        };
-        let root = self
-            .one(zone)
-            .map(str::to_owned)
-            .or_else(declared)
-            .or_else(|| std::env::var(&variable).ok());
+        let declared = || self.job.env.iter().rev().find(|(name, _)| *name == variable).map(|(_, value)| value.clone());
+        let root = self.one(zone).map(str::to_owned).or_else(declared).or_else(|| std::env::var(&variable).ok());
         root.filter(|root| !root.is_empty())
     }
 }
 
 /// Storage options for a check: whoever waits wants to know soon.
 pub fn storage() -> StorageOptions {
-    StorageOptions {
-        timeout: Duration::from_secs(30),
-    }
+    StorageOptions { timeout: Duration::from_secs(30) }
 }
 
 /// Lets each stage read its own flags. Of a fan-out, which differs in its items only, the first and the last.
@@ -252,64 +201,34 @@ async fn check_flags(plan: &Plan) -> Vec<Finding> {
         jobs.truncate(1);
         jobs.push(job);
     }
-    let ours = |job: &&Job| {
-        job.command
-            .first()
-            .is_some_and(|program| base_name(program).starts_with("doppel"))
-    };
+    let ours = |job: &&Job| job.command.first().is_some_and(|program| base_name(program).starts_with("doppel"));
     let checks = chosen.into_values().flatten().filter(ours).map(flags_of);
     let at_once = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    futures::stream::iter(checks)
-        .buffered(at_once)
-        .filter_map(std::future::ready)
-        .collect()
-        .await
+    futures::stream::iter(checks).buffered(at_once).filter_map(std::future::ready).collect().await
 }
 
 async fn flags_of(job: &Job) -> Option<Finding> {
     let program = find_program(&job.command[0], &stages::folders())?;
     let mut command = tokio::process::Command::new(program);
-    command
-        .args(&job.command[1..])
-        .envs(job.env.iter().cloned())
-        .env(CHECK_FLAGS, "1");
-    command
-        .env("DOPPEL_LOG_FORMAT", "text")
-        .env_remove("TRACEPARENT")
-        .env("OTEL_SDK_DISABLED", "true");
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true);
+    command.args(&job.command[1..]).envs(job.env.iter().cloned()).env(CHECK_FLAGS, "1");
+    command.env("DOPPEL_LOG_FORMAT", "text").env_remove("TRACEPARENT").env("OTEL_SDK_DISABLED", "true");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
     let output = match command.output().await {
         Ok(output) => output,
         Err(error) => {
-            return Some(Finding::usage(format!(
-                "{}: {}: {error}",
-                job.task, job.command[0]
-            )));
+            return Some(Finding::usage(format!("{}: {}: {error}", job.task, job.command[0])));
         }
     };
     if output.status.success() {
         return None;
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    Some(Finding::usage(format!(
-        "{}: {}",
-        job.name,
-        said.trim().trim_start_matches("error: ")
-    )))
+    Some(Finding::usage(format!("{}: {}", job.name, said.trim().trim_start_matches("error: "))))
 }
 
 /// Roots are reachable and writable, lie apart, and have room.
 async fn check_roots(plan: &Plan, invocations: &[Invocation<'_>]) -> Vec<Finding> {
-    let roots = |zone: &str| -> BTreeSet<String> {
-        invocations
-            .iter()
-            .filter_map(|one| one.root(zone))
-            .collect()
-    };
+    let roots = |zone: &str| -> BTreeSet<String> { invocations.iter().filter_map(|one| one.root(zone)).collect() };
     let (privates, releases) = (roots("private"), roots("release"));
     let mut findings = Vec::new();
     for url in privates.iter().chain(&releases) {
@@ -317,11 +236,7 @@ async fn check_roots(plan: &Plan, invocations: &[Invocation<'_>]) -> Vec<Finding
             && let Some(free) = free_space(&path)
             && free < LEAST_DISK
         {
-            let message = format!(
-                "{url}: only {} MiB are free; at least {} are needed",
-                free >> 20,
-                LEAST_DISK >> 20
-            );
+            let message = format!("{url}: only {} MiB are free; at least {} are needed", free >> 20, LEAST_DISK >> 20);
             findings.push(Finding::usage(message));
         }
     }
@@ -335,17 +250,9 @@ async fn check_roots(plan: &Plan, invocations: &[Invocation<'_>]) -> Vec<Finding
     }
     for private in &privates {
         for release in &releases {
-            let opened = (
-                PrivateRoot::open(private, &storage()).await,
-                ReleaseRoot::open(release, &storage()).await,
-            );
+            let opened = (PrivateRoot::open(private, &storage()).await, ReleaseRoot::open(release, &storage()).await);
             if let (Ok(private), Ok(release)) = opened {
-                findings.extend(
-                    lake::check_disjoint(&private, &release)
-                        .err()
-                        .as_ref()
-                        .map(Finding::from),
-                );
+                findings.extend(lake::check_disjoint(&private, &release).err().as_ref().map(Finding::from));
             }
         }
     }
@@ -356,13 +263,7 @@ async fn writable<Z: Zone>(root: Result<Z, lake::LakeError>, plan: &Plan) -> Opt
     let probe = async {
         let root = root?;
         let path = format!("preflight/{}-{}", plan.name, std::process::id());
-        root.put(
-            &path,
-            b"doppel checks that it can write here; this object may be removed"
-                .to_vec()
-                .into(),
-        )
-        .await?;
+        root.put(&path, b"doppel checks that it can write here; this object may be removed".to_vec().into()).await?;
         root.delete(&path).await
     };
     probe.await.err().as_ref().map(Finding::from)
@@ -371,39 +272,25 @@ async fn writable<Z: Zone>(root: Result<Z, lake::LakeError>, plan: &Plan) -> Opt
 /// Models and raw inputs are there.
 async fn check_inputs(invocations: &[Invocation<'_>]) -> Vec<Finding> {
     let named = invocations.iter().flat_map(|one| {
-        ["input", "model", "encoder"]
-            .into_iter()
-            .flat_map(|flag| one.all(flag))
-            .map(|url| (url, one.job))
+        ["input", "model", "encoder"].into_iter().flat_map(|flag| one.all(flag)).map(|url| (url, one.job))
     });
     // One finding per input, with the first task that reads it.
     let inputs: BTreeMap<&str, &Job> = named.collect::<Vec<_>>().into_iter().rev().collect();
-    let checks =
-        inputs
-            .into_iter()
-            .filter(|(url, _)| !url.is_empty())
-            .map(|(url, job)| async move {
-                let problem = present(url).await.err()?;
-                let finding = Finding::from(&problem);
-                Some(Finding {
-                    message: format!("{}: {}", job.task, finding.message),
-                    ..finding
-                })
-            });
-    futures::stream::iter(checks)
-        .buffered(8)
-        .filter_map(std::future::ready)
-        .collect()
-        .await
+    let checks = inputs.into_iter().filter(|(url, _)| !url.is_empty()).map(|(url, job)| async move {
+        let problem = present(url).await.err()?;
+        let finding = Finding::from(&problem);
+        Some(Finding { message: format!("{}: {}", job.task, finding.message), ..finding })
+    });
+    futures::stream::iter(checks).buffered(8).filter_map(std::future::ready).collect().await
 }
 
 async fn present(url: &str) -> Result<(), lake::LakeError> {
     if let Some(path) = local(url) {
         return match std::fs::metadata(&path) {
             Ok(_) => Ok(()),
-            Err(error) => Err(lake::LakeError::NotFound(format!(
-                "{url}: {error}\nhelp: correct the path, or run `make setup`"
-            ))),
+            Err(error) => {
+                Err(lake::LakeError::NotFound(format!("{url}: {error}\nhelp: correct the path, or run `make setup`")))
+            }
         };
     }
     // A folder has objects below it; else the URL names one object.
@@ -449,16 +336,7 @@ mod tests {
 
     #[test]
     fn flags_of_our_programs_are_read() {
-        let job = job(&[
-            "/opt/doppel",
-            "train",
-            "--model",
-            "m",
-            "--no-dp",
-            "--private=p",
-            "--steps",
-            "8",
-        ]);
+        let job = job(&["/opt/doppel", "train", "--model", "m", "--no-dp", "--private=p", "--steps", "8"]);
         let invocation = Invocation::new(&job).unwrap();
         assert_eq!(invocation.program, "train");
         assert_eq!(invocation.one("model"), Some("m"));
@@ -472,10 +350,7 @@ mod tests {
     fn words_before_the_flags_tell_subcommands() {
         let set = job(&["doppel", "budget", "set", "--corpus", "c"]);
         let invocation = Invocation::new(&set).unwrap();
-        assert_eq!(
-            (invocation.program, invocation.words),
-            ("doppel", vec!["budget", "set"])
-        );
+        assert_eq!((invocation.program, invocation.words), ("doppel", vec!["budget", "set"]));
         assert!(Invocation::new(&job(&["sh", "-c", "doppel"])).is_none());
     }
 
@@ -485,11 +360,7 @@ mod tests {
         lonely.gpus = 3;
         lonely.mounts = vec!["/no/such/folder".into()];
         lonely.required_env = vec!["DOPPEL_NO_SUCH_VARIABLE".into()];
-        let machine = Machine {
-            cpu: 1_000,
-            gpus: Vec::new(),
-            memory: 1 << 30,
-        };
+        let machine = Machine { cpu: 1_000, gpus: Vec::new(), memory: 1 << 30 };
         let found = surroundings(&lonely, &machine);
         assert_eq!(found.len(), 4, "{found:?}");
         assert!(found.iter().all(|message| message.starts_with("a: ")));
@@ -498,10 +369,7 @@ mod tests {
     #[test]
     fn the_verdict_is_what_a_person_must_mend_first() {
         assert!(verdict(&[]).is_ok());
-        let finding = |code| Finding {
-            message: format!("code {code}"),
-            code,
-        };
+        let finding = |code| Finding { message: format!("code {code}"), code };
         let failure = verdict(&[finding(5), finding(3)]).unwrap_err();
         assert_eq!(failure.exit_code(), 3);
         assert!(failure.to_string().contains("2 findings"));

@@ -28,25 +28,14 @@ pub async fn list(args: RunsArgs) -> Result<Summary, Failure> {
     let rows = runs.iter().map(|(run, known)| {
         let done: Vec<&Manifest> = known.iter().flat_map(|known| &known.manifests).collect();
         let claims: Vec<&lake::Claim> = known.iter().flat_map(|known| &known.claims).collect();
-        let started = claims
-            .iter()
-            .map(|claim| claim.started)
-            .min()
-            .map(|time| time.to_string())
-            .unwrap_or_default();
+        let started = claims.iter().map(|claim| claim.started).min().map(|time| time.to_string()).unwrap_or_default();
         let mut stages: Vec<&str> = Vec::new();
         for claim in &claims {
             if !stages.contains(&claim.stage.as_str()) {
                 stages.push(&claim.stage);
             }
         }
-        (
-            run.clone(),
-            started,
-            stages.join(", "),
-            done.len(),
-            claims.len(),
-        )
+        (run.clone(), started, stages.join(", "), done.len(), claims.len())
     });
     let rows: Vec<_> = rows.collect();
     let json = rows.iter().map(|(run, started, stages, done, begun)| {
@@ -56,12 +45,7 @@ pub async fn list(args: RunsArgs) -> Result<Summary, Failure> {
     let rows: Vec<Vec<String>> = rows
         .iter()
         .map(|(run, started, stages, done, begun)| {
-            vec![
-                run.clone(),
-                seconds(started),
-                format!("{done}/{begun}"),
-                stages.clone(),
-            ]
+            vec![run.clone(), seconds(started), format!("{done}/{begun}"), stages.clone()]
         })
         .collect();
     let text = if rows.is_empty() {
@@ -76,33 +60,20 @@ pub async fn list(args: RunsArgs) -> Result<Summary, Failure> {
 pub async fn show(args: ShowArgs) -> Result<Summary, Failure> {
     let roots = Roots::open(&args.roots).await?;
     let known = roots.known(&args.id).await?;
-    if known
-        .iter()
-        .all(|known| known.claims.is_empty() && known.manifests.is_empty())
-    {
-        let message = format!(
-            "the run `{}` left nothing in {}\nhelp: `doppel runs` lists runs",
-            args.id,
-            roots.names()
-        );
+    if known.iter().all(|known| known.claims.is_empty() && known.manifests.is_empty()) {
+        let message =
+            format!("the run `{}` left nothing in {}\nhelp: `doppel runs` lists runs", args.id, roots.names());
         return Err(Failure::Input(message));
     }
     let mut text = Vec::new();
     let mut json = Vec::new();
-    for Known {
-        zone,
-        manifests,
-        claims,
-    } in &known
-    {
+    for Known { zone, manifests, claims } in &known {
         for manifest in manifests {
             text.push(manifest_text(zone, manifest));
             json.push(json!({ "zone": zone, "done": true, "manifest": manifest }));
         }
         for claim in claims {
-            let same = |manifest: &Manifest| {
-                manifest.claim.stage == claim.stage && manifest.claim.shard == claim.shard
-            };
+            let same = |manifest: &Manifest| manifest.claim.stage == claim.stage && manifest.claim.shard == claim.shard;
             if !manifests.iter().any(same) {
                 text.push(format!(
                     "{}  {zone}  not finished; begun {}",
@@ -113,10 +84,7 @@ pub async fn show(args: ShowArgs) -> Result<Summary, Failure> {
             }
         }
     }
-    Ok(Summary {
-        text: text.join("\n\n"),
-        json: json!({ "run": args.id, "stages": json }),
-    })
+    Ok(Summary { text: text.join("\n\n"), json: json!({ "run": args.id, "stages": json }) })
 }
 
 fn stage(claim: &lake::Claim) -> String {
@@ -128,9 +96,7 @@ fn stage(claim: &lake::Claim) -> String {
 
 fn manifest_text(zone: &str, manifest: &Manifest) -> String {
     let claim = &manifest.claim;
-    let took = (manifest.ended - claim.started)
-        .to_std()
-        .unwrap_or_default();
+    let took = (manifest.ended - claim.started).to_std().unwrap_or_default();
     let mut text = format!(
         "{}  {zone}  begun {}, took {}  by {}",
         stage(claim),
@@ -139,17 +105,11 @@ fn manifest_text(zone: &str, manifest: &Manifest) -> String {
         claim.binary
     );
     for input in &claim.inputs {
-        let version = input
-            .version
-            .map(|version| format!(" at version {version}"))
-            .unwrap_or_default();
+        let version = input.version.map(|version| format!(" at version {version}")).unwrap_or_default();
         text += &format!("\n  reads   {}: {}{version}", input.name, input.location);
     }
     for output in &manifest.outputs {
-        let version = output
-            .version
-            .map(|version| format!(" at version {version}"))
-            .unwrap_or_default();
+        let version = output.version.map(|version| format!(" at version {version}")).unwrap_or_default();
         text += &format!("\n  writes  {}: {}{version}", output.name, output.path);
     }
     text += &format!("\n  config  {}", claim.config);
@@ -172,9 +132,7 @@ struct Roots {
 
 impl Roots {
     async fn open(args: &RootsArgs) -> Result<Self, Failure> {
-        let options = StorageOptions {
-            timeout: Duration::from_secs(args.storage_timeout),
-        };
+        let options = StorageOptions { timeout: Duration::from_secs(args.storage_timeout) };
         let given = |url: &Option<String>| url.clone().filter(|url| !url.is_empty());
         let private = match given(&args.private) {
             Some(url) => Some(PrivateRoot::open(&url, &options).await?),
@@ -193,10 +151,7 @@ impl Roots {
 
     fn names(&self) -> String {
         let private = self.private.iter().map(|root| root.url().to_owned());
-        private
-            .chain(self.release.iter().map(|root| root.url().to_owned()))
-            .collect::<Vec<_>>()
-            .join(" and ")
+        private.chain(self.release.iter().map(|root| root.url().to_owned())).collect::<Vec<_>>().join(" and ")
     }
 
     async fn ids(&self) -> Result<Vec<String>, Failure> {
@@ -227,9 +182,5 @@ impl Roots {
 async fn read<Z: Zone>(root: &Z, run: &str) -> Result<Known, Failure> {
     let manifests = lake::manifest::manifests_of(root, run).await?;
     let claims = lake::manifest::claims_of(root, run).await?;
-    Ok(Known {
-        zone: Z::NAME,
-        manifests,
-        claims,
-    })
+    Ok(Known { zone: Z::NAME, manifests, claims })
 }

@@ -16,9 +16,7 @@ pub fn named(name: &OsStr) -> Option<&'static str> {
 
 /// Folders that are searched for a stage's binary before `PATH`: that of this binary.
 pub fn folders() -> Vec<PathBuf> {
-    let here = std::env::current_exe()
-        .ok()
-        .and_then(|exe| exe.parent().map(PathBuf::from));
+    let here = std::env::current_exe().ok().and_then(|exe| exe.parent().map(PathBuf::from));
     here.into_iter().collect()
 }
 

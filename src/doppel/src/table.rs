@@ -2,37 +2,20 @@
 
 /// Rows under headings, in columns two blanks apart; the columns in `right` are set flush right.
 pub fn table(headings: &[&str], rows: &[Vec<String>], right: &[usize]) -> String {
-    let mut widths: Vec<usize> = headings
-        .iter()
-        .map(|heading| heading.chars().count())
-        .collect();
+    let mut widths: Vec<usize> = headings.iter().map(|heading| heading.chars().count()).collect();
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
     }
     let line = |cells: &[String]| {
-        let cells = cells
-            .iter()
-            .zip(&widths)
-            .enumerate()
-            .map(|(i, (cell, &width))| {
-                if right.contains(&i) {
-                    format!("{cell:>width$}")
-                } else {
-                    format!("{cell:<width$}")
-                }
-            });
+        let cells = cells.iter().zip(&widths).enumerate().map(|(i, (cell, &width))| {
+            if right.contains(&i) { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+        });
         cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
-    let headings: Vec<String> = headings
-        .iter()
-        .map(|heading| (*heading).to_owned())
-        .collect();
-    std::iter::once(line(&headings))
-        .chain(rows.iter().map(|row| line(row)))
-        .collect::<Vec<_>>()
-        .join("\n")
+    let headings: Vec<String> = headings.iter().map(|heading| (*heading).to_owned()).collect();
+    std::iter::once(line(&headings)).chain(rows.iter().map(|row| line(row))).collect::<Vec<_>>().join("\n")
 }
 
 /// A span of time for people: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 10 min`.
@@ -53,22 +36,13 @@ mod tests {
 
     #[test]
     fn columns_are_as_wide_as_their_widest_cell() {
-        let rows = [
-            vec!["a".to_owned(), "10".to_owned()],
-            vec!["longer".to_owned(), "5".to_owned()],
-        ];
-        assert_eq!(
-            table(&["name", "n"], &rows, &[1]),
-            "name     n\na       10\nlonger   5"
-        );
+        let rows = [vec!["a".to_owned(), "10".to_owned()], vec!["longer".to_owned(), "5".to_owned()]];
+        assert_eq!(table(&["name", "n"], &rows, &[1]), "name     n\na       10\nlonger   5");
     }
 
     #[test]
     fn durations_read_well() {
-        let told: Vec<String> = [400, 12_000, 185_000, 7_800_000]
-            .map(Duration::from_millis)
-            .map(duration)
-            .into();
+        let told: Vec<String> = [400, 12_000, 185_000, 7_800_000].map(Duration::from_millis).map(duration).into();
         assert_eq!(told, ["0.4 s", "12 s", "3 min 05 s", "2 h 10 min"]);
     }
 }

@@ -30,11 +30,7 @@ impl Observer for Lines {
                 tracing::info!(task = name(job), attempt, "task started")
             }
             Event::Line { job, line } => tracing::debug!(task = name(job), line, "task says"),
-            Event::Retrying {
-                job,
-                outcome,
-                pause,
-            } => {
+            Event::Retrying { job, outcome, pause } => {
                 let pause = pause.as_secs_f64();
                 tracing::warn!(task = name(job), %outcome, pause, "task failed; it will be tried again");
             }
@@ -65,29 +61,17 @@ impl Live {
         let whole = bars.add(ProgressBar::new(jobs));
         whole.set_style(style("{bar:30} {pos}/{len} tasks · {elapsed}"));
         whole.enable_steady_tick(Duration::from_millis(500));
-        Self {
-            bars,
-            whole,
-            running: Mutex::default(),
-        }
+        Self { bars, whole, running: Mutex::default() }
     }
 
     fn running(&self) -> std::sync::MutexGuard<'_, HashMap<usize, ProgressBar>> {
-        self.running
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.running.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     fn start(&self, plan: &Plan, job: usize, attempt: u32) {
-        let bar = self
-            .bars
-            .insert_before(&self.whole, ProgressBar::new_spinner());
+        let bar = self.bars.insert_before(&self.whole, ProgressBar::new_spinner());
         bar.set_style(style("{spinner} {prefix} {elapsed:>4} {wide_msg}"));
-        let again = if attempt > 1 {
-            format!(" (attempt {attempt})")
-        } else {
-            String::new()
-        };
+        let again = if attempt > 1 { format!(" (attempt {attempt})") } else { String::new() };
         bar.set_prefix(format!("{}{again}", plan.jobs[job].name));
         bar.enable_steady_tick(Duration::from_millis(250));
         self.running().insert(job, bar);
@@ -114,17 +98,10 @@ impl Observer for Live {
                     bar.set_message(printable(line));
                 }
             }
-            Event::Retrying {
-                job,
-                outcome,
-                pause,
-            } => {
+            Event::Retrying { job, outcome, pause } => {
                 self.end(job);
                 let name = &plan.jobs[job].name;
-                self.say(&format!(
-                    "↻ {name}: {outcome}; again in {}",
-                    duration(pause)
-                ));
+                self.say(&format!("↻ {name}: {outcome}; again in {}", duration(pause)));
             }
             Event::Finished { job, report } => {
                 self.end(job);

@@ -9,13 +9,7 @@ use tempfile::TempDir;
 
 fn doppel() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_doppel"));
-    for name in [
-        "DOPPEL_PRIVATE",
-        "DOPPEL_RELEASE",
-        "DOPPEL_RUN",
-        "RUST_LOG",
-        "OTEL_EXPORTER_OTLP_ENDPOINT",
-    ] {
+    for name in ["DOPPEL_PRIVATE", "DOPPEL_RELEASE", "DOPPEL_RUN", "RUST_LOG", "OTEL_EXPORTER_OTLP_ENDPOINT"] {
         command.env_remove(name);
     }
     command
@@ -35,11 +29,7 @@ fn workflow(folder: &Path, tasks: &[(&str, &str, u32, &str)]) -> std::path::Path
         file += &format!("      - {{name: {name}, template: {name}{fields}}}\n");
     }
     for (name, fields, retries, script) in tasks {
-        let inputs = if fields.contains("item") {
-            "    inputs: {parameters: [{name: item}]}\n"
-        } else {
-            ""
-        };
+        let inputs = if fields.contains("item") { "    inputs: {parameters: [{name: item}]}\n" } else { "" };
         file += &format!(
             "  - name: {name}\n    retryStrategy: {{limit: {retries}, backoff: {{duration: 10ms}}}}\n{inputs}    container:\n      \
              image: none\n      command: [sh, -c]\n      args:\n      - |\n        {script}\n"
@@ -50,19 +40,11 @@ fn workflow(folder: &Path, tasks: &[(&str, &str, u32, &str)]) -> std::path::Path
     path
 }
 
-const FAN: &str =
-    ", withSequence: {count: 3}, arguments: {parameters: [{name: item, value: '{{item}}'}]}";
+const FAN: &str = ", withSequence: {count: 3}, arguments: {parameters: [{name: item, value: '{{item}}'}]}";
 
 fn run(folder: &Path, tasks: &[(&str, &str, u32, &str)], flags: &[&str]) -> Output {
     let file = workflow(folder, tasks);
-    doppel()
-        .arg("run")
-        .arg(file)
-        .args(flags)
-        .current_dir(folder)
-        .env("TMPDIR", folder)
-        .output()
-        .unwrap()
+    doppel().arg("run").arg(file).args(flags).current_dir(folder).env("TMPDIR", folder).output().unwrap()
 }
 
 #[test]
@@ -70,31 +52,14 @@ fn a_fan_out_runs_in_order_and_is_summed_up_on_standard_output() {
     let folder = TempDir::new().unwrap();
     let tasks = [
         ("last", ", dependencies: [fan]", 0, "cat fan-* > all"),
-        (
-            "fan",
-            FAN,
-            0,
-            "echo {{workflow.parameters.word}} > fan-{{inputs.parameters.item}}",
-        ),
+        ("fan", FAN, 0, "echo {{workflow.parameters.word}} > fan-{{inputs.parameters.item}}"),
     ];
-    let output = run(
-        folder.path(),
-        &tasks,
-        &["-p", "word=bye", "--format", "json"],
-    );
+    let output = run(folder.path(), &tasks, &["-p", "word=bye", "--format", "json"]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    assert_eq!(
-        std::fs::read_to_string(folder.path().join("all")).unwrap(),
-        "bye\nbye\nbye\n"
-    );
+    assert_eq!(std::fs::read_to_string(folder.path().join("all")).unwrap(), "bye\nbye\nbye\n");
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(json["succeeded"], true);
-    let names: Vec<_> = json["tasks"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|task| task["task"].as_str().unwrap())
-        .collect();
+    let names: Vec<_> = json["tasks"].as_array().unwrap().iter().map(|task| task["task"].as_str().unwrap()).collect();
     assert_eq!(names, ["fan(0:0)", "fan(1:1)", "fan(2:2)", "last"]);
     // Standard error carries structured lines, where it is no terminal.
     for line in text(&output.stderr).lines() {
@@ -102,10 +67,7 @@ fn a_fan_out_runs_in_order_and_is_summed_up_on_standard_output() {
         assert!(line.is_object());
     }
     // Nothing stays behind: neither logs nor a folder of the runner's.
-    let left: Vec<_> = std::fs::read_dir(folder.path())
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name())
-        .collect();
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left.len(), 5, "{left:?}");
 }
 
@@ -113,41 +75,17 @@ fn a_fan_out_runs_in_order_and_is_summed_up_on_standard_output() {
 fn a_failure_tells_the_task_its_last_words_and_where_its_log_is() {
     let folder = TempDir::new().unwrap();
     let tasks = [
-        (
-            "a",
-            "",
-            2,
-            "echo tried >> tries; echo the reason >&2; exit 5",
-        ),
+        ("a", "", 2, "echo tried >> tries; echo the reason >&2; exit 5"),
         ("b", ", dependencies: [a]", 0, "touch never"),
     ];
     let output = run(folder.path(), &tasks, &["--logs", "logs"]);
     assert_eq!(output.status.code(), Some(5));
     let told = text(&output.stderr);
     assert!(told.contains("1 of 2 tasks failed"), "{told}");
-    assert!(
-        told.contains("a: exit code 5 after 3 attempts\n    | the reason"),
-        "{told}"
-    );
-    assert!(
-        text(&output.stdout).contains("not run"),
-        "{}",
-        text(&output.stdout)
-    );
-    assert_eq!(
-        std::fs::read_to_string(folder.path().join("tries"))
-            .unwrap()
-            .lines()
-            .count(),
-        3
-    );
-    assert_eq!(
-        std::fs::read_to_string(folder.path().join("logs/a.log"))
-            .unwrap()
-            .lines()
-            .count(),
-        3
-    );
+    assert!(told.contains("a: exit code 5 after 3 attempts\n    | the reason"), "{told}");
+    assert!(text(&output.stdout).contains("not run"), "{}", text(&output.stdout));
+    assert_eq!(std::fs::read_to_string(folder.path().join("tries")).unwrap().lines().count(), 3);
+    assert_eq!(std::fs::read_to_string(folder.path().join("logs/a.log")).unwrap().lines().count(), 3);
     assert!(!folder.path().join("never").exists());
 }
 
@@ -158,10 +96,7 @@ fn exit_codes_of_the_contract_are_handed_on_and_not_retried() {
         let script = format!("echo x >> tries; {script}");
         let output = run(folder.path(), &[("a", "", 2, &script)], &[]);
         assert_eq!(output.status.code(), Some(expected), "{script}");
-        let tries = std::fs::read_to_string(folder.path().join("tries"))
-            .unwrap()
-            .lines()
-            .count();
+        let tries = std::fs::read_to_string(folder.path().join("tries")).unwrap().lines().count();
         assert_eq!(tries, if expected == 1 { 3 } else { 1 }, "{script}");
     }
 }
@@ -178,13 +113,8 @@ fn running_again_continues() {
 fn ctrl_c_ends_the_tasks_and_leaves_none_behind() {
     let folder = TempDir::new().unwrap();
     let script = "echo $$ > pid; sleep 60 & wait";
-    let file = workflow(
-        folder.path(),
-        &[
-            ("slow", "", 3, script),
-            ("after", ", dependencies: [slow]", 0, "touch never"),
-        ],
-    );
+    let file =
+        workflow(folder.path(), &[("slow", "", 3, script), ("after", ", dependencies: [slow]", 0, "touch never")]);
     let mut child = doppel()
         .args(["run", "--grace", "5"])
         .arg(&file)
@@ -200,10 +130,7 @@ fn ctrl_c_ends_the_tasks_and_leaves_none_behind() {
         if pid.ends_with('\n') {
             break pid.trim().to_owned();
         }
-        assert!(
-            started.elapsed() < Duration::from_secs(30),
-            "the task never started"
-        );
+        assert!(started.elapsed() < Duration::from_secs(30), "the task never started");
         std::thread::sleep(Duration::from_millis(20));
     };
     let id = rustix::process::Pid::from_child(&child);
@@ -212,28 +139,16 @@ fn ctrl_c_ends_the_tasks_and_leaves_none_behind() {
     assert_eq!(status.code(), Some(130));
     assert!(started.elapsed() < Duration::from_secs(30));
     let mut told = String::new();
-    child
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_string(&mut told)
-        .unwrap();
+    child.stderr.take().unwrap().read_to_string(&mut told).unwrap();
     assert!(told.contains("the same command continues"), "{told}");
-    assert!(
-        !Path::new(&format!("/proc/{pid}")).exists(),
-        "the task still runs"
-    );
+    assert!(!Path::new(&format!("/proc/{pid}")).exists(), "the task still runs");
     assert!(!folder.path().join("never").exists());
 }
 
 #[test]
 fn a_dry_run_tells_the_commands_and_starts_nothing() {
     let folder = TempDir::new().unwrap();
-    let output = run(
-        folder.path(),
-        &[("a", "", 0, "touch here; echo it's")],
-        &["--dry-run"],
-    );
+    let output = run(folder.path(), &[("a", "", 0, "touch here; echo it's")], &["--dry-run"]);
     assert_eq!(output.status.code(), Some(0));
     assert!(
         text(&output.stdout).starts_with("test: 1 tasks\na\n    sh -c 'touch here; echo it'\\''s"),
@@ -248,41 +163,20 @@ fn a_faulty_workflow_is_told_with_its_places_and_exit_code_2() {
     let folder = TempDir::new().unwrap();
     let tasks = [
         ("a", ", dependencies: [b], wen: x", 0, "true"),
-        (
-            "b",
-            ", dependencies: [a]",
-            0,
-            "echo {{workflow.parameters.wort}}",
-        ),
+        ("b", ", dependencies: [a]", 0, "echo {{workflow.parameters.wort}}"),
     ];
     let output = run(folder.path(), &tasks, &[]);
     assert_eq!(output.status.code(), Some(2));
     let told = text(&output.stderr);
-    assert!(
-        told.contains("workflow.yaml:11:") && told.contains("unknown field; did you mean `when`?"),
-        "{told}"
-    );
+    assert!(told.contains("workflow.yaml:11:") && told.contains("unknown field; did you mean `when`?"), "{told}");
 
-    let tasks = [
-        ("a", ", dependencies: [b]", 0, "true"),
-        (
-            "b",
-            ", dependencies: [a]",
-            0,
-            "echo {{workflow.parameters.wort}}",
-        ),
-    ];
+    let tasks =
+        [("a", ", dependencies: [b]", 0, "true"), ("b", ", dependencies: [a]", 0, "echo {{workflow.parameters.wort}}")];
     let told = text(&run(folder.path(), &tasks, &[]).stderr);
     assert!(told.contains("2 findings"), "{told}");
-    assert!(
-        told.contains("in a cycle: a → b → a") && told.contains("did you mean `word`?"),
-        "{told}"
-    );
+    assert!(told.contains("in a cycle: a → b → a") && told.contains("did you mean `word`?"), "{told}");
 
-    let output = doppel()
-        .args(["run", "no/such/file.yaml"])
-        .output()
-        .unwrap();
+    let output = doppel().args(["run", "no/such/file.yaml"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
 }
 
@@ -300,19 +194,11 @@ fn the_preflight_tells_all_it_finds_before_anything_starts() {
         "apiVersion: argoproj.io/v1alpha1\nkind: Workflow\nmetadata: {{name: t}}\nspec:\n  entrypoint: main\n  templates:\n  \
          - name: main\n    dag:\n      tasks:\n      - {{name: first, template: first}}\n      - {{name: set, template: set}}\n      \
          - {{name: gone, template: gone}}\n  - name: first\n    container: {{image: none, command: [touch, started]}}\n{}{}",
-        ours(
-            "set",
-            "[doppel, budget, set, --corpus, c, --epsilon, many, --delta, '1e-5', --private, file]"
-        ),
+        ours("set", "[doppel, budget, set, --corpus, c, --epsilon, many, --delta, '1e-5', --private, file]"),
         ours("gone", "[no-such-program-anywhere]"),
     );
     std::fs::write(&file, text_of_file).unwrap();
-    let output = doppel()
-        .arg("run")
-        .arg(&file)
-        .current_dir(folder.path())
-        .output()
-        .unwrap();
+    let output = doppel().arg("run").arg(&file).current_dir(folder.path()).output().unwrap();
     let told = text(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{told}");
     for expected in [
@@ -330,60 +216,26 @@ fn the_preflight_tells_all_it_finds_before_anything_starts() {
 fn budgets_are_set_shown_and_plotted() {
     let folder = TempDir::new().unwrap();
     let budget = |args: &[&str]| {
-        let output = doppel()
-            .arg("budget")
-            .args(args)
-            .args(["--private", "private"])
-            .current_dir(folder.path())
-            .output();
+        let output =
+            doppel().arg("budget").args(args).args(["--private", "private"]).current_dir(folder.path()).output();
         let output = output.unwrap();
-        (
-            output.status.code(),
-            text(&output.stdout),
-            text(&output.stderr),
-        )
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
     };
     for _ in 0..2 {
-        let (code, told, _) = budget(&[
-            "set",
-            "--corpus",
-            "sharegpt",
-            "--epsilon",
-            "8",
-            "--delta",
-            "1e-5",
-        ]);
-        assert_eq!(
-            (code, told.as_str()),
-            (Some(0), "sharegpt: the budget is ε = 8 at δ = 1e-5\n")
-        );
+        let (code, told, _) = budget(&["set", "--corpus", "sharegpt", "--epsilon", "8", "--delta", "1e-5"]);
+        assert_eq!((code, told.as_str()), (Some(0), "sharegpt: the budget is ε = 8 at δ = 1e-5\n"));
     }
     let (code, told, _) = budget(&["sharegpt"]);
     assert_eq!(code, Some(0));
-    assert!(
-        told.starts_with("sharegpt: ε = 0.0000 of 8 at δ = 1e-5 spent"),
-        "{told}"
-    );
-    let (code, told, _) = budget(&[
-        "--corpus", "sharegpt", "--format", "json", "--plot", "b.svg",
-    ]);
+    assert!(told.starts_with("sharegpt: ε = 0.0000 of 8 at δ = 1e-5 spent"), "{told}");
+    let (code, told, _) = budget(&["--corpus", "sharegpt", "--format", "json", "--plot", "b.svg"]);
     let json: serde_json::Value = serde_json::from_str(&told).unwrap();
-    assert_eq!(
-        (code, &json["budget"]["epsilon"], &json["spent"]["pld"]),
-        (Some(0), &8.0.into(), &0.0.into())
-    );
-    assert!(
-        std::fs::read_to_string(folder.path().join("b.svg"))
-            .unwrap()
-            .contains("<svg")
-    );
+    assert_eq!((code, &json["budget"]["epsilon"], &json["spent"]["pld"]), (Some(0), &8.0.into(), &0.0.into()));
+    assert!(std::fs::read_to_string(folder.path().join("b.svg")).unwrap().contains("<svg"));
     let (code, _, told) = budget(&["sharegtp"]);
     assert_eq!(code, Some(3));
     assert!(told.contains("did you mean `sharegpt`?"), "{told}");
-    assert_eq!(
-        budget(&["set", "--corpus", "x", "--epsilon", "-1", "--delta", "1e-5"]).0,
-        Some(2)
-    );
+    assert_eq!(budget(&["set", "--corpus", "x", "--epsilon", "-1", "--delta", "1e-5"]).0, Some(2));
 }
 
 #[test]
@@ -391,62 +243,29 @@ fn accounting_gives_the_checked_values() {
     // Yu et al. 2024: q = 4096/180000, 439 steps; dp_accounting's values, see the design.
     let training = "noise_multiplier=1.1220,sampling_probability=0.022755555555555557,steps=439";
     let account = |args: &[&str]| {
-        let output = doppel()
-            .args(["account", "--delta", "5e-7", "--format", "json"])
-            .args(args)
-            .output()
-            .unwrap();
+        let output = doppel().args(["account", "--delta", "5e-7", "--format", "json"]).args(args).output().unwrap();
         assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
         serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
     };
-    let close = |value: &serde_json::Value, expected: f64| {
-        (value.as_f64().unwrap() - expected).abs() < 0.005
-    };
+    let close = |value: &serde_json::Value, expected: f64| (value.as_f64().unwrap() - expected).abs() < 0.005;
     let json = account(&["--mechanism", training]);
-    assert!(
-        close(&json["epsilon"]["pld"], 2.860) && close(&json["epsilon"]["rdp"], 3.161),
-        "{json}"
-    );
-    let json = account(&[
-        "--mechanism",
-        training,
-        "--mechanism",
-        "noise_multiplier=10",
-    ]);
+    assert!(close(&json["epsilon"]["pld"], 2.860) && close(&json["epsilon"]["rdp"], 3.161), "{json}");
+    let json = account(&["--mechanism", training, "--mechanism", "noise_multiplier=10"]);
     assert!(close(&json["epsilon"]["pld"], 2.897), "{json}");
     let open = "sampling_probability=0.022755555555555557,steps=439";
     let json = account(&["--mechanism", open, "--target-epsilon", "2.860"]);
-    assert!(
-        (json["noise_multiplier"].as_f64().unwrap() - 1.122).abs() < 0.002,
-        "{json}"
-    );
+    assert!((json["noise_multiplier"].as_f64().unwrap() - 1.122).abs() < 0.002, "{json}");
     assert!(json["epsilon"]["pld"].as_f64().unwrap() <= 2.860, "{json}");
 }
 
 #[test]
 fn a_trade_off_curve_is_a_table_and_a_plot() {
     let folder = TempDir::new().unwrap();
-    let args = [
-        "account",
-        "--delta",
-        "1e-5",
-        "--mechanism",
-        "noise_multiplier=10",
-        "--curve",
-        "c.png",
-    ];
-    let output = doppel()
-        .args(args)
-        .current_dir(folder.path())
-        .output()
-        .unwrap();
+    let args = ["account", "--delta", "1e-5", "--mechanism", "noise_multiplier=10", "--curve", "c.png"];
+    let output = doppel().args(args).current_dir(folder.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert!(text(&output.stdout).lines().count() > 20);
-    assert!(
-        std::fs::read(folder.path().join("c.png"))
-            .unwrap()
-            .starts_with(b"\x89PNG")
-    );
+    assert!(std::fs::read(folder.path().join("c.png")).unwrap().starts_with(b"\x89PNG"));
 }
 
 #[test]
@@ -472,25 +291,11 @@ fn a_plan_says_what_is_feasible_and_why_the_rest_is_not() {
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let settings = json["settings"].as_array().unwrap();
-    assert_eq!(
-        (&settings[0]["feasible"], &settings[1]["feasible"]),
-        (&false.into(), &true.into()),
-        "{json}"
-    );
+    assert_eq!((&settings[0]["feasible"], &settings[1]["feasible"]), (&false.into(), &true.into()), "{json}");
     assert!(settings[0]["why_not"].as_str().unwrap().contains("drowns"));
 
-    let output = doppel()
-        .args([
-            "plan",
-            "--records",
-            "1000",
-            "--target-epsilon",
-            "1",
-            "--delta",
-            "0.1",
-        ])
-        .output()
-        .unwrap();
+    let output =
+        doppel().args(["plan", "--records", "1000", "--target-epsilon", "1", "--delta", "0.1"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output.stderr).contains("choose below"));
 }
@@ -503,29 +308,12 @@ fn misuse_is_exit_code_2() {
         &["run"],
         &["run", "x.yaml", "-p", "novalue"],
         &["budget", "--corpus", "x"],
-        &[
-            "account",
-            "--delta",
-            "2",
-            "--mechanism",
-            "noise_multiplier=1",
-        ],
-        &[
-            "account",
-            "--delta",
-            "1e-5",
-            "--mechanism",
-            "noise_multiplier=-1",
-        ],
+        &["account", "--delta", "2", "--mechanism", "noise_multiplier=1"],
+        &["account", "--delta", "1e-5", "--mechanism", "noise_multiplier=-1"],
         &["runs"],
     ] {
         let output = doppel().args(args).output().unwrap();
-        assert_eq!(
-            output.status.code(),
-            Some(2),
-            "{args:?}: {}",
-            text(&output.stderr)
-        );
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {}", text(&output.stderr));
         assert!(output.stdout.is_empty(), "{args:?}");
     }
 }
@@ -541,19 +329,9 @@ fn a_stage_is_called_by_its_name() {
     // A copy of the front, so that only this stage lies beside it.
     let front = folder.path().join("doppel");
     std::fs::copy(env!("CARGO_BIN_EXE_doppel"), &front).unwrap();
-    let output = Command::new(&front)
-        .args(["vote", "--help", "x y"])
-        .output()
-        .unwrap();
-    assert_eq!(
-        (output.status.code(), text(&output.stdout).as_str()),
-        (Some(4), "vote --help x y\n")
-    );
-    let output = Command::new(&front)
-        .arg("train")
-        .env("PATH", folder.path())
-        .output()
-        .unwrap();
+    let output = Command::new(&front).args(["vote", "--help", "x y"]).output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(4), "vote --help x y\n"));
+    let output = Command::new(&front).arg("train").env("PATH", folder.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output.stderr).contains("doppel-train is neither beside doppel nor on PATH"));
 }
@@ -561,20 +339,9 @@ fn a_stage_is_called_by_its_name() {
 #[test]
 fn runs_of_empty_roots_are_none() {
     let folder = TempDir::new().unwrap();
-    let output = doppel()
-        .args(["runs", "--release", "release"])
-        .current_dir(folder.path())
-        .output()
-        .unwrap();
-    assert_eq!(
-        (output.status.code(), text(&output.stdout).as_str()),
-        (Some(0), "no runs here\n")
-    );
-    let output = doppel()
-        .args(["show", "demo", "--release", "release"])
-        .current_dir(folder.path())
-        .output()
-        .unwrap();
+    let output = doppel().args(["runs", "--release", "release"]).current_dir(folder.path()).output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(0), "no runs here\n"));
+    let output = doppel().args(["show", "demo", "--release", "release"]).current_dir(folder.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(3));
 }
 
@@ -582,25 +349,14 @@ fn runs_of_empty_roots_are_none() {
 #[test]
 fn our_workflows_expand() {
     let workflows = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../workflows");
-    for (file, tasks) in [
-        ("demo.yaml", 13),
-        ("chatbot-arena-13b.yaml", 69),
-        ("chatbot-arena-7b.yaml", 69),
-    ] {
+    for (file, tasks) in [("demo.yaml", 13), ("chatbot-arena-13b.yaml", 69), ("chatbot-arena-7b.yaml", 69)] {
         let mut command = doppel();
-        command
-            .args(["run", "--dry-run", "--format", "json"])
-            .arg(workflows.join(file));
+        command.args(["run", "--dry-run", "--format", "json"]).arg(workflows.join(file));
         for name in ["input", "model", "encoder", "private", "release"] {
             command.args(["-p", &format!("{name}=s3://lake/{name}")]);
         }
         let output = command.output().unwrap();
-        assert_eq!(
-            output.status.code(),
-            Some(0),
-            "{file}: {}",
-            text(&output.stderr)
-        );
+        assert_eq!(output.status.code(), Some(0), "{file}: {}", text(&output.stderr));
         let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(json["tasks"].as_array().unwrap().len(), tasks, "{file}");
     }

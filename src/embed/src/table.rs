@@ -178,7 +178,11 @@ impl Chunk {
 fn vectors(work: &Work, parts: &[RecordBatch], encoder: &Encoder) -> Result<RecordBatch, Failure> {
     let column = |name: &str| -> Vec<&str> {
         let place = work.kind.columns().iter().position(|column| *column == name).unwrap_or_default();
-        parts.iter().flat_map(|part| part.column(place).as_string::<i32>().iter()).map(Option::unwrap_or_default).collect()
+        parts
+            .iter()
+            .flat_map(|part| part.column(place).as_string::<i32>().iter())
+            .map(Option::unwrap_or_default)
+            .collect()
     };
     let vectors = encoder.embed(&column("text"), work.batch_tokens).map_err(failure)?;
     let schema = work.kind.schema();

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 /// A tiny random T5 encoder, made by tests/golden/encoder.py.
 fn encoder() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../lm/src/encoder/golden/t5-relu")
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../lm/src/encoder/golden/t5-relu").canonicalize().unwrap()
 }
 
 struct Place {
@@ -131,7 +131,10 @@ fn synthetic_texts_are_embedded_without_a_private_root_and_once() {
     let texts = texts(30);
     place.candidates("runs/demo/synthetic", &texts);
     let first = json_of(&place.synthetic("demo", &[]));
-    assert_eq!((&first["zone"], &first["dimension"], &first["already_done"]), (&json!("release"), &json!(24), &json!(false)));
+    assert_eq!(
+        (&first["zone"], &first["dimension"], &first["already_done"]),
+        (&json!("release"), &json!(24), &json!(false))
+    );
     let vectors = place.vectors("release", "demo");
     let compute = Compute::resolve(DeviceChoice::Cpu, DtypeChoice::F32).unwrap();
     let expected = Encoder::load(&encoder(), compute)

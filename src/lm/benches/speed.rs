@@ -59,7 +59,11 @@ fn train(checkpoint: &Checkpoint, decoder: &Decoder, count: usize, tokens: usize
     for batch in &batches {
         let found = example_gradients(decoder, &lora, batch, LENGTH)?;
         // What a step does with them at the least.
-        let norms: tch::Tensor = found.gradients.iter().map(|g| g.flatten(1, -1).square().sum_dim_intlist(1, false, tch::Kind::Double)).sum();
+        let norms: tch::Tensor = found
+            .gradients
+            .iter()
+            .map(|g| g.flatten(1, -1).square().sum_dim_intlist(1, false, tch::Kind::Double))
+            .sum();
         let _ = norms.sum(tch::Kind::Double).double_value(&[]);
     }
     clock.report("train", count as f64, "examples/s");

@@ -116,12 +116,7 @@ impl Lora {
     ///
     /// PEFT draws A by `kaiming_uniform_(a = √5)`, which is uniform in ±1/√in. The values come from a ChaCha20 stream
     /// rather than libtorch's generator: they are the same on every device and with every version.
-    pub fn new(
-        config: LoraConfig,
-        decoder: &DecoderConfig,
-        device: Device,
-        seed: u64,
-    ) -> Result<Self, LmError> {
+    pub fn new(config: LoraConfig, decoder: &DecoderConfig, device: Device, seed: u64) -> Result<Self, LmError> {
         let help = "help: change --rank, --alpha, --targets or --dropout";
         let config = config.checked().map_err(|found| LmError::Usage(format!("LoRA: {found}\n{help}")))?;
         let mut stream = ChaCha20Rng::seed_from_u64(seed);
@@ -186,8 +181,7 @@ impl Lora {
         let mut bodies = Vec::with_capacity(self.tensors.len());
         for (name, tensor) in &self.tensors {
             let flat = tensor.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_reshape([-1i64])?;
-            let body: Vec<u8> =
-                Vec::<f32>::try_from(flat)?.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let body: Vec<u8> = Vec::<f32>::try_from(flat)?.iter().flat_map(|value| value.to_le_bytes()).collect();
             bodies.push((name, tensor.size().iter().map(|&size| size as usize).collect::<Vec<_>>(), body));
         }
         let mut views = Vec::with_capacity(bodies.len());
@@ -298,9 +292,11 @@ fn read_config(path: &Path) -> Result<LoraConfig, LmError> {
     for module in modules {
         let name = module.as_str().unwrap_or_default();
         let target = Target::from_module(name);
-        targets.push(target.ok_or_else(|| {
-            malformed(format!("target module {module}, expected q_proj, k_proj, v_proj or o_proj"))
-        })?);
+        targets.push(
+            target.ok_or_else(|| {
+                malformed(format!("target module {module}, expected q_proj, k_proj, v_proj or o_proj"))
+            })?,
+        );
     }
     let number = |key: &str| {
         config[key].as_f64().ok_or_else(|| malformed(format!("{key}: found {}, expected a number", config[key])))

@@ -7,10 +7,13 @@
 pub(crate) mod layer;
 pub(crate) mod rope;
 
+use std::sync::OnceLock;
+
 use tch::{Kind, Tensor};
 
 use crate::adapter::{Lora, Target};
 use crate::checkpoint::{Checkpoint, DecoderConfig};
+use crate::generate::native::Packed;
 use crate::{LmError, device::Compute};
 
 pub(crate) use layer::{Adapters, Layer};
@@ -27,6 +30,8 @@ pub struct Decoder {
     /// `[vocab, hidden]`; the embedding itself where they are tied.
     pub(crate) output: Tensor,
     pub(crate) rope: rope::Rope,
+    /// The weights once more, as sampling on CPU wants them; made at first use.
+    packed: OnceLock<Option<Packed>>,
 }
 
 impl Decoder {
@@ -46,7 +51,7 @@ impl Decoder {
                 false => checkpoint.tensor("lm_head.weight", &wide, compute)?,
             };
             let rope = rope::Rope::new(&config, compute)?;
-            Ok(Self { config, compute, embedding, layers, norm, output, rope })
+            Ok(Self { config, compute, embedding, layers, norm, output, rope, packed: OnceLock::new() })
         })
     }
 
@@ -55,6 +60,7 @@ impl Decoder {
     /// The sum is formed in float32 and rounded once.
     pub fn merge(&mut self, lora: &Lora) -> Result<(), LmError> {
         lora.check(&self.config)?;
+        self.packed = OnceLock::new();
         tch::no_grad(|| {
             for (index, layer) in self.layers.iter_mut().enumerate() {
                 for target in Target::ALL {
@@ -92,6 +98,15 @@ impl Decoder {
             hidden = layer.forward(&hidden, &self.config, &angles, &adapters)?;
         }
         layer::rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)
+    }
+
+    /// The weights packed for sampling on CPU; `None` where libtorch has to compute.
+    pub(crate) fn packed(&self) -> Result<Option<Packed>, LmError> {
+        if let Some(packed) = self.packed.get() {
+            return Ok(packed.clone());
+        }
+        let packed = Packed::new(self)?;
+        Ok(self.packed.get_or_init(|| packed).clone())
     }
 
     /// Rows of the embedding: `[…, hidden]` for ids of any shape.

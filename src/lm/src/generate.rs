@@ -1,12 +1,15 @@
 //! Batched sampling with a KV cache: finished sequences leave, new ones take their places.
 //!
 //! A sequence depends on its prompt, its seed and the sampling parameters, never on its company. Its random numbers are
-//! its own; and its logits are computed in a batch of one fixed shape, however many sequences there are, so that matrix
-//! products round in the same order. On one machine a sequence is therefore the same for every batch size (tested for f32
-//! on CPU); on another machine, or with another precision, logits differ by rounding and a sequence may take another
-//! turn.
+//! its own, and on a CPU with AVX-512 its logits are computed by [`native`], which sums every row in the same order
+//! whatever rows are beside it: on one machine a sequence is the same bit for bit for every batch size and number of
+//! threads. Elsewhere [`cache`] computes with libtorch in batches of one fixed shape; there, a row's place in the batch may
+//! show in the last bit of a logit. On another machine, or in another precision, logits differ by rounding and a sequence
+//! may take another turn.
 
 mod cache;
+pub(crate) mod native;
+mod pool;
 mod sampler;
 
 use std::collections::HashSet;
@@ -15,6 +18,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{LmError, decoder::Decoder};
 use cache::Slots;
+use native::Packed;
 use sampler::Sampler;
 
 /// Sampling parameters.
@@ -71,18 +75,49 @@ pub fn generate(
     if batch == 0 {
         return Err(LmError::Usage("batch size 0\nhelp: give a --batch-size of at least 1".into()));
     }
+    let mut requests = requests.map(|request| check(decoder, sampling, request)).fuse();
+    match decoder.packed()? {
+        Some(Packed::Bf16(model)) => pool::run(&model, sampling, requests, batch, &mut done),
+        Some(Packed::F32(model)) => pool::run(&model, sampling, requests, batch, &mut done),
+        None => by_libtorch(decoder, sampling, &mut requests, batch, &mut done),
+    }
+}
+
+fn by_libtorch(
+    decoder: &Decoder,
+    sampling: &Sampling,
+    requests: &mut impl Iterator<Item = Result<Request, LmError>>,
+    batch: usize,
+    done: &mut impl FnMut(Completion) -> Result<(), LmError>,
+) -> Result<(), LmError> {
     tch::no_grad(|| {
         let mut run = Run { decoder, sampling, slots: Slots::new(decoder, batch), live: Vec::new() };
         run.live.resize_with(batch, || None);
-        let mut requests = requests.fuse();
         loop {
-            run.fill(&mut requests, &mut done)?;
+            run.fill(requests, done)?;
             if run.live.iter().all(Option::is_none) {
                 return Ok(());
             }
-            run.step(&mut done)?;
+            run.step(done)?;
         }
     })
+}
+
+/// The request, or what is wrong with it.
+fn check(decoder: &Decoder, sampling: &Sampling, request: Request) -> Result<Request, LmError> {
+    decoder.check_tokens(&request.prompt)?;
+    if request.prompt.is_empty() {
+        return Err(LmError::Usage("an empty prompt\nhelp: give a --template that begins with a token".into()));
+    }
+    let limit = decoder.config.max_positions;
+    if (request.prompt.len() + sampling.max_new_tokens) as i64 > limit {
+        return Err(LmError::Usage(format!(
+            "a prompt of {} tokens and {} new ones exceed the model's context of {limit}\nhelp: lower --max-new-tokens",
+            request.prompt.len(),
+            sampling.max_new_tokens,
+        )));
+    }
+    Ok(request)
 }
 
 impl Sampling {
@@ -122,13 +157,12 @@ impl Run<'_> {
     /// Gives free slots to waiting requests, and samples each one's first token.
     fn fill(
         &mut self,
-        requests: &mut impl Iterator<Item = Request>,
+        requests: &mut impl Iterator<Item = Result<Request, LmError>>,
         done: &mut impl FnMut(Completion) -> Result<(), LmError>,
     ) -> Result<(), LmError> {
         for slot in 0..self.live.len() {
             while self.live[slot].is_none() {
-                let Some(request) = requests.next() else { return Ok(()) };
-                self.check(&request)?;
+                let Some(request) = requests.next().transpose()? else { return Ok(()) };
                 let mut sequence = Sequence::new(&request, self.sampling);
                 if self.sampling.max_new_tokens == 0 {
                     done(sequence.finish(false))?;
@@ -178,24 +212,6 @@ impl Run<'_> {
                 Ok(())
             }
         }
-    }
-
-    fn check(&self, request: &Request) -> Result<(), LmError> {
-        self.decoder.check_tokens(&request.prompt)?;
-        if request.prompt.is_empty() {
-            return Err(LmError::Usage("an empty prompt\nhelp: give a --template that begins with a token".into()));
-        }
-        let room = request.prompt.len() + self.sampling.max_new_tokens;
-        if room as i64 > self.decoder.config.max_positions {
-            return Err(LmError::Usage(format!(
-                "a prompt of {} tokens and {} new ones exceed the model's context of {}\n\
-                 help: lower --max-new-tokens",
-                request.prompt.len(),
-                self.sampling.max_new_tokens,
-                self.decoder.config.max_positions
-            )));
-        }
-        Ok(())
     }
 }
 

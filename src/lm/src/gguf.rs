@@ -38,8 +38,8 @@ impl Gguf {
     pub fn open(path: &Path) -> Result<Self, LmError> {
         let file = File::open(path).map_err(|error| LmError::Malformed(format!("{}: {error}", path.display())))?;
         // SAFETY: the map is read-only; a model file is not written to while a stage runs, which is what mapping asks.
-        let bytes = unsafe { Mmap::map(&file) }
-            .map_err(|error| LmError::Malformed(format!("{}: {error}", path.display())))?;
+        let bytes =
+            unsafe { Mmap::map(&file) }.map_err(|error| LmError::Malformed(format!("{}: {error}", path.display())))?;
         let mut gguf = Self { path: path.into(), bytes, metadata: BTreeMap::new(), tensors: BTreeMap::new() };
         let header = reader::read(&gguf.bytes).map_err(|what| gguf.malformed(&what))?;
         gguf.metadata = header.metadata;
@@ -206,7 +206,12 @@ impl Gguf {
         self.list(key, "a list of numbers", number)
     }
 
-    fn list<'a, T>(&'a self, key: &str, expected: &str, item: impl Fn(&'a Value) -> Option<T>) -> Result<Vec<T>, LmError> {
+    fn list<'a, T>(
+        &'a self,
+        key: &str,
+        expected: &str,
+        item: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Vec<T>, LmError> {
         let items = match self.value(key) {
             Some(Value::List(items)) => items.iter().map(item).collect::<Option<Vec<T>>>(),
             _ => None,

@@ -73,11 +73,7 @@ pub fn example_gradients(
 }
 
 /// Sum of token losses and number of label tokens of each example, without gradient: `(Vec<f64>, Vec<u64>)`.
-pub fn token_losses(
-    decoder: &Decoder,
-    lora: &Lora,
-    examples: &[Example],
-) -> Result<(Vec<f64>, Vec<u64>), LmError> {
+pub fn token_losses(decoder: &Decoder, lora: &Lora, examples: &[Example]) -> Result<(Vec<f64>, Vec<u64>), LmError> {
     lora.check(&decoder.config)?;
     if examples.is_empty() {
         return Ok((Vec::new(), Vec::new()));

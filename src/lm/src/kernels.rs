@@ -89,6 +89,8 @@ kernels! {
     fn cross_entropy / cross_entropy_body<E: Element>(
         logits: &mut [E], vocab: usize, labels: &[i64], losses: &mut [f32],
     );
+    /// The highest of `scores` · `inverse`, and the sum of exp(score · `inverse` − that).
+    fn mass / mass_body<E: Element>(scores: &[E], inverse: f32, out: &mut [f32; 2]);
     /// Turns the first `turned` heads of each row in place; rows are positions 0, 1, … `length` - 1, again and again.
     fn rotate / rotate_body<E: Element>(rows: &mut [E], heads: Heads, cos: &[E], sin: &[E]);
 }
@@ -211,6 +213,12 @@ fn cross_entropy_body<E: Element>(logits: &mut [E], vocab: usize, labels: &[i64]
         // From the unrounded probability: near 1 the rounded one has lost what matters.
         row[*label as usize] = E::narrow(exp(wanted - best) * inverse - 1.0);
     }
+}
+
+#[inline(always)]
+fn mass_body<E: Element>(scores: &[E], inverse: f32, out: &mut [f32; 2]) {
+    let best = largest(scores) * inverse;
+    *out = [best, sum(scores.len(), |at| exp(scores[at].wide() * inverse - best))];
 }
 
 #[inline(always)]

@@ -201,7 +201,13 @@ impl Attention {
         if q.device() == Device::Cpu {
             let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
             let (output, normaliser) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
-                &q, &wide_k, &wide_v, 0.0, true, None::<&Tensor>, None,
+                &q,
+                &wide_k,
+                &wide_v,
+                0.0,
+                true,
+                None::<&Tensor>,
+                None,
             )?;
             return Ok(Self { q, k, v, output, normaliser: Some(normaliser) });
         }
@@ -235,7 +241,16 @@ impl Attention {
         };
         let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
         let (of_q, of_k, of_v) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient, &q, &wide_k, &wide_v, &output, &normaliser, 0.0, true, None::<&Tensor>, None,
+            gradient,
+            &q,
+            &wide_k,
+            &wide_v,
+            &output,
+            &normaliser,
+            0.0,
+            true,
+            None::<&Tensor>,
+            None,
         )?;
         Ok((of_q, summed(&of_k, &k)?, summed(&of_v, &v)?))
     }

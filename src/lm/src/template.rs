@@ -57,13 +57,11 @@ impl Prompt {
         Ok(Self { prefix, end })
     }
 
-    fn chat(
-        tokenizer: &Tokenizer,
-        config: &DecoderConfig,
-        choose: impl Fn(Around) -> Around,
-    ) -> Result<Self, LmError> {
+    fn chat(tokenizer: &Tokenizer, config: &DecoderConfig, choose: impl Fn(Around) -> Around) -> Result<Self, LmError> {
         let source = tokenizer.chat_template().ok_or_else(|| {
-            LmError::Usage("--template: the model has no chat template\nhelp: use --template none, or an instruct model".into())
+            LmError::Usage(
+                "--template: the model has no chat template\nhelp: use --template none, or an instruct model".into(),
+            )
         })?;
         let around = choose(around_user(source, tokenizer)?);
         let prefix = tokenizer.encode_template(&around.before)?;

@@ -10,9 +10,9 @@ use std::path::Path;
 use serde_json::Value;
 use tokenizers::TruncationParams;
 
+use crate::LmError;
 use crate::checkpoint::read_json;
 use crate::gguf::Gguf;
-use crate::LmError;
 
 /// A tokenizer with its special tokens and chat template.
 #[derive(Clone)]
@@ -48,16 +48,15 @@ impl Tokenizer {
         })?;
         // A file may carry the truncation and padding of whoever saved it; here, the caller decides both.
         tokenizer.with_padding(None);
-        tokenizer
-            .with_truncation(None)
-            .map_err(|error| LmError::Malformed(format!("{}: {error}", path.display())))?;
+        tokenizer.with_truncation(None).map_err(|error| LmError::Malformed(format!("{}: {error}", path.display())))?;
         let config = folder.join("tokenizer_config.json");
         let config = if config.is_file() { read_json(&config)? } else { Value::Null };
         let template = folder.join("chat_template.jinja");
         let chat_template = match template.is_file() {
-            true => Some(std::fs::read_to_string(&template).map_err(|error| {
-                LmError::Malformed(format!("{}: {error}", template.display()))
-            })?),
+            true => Some(
+                std::fs::read_to_string(&template)
+                    .map_err(|error| LmError::Malformed(format!("{}: {error}", template.display())))?,
+            ),
             false => config.get("chat_template").and_then(default_template),
         };
         let named = NamedTokens { bos: token_text(&config, "bos_token"), eos: token_text(&config, "eos_token") };
@@ -74,7 +73,8 @@ impl Tokenizer {
             let id = gguf.integer(key).and_then(|id| usize::try_from(id).ok())?;
             tokens.get(id).map(|token| token.to_string())
         };
-        let named = NamedTokens { bos: named("tokenizer.ggml.bos_token_id"), eos: named("tokenizer.ggml.eos_token_id") };
+        let named =
+            NamedTokens { bos: named("tokenizer.ggml.bos_token_id"), eos: named("tokenizer.ggml.eos_token_id") };
         let chat_template = gguf.text("tokenizer.chat_template").ok().map(str::to_string);
         Ok(Self::new(tokenizer, chat_template, named))
     }
@@ -146,7 +146,8 @@ impl Tokenizer {
 // The library's errors can quote text, which may be private: what failed is said, the message is not passed on.
 fn failed(_: tokenizers::Error) -> LmError {
     LmError::Malformed(
-        "tokenizer.json: the tokenizer cannot handle a text\nhelp: it may lack an unknown token or a byte fallback".into(),
+        "tokenizer.json: the tokenizer cannot handle a text\nhelp: it may lack an unknown token or a byte fallback"
+            .into(),
     )
 }
 
@@ -168,7 +169,6 @@ fn default_template(value: &Value) -> Option<String> {
     };
     value.as_str().map(str::to_string).or_else(|| value.as_array().and_then(named))
 }
-
 
 #[cfg(test)]
 mod tests;

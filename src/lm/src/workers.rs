@@ -4,7 +4,8 @@
 //! where a processor is shared, each wait can cost a time slice. Instead each worker takes some of the examples through
 //! the whole model on one thread, and there is one wait at the end.
 
-use std::sync::Mutex;
+use std::sync::{Once, OnceLock};
+use std::thread::ScopedJoinHandle;
 
 use tch::Device;
 
@@ -32,15 +33,19 @@ impl<'a, T> Shared<'a, T> {
     }
 }
 
-/// How many workers computing on `device` pays for.
+/// How many workers computing on `device` pays for: what libtorch would have used (`OMP_NUM_THREADS`, or all processors).
 pub(crate) fn count(device: Device) -> usize {
+    static THREADS: OnceLock<usize> = OnceLock::new();
     match device {
-        Device::Cpu => usize::try_from(tch::get_num_threads()).unwrap_or(1).clamp(1, 64),
+        Device::Cpu => *THREADS.get_or_init(|| usize::try_from(tch::get_num_threads()).unwrap_or(1).clamp(1, 64)),
         _ => 1,
     }
 }
 
-/// Runs `work` on every part, each on a thread of its own with libtorch on one thread; results in order of the parts.
+/// Runs `work` on every part, each on a thread of its own; results in order of the parts.
+///
+/// From the first call with several parts on, libtorch itself stays on one thread in this process: its own threads would
+/// stand in the workers' way, and the small operations between two calls do not pay for them.
 pub(crate) fn each<P: Send, R: Send>(
     parts: Vec<P>,
     work: impl Fn(P) -> Result<R, LmError> + Sync,
@@ -48,26 +53,35 @@ pub(crate) fn each<P: Send, R: Send>(
     if parts.len() <= 1 {
         return parts.into_iter().map(work).collect();
     }
-    // The count of threads is partly a global of libtorch: two callers at once would undo each other's.
-    static ONE: Mutex<()> = Mutex::new(());
-    let _one = ONE.lock();
-    let threads = tch::get_num_threads();
     tch::set_num_threads(1);
-    let results = std::thread::scope(|scope| {
-        let handles: Vec<_> = parts
-            .into_iter()
-            .map(|part| {
-                scope.spawn(|| {
-                    tch::set_num_threads(1);
-                    tch::no_grad(|| work(part))
-                })
+    keep_freed_memory();
+    std::thread::scope(|scope| {
+        let work = &work;
+        let start = |part: P| {
+            scope.spawn(move || {
+                tch::set_num_threads(1);
+                tch::no_grad(|| work(part))
             })
-            .collect();
-        let join = |handle: std::thread::ScopedJoinHandle<'_, _>| {
-            handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
+        let handles: Vec<_> = parts.into_iter().map(start).collect();
+        let join =
+            |handle: ScopedJoinHandle<'_, _>| handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         handles.into_iter().map(join).collect()
-    });
-    tch::set_num_threads(threads);
-    results
+    })
+}
+
+/// Tells glibc to keep what is freed. A step frees and takes the same large blocks over and over; by default, threads
+/// other than the first give them back to the kernel each time, which clears every page again.
+fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        static ONCE: Once = Once::new();
+        // SAFETY: these calls set parameters of the allocator and may be made at any time.
+        ONCE.call_once(|| unsafe {
+            libc::mallopt(libc::M_ARENA_MAX, 1);
+            libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+            libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+        });
+    }
 }

@@ -78,7 +78,9 @@ pub(crate) fn filter(verbosity: Verbosity, rust_log: Option<&str>) -> Result<Env
     };
     let others = Level::WARN.min(level);
     let ours = OURS.iter().map(|name| format!("{name}={level}"));
-    let directives = std::iter::once(others.to_string()).chain(ours).collect::<Vec<_>>().join(",");
+    // The Delta kernel reports an absent table as an error; to a stage it is how every first run begins.
+    let absent_tables = (level < Level::DEBUG).then(|| "buoyant_kernel::snapshot=off".to_string());
+    let directives = std::iter::once(others.to_string()).chain(absent_tables).chain(ours).collect::<Vec<_>>().join(",");
     EnvFilter::try_new(directives).map_err(|error| Failure::Bug(format!("log filter: {error}")))
 }
 

@@ -40,8 +40,10 @@ pub fn batch(run: &str, shard: u32, chunk: &[(u64, Sample)]) -> Result<RecordBat
     };
     let schema = schema::synthetic();
     let columns: Option<Vec<ArrayRef>> = schema.fields().iter().map(|field| of(field.name())).collect();
-    let columns = columns.ok_or_else(|| Failure::Bug("synthesize: the table has a column that is not filled".into()))?;
-    RecordBatch::try_new(schema, columns).map_err(|_| Failure::Bug("synthesize: the rows do not fit their table".into()))
+    let columns =
+        columns.ok_or_else(|| Failure::Bug("synthesize: the table has a column that is not filled".into()))?;
+    RecordBatch::try_new(schema, columns)
+        .map_err(|_| Failure::Bug("synthesize: the rows do not fit their table".into()))
 }
 
 /// A sample's id: its run, and its number in as many digits as sort well.

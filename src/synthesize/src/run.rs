@@ -181,11 +181,8 @@ impl Sampler {
             max_new_tokens: config.max_new_tokens,
             stop,
         };
-        let request = |index| Request {
-            index,
-            prompt: self.prompt.prefix.clone(),
-            seed: plan::seed(config.seed, index),
-        };
+        let request =
+            |index| Request { index, prompt: self.prompt.prefix.clone(), seed: plan::seed(config.seed, index) };
         generate(&self.decoder, &sampling, range.map(request), batch, |completion: Completion| {
             let sample = Sample {
                 seed: plan::seed(config.seed, completion.index),

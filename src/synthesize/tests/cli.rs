@@ -156,7 +156,10 @@ fn fails(output: &Output, code: i32, message: &str) {
 fn samples_are_written_once_and_a_second_run_finds_them() {
     let place = Place::new();
     let first = json_of(&place.base("base", &["--count", "20"]));
-    assert_eq!((&first["rows"], &first["already_done"], &first["zone"]), (&json!(20), &json!(false), &json!("release")));
+    assert_eq!(
+        (&first["rows"], &first["already_done"], &first["zone"]),
+        (&json!(20), &json!(false), &json!("release"))
+    );
     let samples = place.samples("base");
     assert_eq!(samples.len(), 20);
     assert!(samples.values().all(|sample| sample.2 <= 6 && ["stop", "length"].contains(&sample.3.as_str())));

@@ -90,12 +90,7 @@ impl BaselineAdapter {
     }
 
     /// Takes one step along the plain mean gradient.
-    pub fn apply(
-        &mut self,
-        mut sum: ClippedSum,
-        expected_batch_size: f64,
-        update: Update,
-    ) -> Result<(), LmError> {
+    pub fn apply(&mut self, mut sum: ClippedSum, expected_batch_size: f64, update: Update) -> Result<(), LmError> {
         for value in sum.tensors.iter_mut().flatten() {
             *value = (f64::from(*value) / expected_batch_size) as f32;
         }
@@ -113,9 +108,7 @@ impl BaselineAdapter {
 pub fn check_learned(initial: &Lora, trained: &Lora) -> Result<(), String> {
     for ((name, before), (_, after)) in initial.tensors.iter().zip(&trained.tensors) {
         if !bool::try_from(after.isfinite().all()).unwrap_or(false) {
-            return Err(format!(
-                "adapter tensor {name} has values that are not finite\nhelp: lower --learning-rate"
-            ));
+            return Err(format!("adapter tensor {name} has values that are not finite\nhelp: lower --learning-rate"));
         }
         if before.equal(after) {
             return Err(format!(

@@ -282,15 +282,9 @@ impl Args {
             (None, Some(target), Some(delta)) => self.calibrate(sampling_probability, steps, target, delta)?,
             _ => return Err(Failure::Usage("give --noise-multiplier, or --target-epsilon with --delta".into())),
         };
-        TrainingMechanism::new(
-            sampling_probability,
-            noise_multiplier,
-            steps,
-            self.clip_norm,
-            self.expected_batch_size,
-        )
-        .map(Mechanism::Private)
-        .map_err(|error| Failure::Usage(error.to_string()))
+        TrainingMechanism::new(sampling_probability, noise_multiplier, steps, self.clip_norm, self.expected_batch_size)
+            .map(Mechanism::Private)
+            .map_err(|error| Failure::Usage(error.to_string()))
     }
 
     fn calibrate(&self, sampling_probability: f64, steps: u64, target: f64, delta: f64) -> Result<f64, Failure> {

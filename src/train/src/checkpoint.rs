@@ -110,11 +110,7 @@ fn read(file: &SafeTensors, name: &str, like: &Tensor) -> Result<Tensor, String>
     let view = file.tensor(name).map_err(|error| format!("tensor {name}: {error}"))?;
     let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
     if view.dtype() != Dtype::F32 || shape != like.size() {
-        return Err(format!(
-            "tensor {name}: found {:?} {shape:?}, expected F32 {:?}",
-            view.dtype(),
-            like.size()
-        ));
+        return Err(format!("tensor {name}: found {:?} {shape:?}, expected F32 {:?}", view.dtype(), like.size()));
     }
     Ok(Tensor::from_data_size(view.data(), &shape, Kind::Float).to_device(like.device()))
 }

@@ -49,9 +49,8 @@ pub async fn read(table: &Table, version: i64, encoding: &Encoding<'_>) -> Resul
         }
         progress.tick();
     }
-    let [train, validation] = splits.map(|split| {
-        split.into_iter().map(|(id, examples)| encoding.unit(id, examples)).collect::<Vec<_>>()
-    });
+    let [train, validation] =
+        splits.map(|split| split.into_iter().map(|(id, examples)| encoding.unit(id, examples)).collect::<Vec<_>>());
     Ok(Splits { train, validation })
 }
 

@@ -124,7 +124,8 @@ impl Setting {
         let compute = Compute::resolve(args.device.into(), args.dtype.into()).map_err(|error| failure(&error))?;
         let decoder = Decoder::load(&base.checkpoint, compute).map_err(|error| failure(&error))?;
         let tokenizer = base.checkpoint.tokenizer().map_err(|error| failure(&error))?;
-        let prompt = Prompt::new(config.template.into(), &tokenizer, &decoder.config).map_err(|error| failure(&error))?;
+        let prompt =
+            Prompt::new(config.template.into(), &tokenizer, &decoder.config).map_err(|error| failure(&error))?;
         if prompt.prefix.len() + 1 >= config.block_length {
             return Err(Failure::Usage(format!(
                 "--block-length {}: the template alone takes {} tokens\nhelp: raise --block-length",

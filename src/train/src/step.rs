@@ -60,8 +60,11 @@ pub fn sum_gradients(
     step: u64,
     limits: Limits,
 ) -> Result<ClippedSum, LmError> {
-    let mut sum: Vec<Tensor> =
-        lora.tensors.iter().map(|(_, tensor)| Tensor::zeros([tensor.numel() as i64], (Kind::Float, tensor.device()))).collect();
+    let mut sum: Vec<Tensor> = lora
+        .tensors
+        .iter()
+        .map(|(_, tensor)| Tensor::zeros([tensor.numel() as i64], (Kind::Float, tensor.device())))
+        .collect();
     for batch in pack(units, limits.micro_batch_tokens) {
         let gradients = unit_gradients(decoder, lora, &batch, step, limits.block_length)?;
         let factors = clip_factors(mechanism, &gradients);

@@ -43,8 +43,11 @@ pub fn tiny(folder: &Path) -> (Decoder, Lora) {
         }
     }
     shapes.push(("model.norm.weight".to_string(), vec![HIDDEN]));
-    let bodies: Vec<(String, Vec<usize>, Vec<u8>)> =
-        shapes.into_iter().enumerate().map(|(index, (name, shape))| (name, shape.clone(), values(index, &shape))).collect();
+    let bodies: Vec<(String, Vec<usize>, Vec<u8>)> = shapes
+        .into_iter()
+        .enumerate()
+        .map(|(index, (name, shape))| (name, shape.clone(), values(index, &shape)))
+        .collect();
     let views = bodies
         .iter()
         .map(|(name, shape, body)| (name.clone(), TensorView::new(Dtype::F32, shape.clone(), body).unwrap()));

@@ -33,13 +33,14 @@ pub async fn write(root: &PrivateRoot, run: &str, test: &[f64], sets: &[(&str, V
     ];
     open("comparison", schema::comparison()).await?.write(columns).await?;
 
-    let all = || std::iter::once(("test", test)).chain(sets.iter().map(|(name, shares)| (*name, shares.as_slice())));
-    let rows =
-        || all().flat_map(|(name, shares)| shares.iter().enumerate().map(move |(bin, share)| (bin, name, share)));
+    // Collected, since arrow wants iterators that know their length.
+    let all = std::iter::once(("test", test)).chain(sets.iter().map(|(name, shares)| (*name, shares.as_slice())));
+    let rows: Vec<(usize, &str, f64)> =
+        all.flat_map(|(name, shares)| shares.iter().enumerate().map(move |(bin, &share)| (bin, name, share))).collect();
     let columns: Vec<ArrayRef> = vec![
-        Arc::new(Int32Array::from_iter_values(rows().map(|row| row.0 as i32))),
-        Arc::new(StringArray::from_iter_values(rows().map(|row| row.1))),
-        Arc::new(Float64Array::from_iter_values(rows().map(|row| *row.2))),
+        Arc::new(Int32Array::from_iter_values(rows.iter().map(|row| row.0 as i32))),
+        Arc::new(StringArray::from_iter_values(rows.iter().map(|row| row.1))),
+        Arc::new(Float64Array::from_iter_values(rows.iter().map(|row| row.2))),
     ];
     open("comparison_bins", schema::comparison_bins()).await?.write(columns).await
 }

@@ -6,10 +6,7 @@ use crate::finding::Findings;
 use crate::model::*;
 use crate::yaml::{Node, Value};
 
-const WORKFLOW: Known = Known {
-    cluster: &["status"],
-    unsupported: &[],
-};
+const WORKFLOW: Known = Known { cluster: &["status"], unsupported: &[] };
 const METADATA: Known = Known {
     cluster: &[
         "annotations",
@@ -71,14 +68,8 @@ const SPEC: Known = Known {
         "workflowTemplateRef",
     ],
 };
-const ARGUMENTS: Known = Known {
-    cluster: &[],
-    unsupported: &["artifacts"],
-};
-const PARAMETER: Known = Known {
-    cluster: &[],
-    unsupported: &["globalName", "valueFrom"],
-};
+const ARGUMENTS: Known = Known { cluster: &[], unsupported: &["artifacts"] };
+const PARAMETER: Known = Known { cluster: &[], unsupported: &["globalName", "valueFrom"] };
 const TEMPLATE: Known = Known {
     cluster: &[
         "affinity",
@@ -122,25 +113,10 @@ const TEMPLATE: Known = Known {
         "timeout",
     ],
 };
-const DAG: Known = Known {
-    cluster: &[],
-    unsupported: &["target"],
-};
-const TASK: Known = Known {
-    cluster: &[],
-    unsupported: &[
-        "continueOn",
-        "hooks",
-        "inline",
-        "onExit",
-        "templateRef",
-        "when",
-    ],
-};
-const SEQUENCE: Known = Known {
-    cluster: &[],
-    unsupported: &[],
-};
+const DAG: Known = Known { cluster: &[], unsupported: &["target"] };
+const TASK: Known =
+    Known { cluster: &[], unsupported: &["continueOn", "hooks", "inline", "onExit", "templateRef", "when"] };
+const SEQUENCE: Known = Known { cluster: &[], unsupported: &[] };
 const CONTAINER: Known = Known {
     cluster: &[
         // Credentials of the cluster: here the runner's environment is handed on.
@@ -157,44 +133,18 @@ const CONTAINER: Known = Known {
         "terminationMessagePath",
         "terminationMessagePolicy",
     ],
-    unsupported: &[
-        "lifecycle",
-        "restartPolicy",
-        "restartPolicyRules",
-        "stdin",
-        "stdinOnce",
-        "tty",
-        "volumeDevices",
-    ],
+    unsupported: &["lifecycle", "restartPolicy", "restartPolicyRules", "stdin", "stdinOnce", "tty", "volumeDevices"],
 };
-const VARIABLE: Known = Known {
-    cluster: &[],
-    unsupported: &[],
-};
-const VALUE_FROM: Known = Known {
-    cluster: &[],
-    unsupported: &["fieldRef", "fileKeyRef", "resourceFieldRef"],
-};
-const KEY_REF: Known = Known {
-    cluster: &["key", "name"],
-    unsupported: &[],
-};
-const RESOURCES: Known = Known {
-    cluster: &["claims"],
-    unsupported: &[],
-};
+const VARIABLE: Known = Known { cluster: &[], unsupported: &[] };
+const VALUE_FROM: Known = Known { cluster: &[], unsupported: &["fieldRef", "fileKeyRef", "resourceFieldRef"] };
+const KEY_REF: Known = Known { cluster: &["key", "name"], unsupported: &[] };
+const RESOURCES: Known = Known { cluster: &["claims"], unsupported: &[] };
 const MOUNT: Known = Known {
     cluster: &["mountPropagation", "name", "readOnly", "recursiveReadOnly"],
     unsupported: &["subPath", "subPathExpr"],
 };
-const RETRY: Known = Known {
-    cluster: &["affinity"],
-    unsupported: &[],
-};
-const BACKOFF: Known = Known {
-    cluster: &[],
-    unsupported: &[],
-};
+const RETRY: Known = Known { cluster: &["affinity"], unsupported: &[] };
+const BACKOFF: Known = Known { cluster: &[], unsupported: &[] };
 
 /// Decodes a whole file.
 pub(crate) fn workflow(root: &Node, findings: &mut Findings) -> Option<Workflow> {
@@ -206,36 +156,23 @@ pub(crate) fn workflow(root: &Node, findings: &mut Findings) -> Option<Workflow>
     fields.finish(&WORKFLOW);
     let name = metadata.and_then(|node| self::name(node, findings));
     let spec = spec.and_then(|node| self::spec(node, findings));
-    spec.map(|spec| Workflow {
-        name: name.unwrap_or_default(),
-        ..spec
-    })
+    spec.map(|spec| Workflow { name: name.unwrap_or_default(), ..spec })
 }
 
 fn expect(fields: &mut Fields, key: &'static str, expected: &str) {
     if let Some(found) = fields.required_text(key)
         && found.raw != expected
     {
-        fields.findings.add(
-            found.at,
-            &found.path,
-            format!("must be `{expected}`, not `{}`", found.raw),
-        );
+        fields.findings.add(found.at, &found.path, format!("must be `{expected}`, not `{}`", found.raw));
     }
 }
 
 fn name(node: &Node, findings: &mut Findings) -> Option<String> {
     let mut fields = Fields::open(node, "metadata", findings)?;
     let name = fields.text("name").map(|name| name.raw);
-    let stem = fields
-        .text("generateName")
-        .map(|name| name.raw.trim_end_matches('-').to_owned());
+    let stem = fields.text("generateName").map(|name| name.raw.trim_end_matches('-').to_owned());
     if name.is_none() && stem.is_none() {
-        fields.findings.add(
-            node.at,
-            "metadata",
-            "the field `name` or `generateName` is missing",
-        );
+        fields.findings.add(node.at, "metadata", "the field `name` or `generateName` is missing");
     }
     fields.finish(&METADATA);
     name.or(stem)
@@ -250,22 +187,10 @@ fn spec(node: &Node, findings: &mut Findings) -> Option<Workflow> {
     fields.required("templates");
     let nodes = fields.list("templates");
     fields.finish(&SPEC);
-    let parameters = arguments
-        .map(|node| self::parameters(node, "spec.arguments", findings))
-        .unwrap_or_default();
+    let parameters = arguments.map(|node| self::parameters(node, "spec.arguments", findings)).unwrap_or_default();
     let retry = retry_node.and_then(|node| self::retry(node, "spec.retryStrategy", findings));
-    let templates = nodes
-        .into_iter()
-        .filter_map(|(node, path)| template(node, &path, findings))
-        .collect();
-    Some(Workflow {
-        name: String::new(),
-        entrypoint: entrypoint?,
-        parallelism,
-        parameters,
-        templates,
-        retry,
-    })
+    let templates = nodes.into_iter().filter_map(|(node, path)| template(node, &path, findings)).collect();
+    Some(Workflow { name: String::new(), entrypoint: entrypoint?, parallelism, parameters, templates, retry })
 }
 
 /// `parameters` of `spec.arguments` or of a template's `inputs`.
@@ -275,10 +200,7 @@ fn parameters(node: &Node, path: &str, findings: &mut Findings) -> Vec<Parameter
     };
     let nodes = fields.list("parameters");
     fields.finish(&ARGUMENTS);
-    nodes
-        .into_iter()
-        .filter_map(|(node, path)| parameter(node, &path, findings))
-        .collect()
+    nodes.into_iter().filter_map(|(node, path)| parameter(node, &path, findings)).collect()
 }
 
 fn parameter(node: &Node, path: &str, findings: &mut Findings) -> Option<Parameter> {
@@ -288,18 +210,10 @@ fn parameter(node: &Node, path: &str, findings: &mut Findings) -> Option<Paramet
     let default = fields.scalar("default");
     let description = fields.text("description").map(|text| text.raw);
     let choices = fields.list("enum");
-    let choices = choices
-        .into_iter()
-        .filter_map(|(node, path)| scalar(node, &path, fields.findings));
+    let choices = choices.into_iter().filter_map(|(node, path)| scalar(node, &path, fields.findings));
     let choices = choices.map(|text| text.raw).collect();
     fields.finish(&PARAMETER);
-    Some(Parameter {
-        name: name?,
-        value,
-        default,
-        description,
-        choices,
-    })
+    Some(Parameter { name: name?, value, default, description, choices })
 }
 
 fn template(node: &Node, path: &str, findings: &mut Findings) -> Option<Template> {
@@ -312,32 +226,17 @@ fn template(node: &Node, path: &str, findings: &mut Findings) -> Option<Template
     let before = fields.findings.list().len();
     fields.finish(&TEMPLATE);
     let refused = findings.list().len() > before;
-    let inputs = inputs
-        .map(|node| parameters(node, &below(path, "inputs"), findings))
-        .unwrap_or_default();
-    let retry =
-        retry_node.and_then(|node| self::retry(node, &below(path, "retryStrategy"), findings));
-    let container =
-        container_node.and_then(|node| self::container(node, &below(path, "container"), findings));
+    let inputs = inputs.map(|node| parameters(node, &below(path, "inputs"), findings)).unwrap_or_default();
+    let retry = retry_node.and_then(|node| self::retry(node, &below(path, "retryStrategy"), findings));
+    let container = container_node.and_then(|node| self::container(node, &below(path, "container"), findings));
     let dag = dag_node.and_then(|node| self::dag(node, &below(path, "dag"), findings));
     if container_node.is_some() && dag_node.is_some() {
-        findings.add(
-            node.at,
-            path,
-            "has both `container` and `dag`; a template has one of them",
-        );
+        findings.add(node.at, path, "has both `container` and `dag`; a template has one of them");
     } else if container_node.is_none() && dag_node.is_none() && !refused {
         findings.add(node.at, path, "has neither `container` nor `dag`");
     }
-    let body = container
-        .map(|container| Body::Container(Box::new(container)))
-        .or(dag.map(Body::Dag))?;
-    Some(Template {
-        name: name?,
-        inputs,
-        body,
-        retry,
-    })
+    let body = container.map(|container| Body::Container(Box::new(container))).or(dag.map(Body::Dag))?;
+    Some(Template { name: name?, inputs, body, retry })
 }
 
 fn dag(node: &Node, path: &str, findings: &mut Findings) -> Option<Dag> {
@@ -346,10 +245,7 @@ fn dag(node: &Node, path: &str, findings: &mut Findings) -> Option<Dag> {
     fields.required("tasks");
     let nodes = fields.list("tasks");
     fields.finish(&DAG);
-    let tasks = nodes
-        .into_iter()
-        .filter_map(|(node, path)| task(node, &path, findings))
-        .collect();
+    let tasks = nodes.into_iter().filter_map(|(node, path)| task(node, &path, findings)).collect();
     Some(Dag { tasks, fail_fast })
 }
 
@@ -365,36 +261,20 @@ fn task(node: &Node, path: &str, findings: &mut Findings) -> Option<Task> {
     let mut dependencies = fields.texts("dependencies");
     if let Some(depends) = fields.text("depends") {
         if !dependencies.is_empty() {
-            fields.findings.add(
-                depends.at,
-                &depends.path,
-                "stands beside `dependencies`; a task has one of them",
-            );
+            fields.findings.add(depends.at, &depends.path, "stands beside `dependencies`; a task has one of them");
         }
         dependencies.extend(self::depends(&depends, fields.findings));
     }
     let arguments = fields.get("arguments");
-    let fan_outs = [
-        fields.get("withItems"),
-        fields.get("withParam"),
-        fields.get("withSequence"),
-    ];
+    let fan_outs = [fields.get("withItems"), fields.get("withParam"), fields.get("withSequence")];
     if fan_outs.iter().flatten().count() > 1 {
-        let message =
-            "more than one of `withItems`, `withParam` and `withSequence`; a task has one of them";
+        let message = "more than one of `withItems`, `withParam` and `withSequence`; a task has one of them";
         fields.findings.add(node.at, path, message);
     }
     fields.finish(&TASK);
-    let arguments =
-        arguments.map(|node| self::arguments(node, &below(path, "arguments"), findings));
+    let arguments = arguments.map(|node| self::arguments(node, &below(path, "arguments"), findings));
     let fan_out = fan_out(fan_outs, path, findings);
-    Some(Task {
-        name: name?,
-        template: template?,
-        arguments: arguments.unwrap_or_default(),
-        dependencies,
-        fan_out,
-    })
+    Some(Task { name: name?, template: template?, arguments: arguments.unwrap_or_default(), dependencies, fan_out })
 }
 
 /// Findings for fields that had to be looked at before they could be refused.
@@ -402,11 +282,7 @@ fn refuse(fields: &mut Fields, keys: &[&'static str]) {
     for key in keys {
         if let Some(node) = fields.get(key) {
             let path = fields.at(key);
-            fields.findings.add(
-                node.at,
-                &path,
-                "the local runner does not support this field",
-            );
+            fields.findings.add(node.at, &path, "the local runner does not support this field");
         }
     }
 }
@@ -416,21 +292,13 @@ fn depends(depends: &Text, findings: &mut Findings) -> Vec<Text> {
     let mut names = Vec::new();
     for part in depends.raw.split("&&").map(str::trim) {
         let name = part.strip_suffix(".Succeeded").unwrap_or(part);
-        let plain = !name.is_empty()
-            && name
-                .chars()
-                .all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
+        let plain = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
         if !plain {
-            let message = format!(
-                "the local runner supports only task names joined by `&&` here, not `{part}`"
-            );
+            let message = format!("the local runner supports only task names joined by `&&` here, not `{part}`");
             findings.add(depends.at, &depends.path, message);
             continue;
         }
-        names.push(Text {
-            raw: name.to_owned(),
-            ..depends.clone()
-        });
+        names.push(Text { raw: name.to_owned(), ..depends.clone() });
     }
     names
 }
@@ -439,16 +307,9 @@ fn depends(depends: &Text, findings: &mut Findings) -> Vec<Text> {
 fn arguments(node: &Node, path: &str, findings: &mut Findings) -> Vec<Argument> {
     let parameters = parameters(node, path, findings);
     let argument = |parameter: Parameter| match parameter.value {
-        Some(value) => Some(Argument {
-            name: parameter.name,
-            value,
-        }),
+        Some(value) => Some(Argument { name: parameter.name, value }),
         None => {
-            findings.add(
-                parameter.name.at,
-                &parameter.name.path,
-                "an argument needs a `value`",
-            );
+            findings.add(parameter.name.at, &parameter.name.path, "an argument needs a `value`");
             None
         }
     };
@@ -460,17 +321,10 @@ fn fan_out(nodes: [Option<&Node>; 3], path: &str, findings: &mut Findings) -> Op
     if let Some(node) = items {
         let path = below(path, "withItems");
         let Value::List(list) = &node.value else {
-            findings.add(
-                node.at,
-                &path,
-                format!("must be a list, not {}", node.kind()),
-            );
+            findings.add(node.at, &path, format!("must be a list, not {}", node.kind()));
             return None;
         };
-        let item = |(i, node): (usize, &Node)| Item {
-            value: json(node),
-            place: place(node, &format!("{path}[{i}]")),
-        };
+        let item = |(i, node): (usize, &Node)| Item { value: json(node), place: place(node, &format!("{path}[{i}]")) };
         return Some(FanOut::Items(list.iter().enumerate().map(item).collect()));
     }
     if let Some(node) = param {
@@ -487,9 +341,7 @@ fn fan_out(nodes: [Option<&Node>; 3], path: &str, findings: &mut Findings) -> Op
         format: fields.text("format"),
     };
     if sequence.count.is_some() == sequence.end.is_some() {
-        fields
-            .findings
-            .add(node.at, &path, "needs one of `count` and `end`");
+        fields.findings.add(node.at, &path, "needs one of `count` and `end`");
     }
     fields.finish(&SEQUENCE);
     Some(FanOut::Sequence(Box::new(sequence)))
@@ -503,10 +355,7 @@ fn json(node: &Node) -> serde_json::Value {
         Value::Number(raw) => serde_json::from_str(raw).unwrap_or_else(|_| raw.as_str().into()),
         Value::String(raw) => raw.as_str().into(),
         Value::List(list) => list.iter().map(json).collect(),
-        Value::Map(entries) => entries
-            .iter()
-            .map(|entry| (entry.key.clone(), json(&entry.value)))
-            .collect(),
+        Value::Map(entries) => entries.iter().map(|entry| (entry.key.clone(), json(&entry.value))).collect(),
     }
 }
 
@@ -523,30 +372,12 @@ fn container(node: &Node, path: &str, findings: &mut Findings) -> Option<Contain
     let resources = fields.get("resources");
     let mounts = fields.list("volumeMounts");
     fields.finish(&CONTAINER);
-    let env = env
-        .into_iter()
-        .filter_map(|(node, path)| variable(node, &path, findings))
-        .collect();
-    let mounts = mounts
-        .into_iter()
-        .filter_map(|(node, path)| mount(node, &path, findings))
-        .collect();
-    let resources =
-        resources.map(|node| self::resources(node, &below(path, "resources"), findings));
+    let env = env.into_iter().filter_map(|(node, path)| variable(node, &path, findings)).collect();
+    let mounts = mounts.into_iter().filter_map(|(node, path)| mount(node, &path, findings)).collect();
+    let resources = resources.map(|node| self::resources(node, &below(path, "resources"), findings));
     let (held, cpu_limit) = resources.unwrap_or_default();
     let [cpu, memory, gpu, disk] = held;
-    Some(Container {
-        command,
-        args,
-        env,
-        working_dir,
-        cpu,
-        cpu_limit,
-        memory,
-        gpu,
-        disk,
-        mounts,
-    })
+    Some(Container { command, args, env, working_dir, cpu, cpu_limit, memory, gpu, disk, mounts })
 }
 
 fn variable(node: &Node, path: &str, findings: &mut Findings) -> Option<Variable> {
@@ -557,9 +388,7 @@ fn variable(node: &Node, path: &str, findings: &mut Findings) -> Option<Variable
     let path = fields.at("valueFrom");
     fields.finish(&VARIABLE);
     let value = match from {
-        Some(node) => VariableValue::Inherited {
-            optional: value_from(node, &path, findings),
-        },
+        Some(node) => VariableValue::Inherited { optional: value_from(node, &path, findings) },
         None => VariableValue::Text(value.unwrap_or_else(|| place(node, &path))),
     };
     Some(Variable { name: name?, value })
@@ -589,11 +418,7 @@ fn mount(node: &Node, path: &str, findings: &mut Findings) -> Option<Text> {
 
 /// CPU, memory, GPUs and disk: what is requested, and where no request is made, the limit, as Kubernetes schedules.
 /// Beside it the limit of CPUs.
-fn resources(
-    node: &Node,
-    path: &str,
-    findings: &mut Findings,
-) -> ([Option<Text>; 4], Option<Text>) {
+fn resources(node: &Node, path: &str, findings: &mut Findings) -> ([Option<Text>; 4], Option<Text>) {
     let mut held = [const { None }; 4];
     let mut cpu_limit = None;
     let Some(mut fields) = Fields::open(node, path, findings) else {
@@ -606,20 +431,14 @@ fn resources(
         let Some(mut fields) = Fields::open(node, &below(path, group), findings) else {
             continue;
         };
-        for (slot, key) in
-            held.iter_mut()
-                .zip(["cpu", "memory", "nvidia.com/gpu", "ephemeral-storage"])
-        {
+        for (slot, key) in held.iter_mut().zip(["cpu", "memory", "nvidia.com/gpu", "ephemeral-storage"]) {
             let found = fields.scalar(key);
             if (group, key) == ("limits", "cpu") {
                 cpu_limit = found.clone();
             }
             *slot = slot.take().or(found);
         }
-        fields.finish(&Known {
-            cluster: &[],
-            unsupported: &["amd.com/gpu", "google.com/tpu"],
-        });
+        fields.finish(&Known { cluster: &[], unsupported: &["amd.com/gpu", "google.com/tpu"] });
     }
     (held, cpu_limit)
 }
@@ -631,18 +450,8 @@ fn retry(node: &Node, path: &str, findings: &mut Findings) -> Option<Retry> {
     let expression = fields.text("expression");
     let backoff = fields.get("backoff");
     fields.finish(&RETRY);
-    let mut retry = Retry {
-        limit,
-        policy,
-        expression,
-        duration: None,
-        factor: None,
-        cap: None,
-        max_duration: None,
-    };
-    if let Some(mut fields) =
-        backoff.and_then(|node| Fields::open(node, &below(path, "backoff"), findings))
-    {
+    let mut retry = Retry { limit, policy, expression, duration: None, factor: None, cap: None, max_duration: None };
+    if let Some(mut fields) = backoff.and_then(|node| Fields::open(node, &below(path, "backoff"), findings)) {
         retry.duration = fields.scalar("duration");
         retry.factor = fields.scalar("factor");
         retry.cap = fields.scalar("cap");

@@ -24,50 +24,29 @@ pub(crate) struct Fields<'a, 'f> {
 
 /// Path of a field below `path`.
 pub(crate) fn below(path: &str, key: &str) -> String {
-    if path.is_empty() {
-        key.to_owned()
-    } else {
-        format!("{path}.{key}")
-    }
+    if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
 }
 
 /// Position and path of a node as a [`Text`] with no content.
 pub(crate) fn place(node: &Node, path: &str) -> Text {
-    Text {
-        raw: String::new(),
-        at: node.at,
-        path: path.to_owned(),
-    }
+    Text { raw: String::new(), at: node.at, path: path.to_owned() }
 }
 
 impl<'a, 'f> Fields<'a, 'f> {
     /// Opens `node`, which must be a mapping.
     pub fn open(node: &'a Node, path: &str, findings: &'f mut Findings) -> Option<Self> {
         let Value::Map(entries) = &node.value else {
-            findings.add(
-                node.at,
-                path,
-                format!("must be a mapping, not {}", node.kind()),
-            );
+            findings.add(node.at, path, format!("must be a mapping, not {}", node.kind()));
             return None;
         };
         let entries = entries.iter().map(|entry| (entry, false)).collect();
-        Some(Self {
-            entries,
-            asked: Vec::new(),
-            path: path.to_owned(),
-            node,
-            findings,
-        })
+        Some(Self { entries, asked: Vec::new(), path: path.to_owned(), node, findings })
     }
 
     /// The value under `key`; `null` counts as absent.
     pub fn get(&mut self, key: &'static str) -> Option<&'a Node> {
         self.asked.push(key);
-        let (entry, used) = self
-            .entries
-            .iter_mut()
-            .find(|(entry, _)| entry.key == key)?;
+        let (entry, used) = self.entries.iter_mut().find(|(entry, _)| entry.key == key)?;
         *used = true;
         (entry.value.value != Value::Null).then_some(&entry.value)
     }
@@ -81,11 +60,7 @@ impl<'a, 'f> Fields<'a, 'f> {
     pub fn required(&mut self, key: &'static str) -> Option<&'a Node> {
         let node = self.get(key);
         if node.is_none() {
-            self.findings.add(
-                self.node.at,
-                &self.path,
-                format!("the field `{key}` is missing"),
-            );
+            self.findings.add(self.node.at, &self.path, format!("the field `{key}` is missing"));
         }
         node
     }
@@ -129,20 +104,11 @@ impl<'a, 'f> Fields<'a, 'f> {
         let path = self.at(key);
         match self.get(key) {
             None => Vec::new(),
-            Some(Node {
-                value: Value::List(items),
-                ..
-            }) => items
-                .iter()
-                .enumerate()
-                .map(|(i, node)| (node, format!("{path}[{i}]")))
-                .collect(),
+            Some(Node { value: Value::List(items), .. }) => {
+                items.iter().enumerate().map(|(i, node)| (node, format!("{path}[{i}]"))).collect()
+            }
             Some(node) => {
-                self.findings.add(
-                    node.at,
-                    &path,
-                    format!("must be a list, not {}", node.kind()),
-                );
+                self.findings.add(node.at, &path, format!("must be a list, not {}", node.kind()));
                 Vec::new()
             }
         }
@@ -151,10 +117,7 @@ impl<'a, 'f> Fields<'a, 'f> {
     /// A list of strings.
     pub fn texts(&mut self, key: &'static str) -> Vec<Text> {
         let items = self.list(key);
-        items
-            .into_iter()
-            .filter_map(|(node, path)| text(node, &path, self.findings))
-            .collect()
+        items.into_iter().filter_map(|(node, path)| text(node, &path, self.findings)).collect()
     }
 
     /// Judges the fields that nobody asked for.
@@ -165,19 +128,12 @@ impl<'a, 'f> Fields<'a, 'f> {
                 continue;
             }
             let message = if known.unsupported.contains(&key) {
-                "the local runner does not support this field, and it would change what happens"
-                    .to_owned()
+                "the local runner does not support this field, and it would change what happens".to_owned()
             } else {
-                let names = self
-                    .asked
-                    .iter()
-                    .chain(known.cluster)
-                    .chain(known.unsupported)
-                    .copied();
+                let names = self.asked.iter().chain(known.cluster).chain(known.unsupported).copied();
                 format!("unknown field{}", suggestion(key, names))
             };
-            self.findings
-                .add(entry.at, &below(&self.path, key), message);
+            self.findings.add(entry.at, &below(&self.path, key), message);
         }
     }
 }
@@ -185,25 +141,13 @@ impl<'a, 'f> Fields<'a, 'f> {
 /// A node that must be a string.
 pub(crate) fn text(node: &Node, path: &str, findings: &mut Findings) -> Option<Text> {
     match &node.value {
-        Value::String(raw) => Some(Text {
-            raw: raw.clone(),
-            at: node.at,
-            path: path.to_owned(),
-        }),
+        Value::String(raw) => Some(Text { raw: raw.clone(), at: node.at, path: path.to_owned() }),
         Value::Number(raw) => {
-            findings.add(
-                node.at,
-                path,
-                format!("must be a string, not a number; write \"{raw}\""),
-            );
+            findings.add(node.at, path, format!("must be a string, not a number; write \"{raw}\""));
             None
         }
         _ => {
-            findings.add(
-                node.at,
-                path,
-                format!("must be a string, not {}", node.kind()),
-            );
+            findings.add(node.at, path, format!("must be a string, not {}", node.kind()));
             None
         }
     }
@@ -215,17 +159,9 @@ pub(crate) fn scalar(node: &Node, path: &str, findings: &mut Findings) -> Option
         Value::String(raw) | Value::Number(raw) => raw.clone(),
         Value::Bool(value) => value.to_string(),
         _ => {
-            findings.add(
-                node.at,
-                path,
-                format!("must be a string or a number, not {}", node.kind()),
-            );
+            findings.add(node.at, path, format!("must be a string or a number, not {}", node.kind()));
             return None;
         }
     };
-    Some(Text {
-        raw,
-        at: node.at,
-        path: path.to_owned(),
-    })
+    Some(Text { raw, at: node.at, path: path.to_owned() })
 }

@@ -32,10 +32,7 @@ pub struct Findings {
 impl Findings {
     /// No findings yet about `file`.
     pub fn new(file: &str) -> Self {
-        Self {
-            file: file.to_owned(),
-            list: Vec::new(),
-        }
+        Self { file: file.to_owned(), list: Vec::new() }
     }
 
     /// All findings in the order of the file.
@@ -52,11 +49,7 @@ impl Findings {
 
     /// Adds a finding at `at`.
     pub fn add(&mut self, at: Position, path: &str, message: impl Into<String>) {
-        self.push(Finding {
-            at,
-            path: path.to_owned(),
-            message: message.into(),
-        });
+        self.push(Finding { at, path: path.to_owned(), message: message.into() });
     }
 
     /// `value` if nothing was found, else the findings so far.
@@ -73,11 +66,7 @@ impl Findings {
 
 impl fmt::Display for Findings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let many = if self.list.len() == 1 {
-            "1 finding".to_owned()
-        } else {
-            format!("{} findings", self.list.len())
-        };
+        let many = if self.list.len() == 1 { "1 finding".to_owned() } else { format!("{} findings", self.list.len()) };
         write!(f, "{}: {many}", self.file)?;
         for Finding { at, path, message } in &self.list {
             write!(f, "\n  {}:{}:{}: ", self.file, at.line, at.column)?;
@@ -94,12 +83,7 @@ impl fmt::Display for Findings {
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     candidates
         .into_iter()
-        .map(|candidate| {
-            (
-                distance(&word.to_lowercase(), &candidate.to_lowercase()),
-                candidate,
-            )
-        })
+        .map(|candidate| (distance(&word.to_lowercase(), &candidate.to_lowercase()), candidate))
         .filter(|(distance, candidate)| *distance <= 1 + candidate.len().max(word.len()) / 4)
         .min()
         .map(|(_, candidate)| candidate)
@@ -107,9 +91,7 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
 
 /// `; did you mean …?`, or nothing.
 pub(crate) fn suggestion<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
-    nearest(word, candidates)
-        .map(|name| format!("; did you mean `{name}`?"))
-        .unwrap_or_default()
+    nearest(word, candidates).map(|name| format!("; did you mean `{name}`?")).unwrap_or_default()
 }
 
 /// Levenshtein distance.
@@ -134,10 +116,7 @@ mod tests {
 
     #[test]
     fn nearest_finds_a_typo_and_nothing_far_away() {
-        assert_eq!(
-            nearest("dependancies", ["dependencies", "depends"]),
-            Some("dependencies")
-        );
+        assert_eq!(nearest("dependancies", ["dependencies", "depends"]), Some("dependencies"));
         assert_eq!(nearest("colour", ["dependencies", "name"]), None);
     }
 
@@ -145,9 +124,6 @@ mod tests {
     fn findings_print_file_line_and_path() {
         let mut findings = Findings::new("a.yaml");
         findings.add(Position { line: 3, column: 5 }, "spec.x", "unknown field");
-        assert_eq!(
-            findings.to_string(),
-            "a.yaml: 1 finding\n  a.yaml:3:5: spec.x: unknown field"
-        );
+        assert_eq!(findings.to_string(), "a.yaml: 1 finding\n  a.yaml:3:5: spec.x: unknown field");
     }
 }

@@ -19,29 +19,17 @@ impl Machine {
     /// This machine: CPUs that the process may use, its GPUs, its memory.
     pub fn detect() -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
-        Self {
-            cpu: cpus * 1_000,
-            gpus: gpus(),
-            memory: memory(),
-        }
+        Self { cpu: cpus * 1_000, gpus: gpus(), memory: memory() }
     }
 
     /// Why `job` can never run here, if so. CPUs are not a reason: with fewer it only takes longer.
     pub fn lacks(&self, job: &Job) -> Option<String> {
         if job.gpus as usize > self.gpus.len() {
-            return Some(format!(
-                "needs {} GPUs; this machine has {}",
-                job.gpus,
-                self.gpus.len()
-            ));
+            return Some(format!("needs {} GPUs; this machine has {}", job.gpus, self.gpus.len()));
         }
         let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
         (job.memory > self.memory).then(|| {
-            format!(
-                "needs {:.1} GiB of memory; this machine has {:.1} GiB",
-                gib(job.memory),
-                gib(self.memory)
-            )
+            format!("needs {:.1} GiB of memory; this machine has {:.1} GiB", gib(job.memory), gib(self.memory))
         })
     }
 
@@ -54,10 +42,7 @@ impl Machine {
 /// GPUs by number, or as the caller restricted them.
 fn gpus() -> Vec<String> {
     if let Ok(visible) = std::env::var("CUDA_VISIBLE_DEVICES") {
-        let ids = visible
-            .split(',')
-            .map(str::trim)
-            .filter(|id| !id.is_empty() && *id != "-1" && *id != "NoDevFiles");
+        let ids = visible.split(',').map(str::trim).filter(|id| !id.is_empty() && *id != "-1" && *id != "NoDevFiles");
         return ids.map(str::to_owned).collect();
     }
     let mut found = Vec::new();
@@ -69,13 +54,8 @@ fn gpus() -> Vec<String> {
 
 /// Total memory: the control group's limit where it is lower than the machine's.
 fn memory() -> u64 {
-    let number = |path: &str| {
-        std::fs::read_to_string(path)
-            .ok()
-            .and_then(|text| text.trim().parse::<u64>().ok())
-    };
-    let limit = number("/sys/fs/cgroup/memory.max")
-        .or_else(|| number("/sys/fs/cgroup/memory/memory.limit_in_bytes"));
+    let number = |path: &str| std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
+    let limit = number("/sys/fs/cgroup/memory.max").or_else(|| number("/sys/fs/cgroup/memory/memory.limit_in_bytes"));
     let info = rustix::system::sysinfo();
     let total = (info.totalram as u64).saturating_mul(u64::from(info.mem_unit).max(1));
     limit.map_or(total, |limit| limit.min(total))
@@ -94,11 +74,7 @@ mod tests {
 
     #[test]
     fn a_job_holds_at_most_the_machine() {
-        let machine = Machine {
-            cpu: 2_000,
-            gpus: Vec::new(),
-            memory: 0,
-        };
+        let machine = Machine { cpu: 2_000, gpus: Vec::new(), memory: 0 };
         let shares = [None, Some(500), Some(64_000)].map(|declared| machine.share(declared));
         assert_eq!(shares, [1_000, 500, 2_000]);
     }

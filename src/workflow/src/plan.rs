@@ -81,48 +81,26 @@ pub fn expand_parameters(
     given: &[(String, String)],
     findings: &mut Findings,
 ) -> BTreeMap<String, String> {
-    let names = || {
-        workflow
-            .parameters
-            .iter()
-            .map(|parameter| parameter.name.raw.as_str())
-    };
+    let names = || workflow.parameters.iter().map(|parameter| parameter.name.raw.as_str());
     let start = Position { line: 1, column: 1 };
     for (name, _) in given {
         if !names().any(|known| known == name) {
             let hint = suggestion(name, names());
-            findings.add(
-                start,
-                "",
-                format!("-p {name}=…: the workflow has no parameter `{name}`{hint}"),
-            );
+            findings.add(start, "", format!("-p {name}=…: the workflow has no parameter `{name}`{hint}"));
         }
     }
     let mut values = BTreeMap::new();
     for parameter in &workflow.parameters {
         let name = &parameter.name.raw;
-        let given = given
-            .iter()
-            .rev()
-            .find(|(other, _)| other == name)
-            .map(|(_, value)| value.clone());
-        let declared = || {
-            parameter
-                .value
-                .as_ref()
-                .or(parameter.default.as_ref())
-                .map(|text| text.raw.clone())
-        };
+        let given = given.iter().rev().find(|(other, _)| other == name).map(|(_, value)| value.clone());
+        let declared = || parameter.value.as_ref().or(parameter.default.as_ref()).map(|text| text.raw.clone());
         let Some(value) = given.or_else(declared) else {
             let message = format!("the parameter `{name}` has no value; give one with -p {name}=…");
             findings.add(parameter.name.at, &parameter.name.path, message);
             continue;
         };
         if !parameter.choices.is_empty() && !parameter.choices.contains(&value) {
-            let message = format!(
-                "`{value}` is none of the allowed values: {}",
-                parameter.choices.join(", ")
-            );
+            let message = format!("`{value}` is none of the allowed values: {}", parameter.choices.join(", "));
             findings.add(parameter.name.at, &parameter.name.path, message);
         }
         values.insert(name.clone(), value);
@@ -131,64 +109,28 @@ pub fn expand_parameters(
 }
 
 /// Expands a checked workflow into its jobs.
-pub fn expand(
-    workflow: &Workflow,
-    given: &[(String, String)],
-    findings: &mut Findings,
-) -> Option<Plan> {
+pub fn expand(workflow: &Workflow, given: &[(String, String)], findings: &mut Findings) -> Option<Plan> {
     let parameters = expand_parameters(workflow, given, findings);
     if !findings.list().is_empty() {
         return None;
     }
-    let scope = Scope {
-        workflow: workflow.name.clone(),
-        parameters: parameters.clone(),
-        ..Scope::default()
-    };
+    let scope = Scope { workflow: workflow.name.clone(), parameters: parameters.clone(), ..Scope::default() };
     let parallelism = workflow.parallelism.as_ref().and_then(|text| {
         let value = self::value(text, &scope, findings);
-        parsed(
-            Some(value),
-            "a whole number above 0",
-            |n| n.parse().ok().filter(|n| *n > 0),
-            findings,
-        )
+        parsed(Some(value), "a whole number above 0", |n| n.parse().ok().filter(|n| *n > 0), findings)
     });
-    let entry = workflow
-        .templates
-        .iter()
-        .find(|template| template.name.raw == workflow.entrypoint.raw)?;
-    let mut builder = Builder {
-        workflow,
-        jobs: Vec::new(),
-        dags: Vec::new(),
-        findings,
-    };
+    let entry = workflow.templates.iter().find(|template| template.name.raw == workflow.entrypoint.raw)?;
+    let mut builder = Builder { workflow, jobs: Vec::new(), dags: Vec::new(), findings };
     // As in Argo, the entry template's inputs take the workflow's arguments of the same name.
     let inputs = builder.inputs(entry, &parameters, &scope);
     let scope = Scope { inputs, ..scope };
-    builder.template(
-        entry,
-        &scope,
-        Place {
-            name: &entry.name.raw,
-            task: &entry.name.raw,
-            after: &[],
-            dag: None,
-        },
-    );
+    builder.template(entry, &scope, Place { name: &entry.name.raw, task: &entry.name.raw, after: &[], dag: None });
     let (jobs, dags) = (builder.jobs, builder.dags);
     if jobs.len() > MAX_JOBS {
         let message = format!("expands to more than {MAX_JOBS} jobs");
         findings.add(workflow.entrypoint.at, &workflow.entrypoint.path, message);
     }
-    Some(Plan {
-        name: workflow.name.clone(),
-        parallelism,
-        parameters,
-        jobs,
-        dags,
-    })
+    Some(Plan { name: workflow.name.clone(), parallelism, parameters, jobs, dags })
 }
 
 fn value(text: &Text, scope: &Scope, findings: &mut Findings) -> (Text, String) {
@@ -227,20 +169,11 @@ impl<'a> Builder<'a, '_> {
         }
     }
 
-    fn container(
-        &mut self,
-        template: &Template,
-        container: &Container,
-        scope: &Scope,
-        place: Place,
-    ) -> Vec<usize> {
+    fn container(&mut self, template: &Template, container: &Container, scope: &Scope, place: Place) -> Vec<usize> {
         let retry = template.retry.as_ref().or(self.workflow.retry.as_ref());
         let retry = retry.map_or_else(Retry::never, |retry| resolve(retry, scope, self.findings));
         let texts = |texts: &[Text], findings: &mut Findings| -> Vec<String> {
-            texts
-                .iter()
-                .map(|text| expand_text(text, scope, findings))
-                .collect()
+            texts.iter().map(|text| expand_text(text, scope, findings)).collect()
         };
         let mut command = texts(&container.command, self.findings);
         command.extend(texts(&container.args, self.findings));
@@ -249,21 +182,13 @@ impl<'a> Builder<'a, '_> {
         for variable in &container.env {
             match &variable.value {
                 VariableValue::Text(text) => {
-                    env.push((
-                        variable.name.raw.clone(),
-                        expand_text(text, scope, self.findings),
-                    ));
+                    env.push((variable.name.raw.clone(), expand_text(text, scope, self.findings)));
                 }
-                VariableValue::Inherited { optional: false } => {
-                    required_env.push(variable.name.raw.clone())
-                }
+                VariableValue::Inherited { optional: false } => required_env.push(variable.name.raw.clone()),
                 VariableValue::Inherited { optional: true } => {}
             }
         }
-        let working_dir = container
-            .working_dir
-            .as_ref()
-            .map(|text| expand_text(text, scope, self.findings));
+        let working_dir = container.working_dir.as_ref().map(|text| expand_text(text, scope, self.findings));
         let mut cpus = |text| {
             self.quantity(text, scope, "a number of CPUs such as 2 or 500m", |text| {
                 quantity::thousandths(text).and_then(|value| u64::try_from(value).ok())
@@ -271,15 +196,9 @@ impl<'a> Builder<'a, '_> {
         };
         let (cpu, cpu_limit) = (cpus(&container.cpu), cpus(&container.cpu_limit));
         let bytes = "a quantity such as 16Gi";
-        let memory = self
-            .quantity(&container.memory, scope, bytes, quantity::units)
-            .unwrap_or(0);
-        let disk = self
-            .quantity(&container.disk, scope, bytes, quantity::units)
-            .unwrap_or(0);
-        let gpus = self.quantity(&container.gpu, scope, "a whole number of GPUs", |text| {
-            text.parse().ok()
-        });
+        let memory = self.quantity(&container.memory, scope, bytes, quantity::units).unwrap_or(0);
+        let disk = self.quantity(&container.disk, scope, bytes, quantity::units).unwrap_or(0);
+        let gpus = self.quantity(&container.gpu, scope, "a whole number of GPUs", |text| text.parse().ok());
         self.jobs.push(Job {
             name: place.name.to_owned(),
             task: place.task.to_owned(),
@@ -314,15 +233,8 @@ impl<'a> Builder<'a, '_> {
 
     fn dag(&mut self, dag: &'a Dag, scope: &Scope, place: Place) -> Vec<usize> {
         let index = self.dags.len();
-        self.dags.push(DagScope {
-            fail_fast: dag.fail_fast,
-            parent: place.dag,
-        });
-        let prefix = if place.dag.is_none() {
-            String::new()
-        } else {
-            format!("{}.", place.name)
-        };
+        self.dags.push(DagScope { fail_fast: dag.fail_fast, parent: place.dag });
+        let prefix = if place.dag.is_none() { String::new() } else { format!("{}.", place.name) };
         let mut ends: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
         let mut waited_for = Vec::new();
         for task in in_order(&dag.tasks) {
@@ -336,10 +248,7 @@ impl<'a> Builder<'a, '_> {
             let end = self.task(task, scope, &prefix, &after, index);
             ends.insert(task.name.raw.as_str(), end);
         }
-        let last = ends
-            .into_iter()
-            .filter(|(name, _)| !waited_for.contains(name))
-            .flat_map(|(_, end)| end);
+        let last = ends.into_iter().filter(|(name, _)| !waited_for.contains(name)).flat_map(|(_, end)| end);
         let mut last: Vec<usize> = last.collect();
         last.sort_unstable();
         last.dedup();
@@ -347,19 +256,8 @@ impl<'a> Builder<'a, '_> {
     }
 
     /// Adds all instances of a task. One without items (an empty list) hands on what it would have waited for.
-    fn task(
-        &mut self,
-        task: &'a Task,
-        scope: &Scope,
-        prefix: &str,
-        after: &[usize],
-        dag: usize,
-    ) -> Vec<usize> {
-        let template = self
-            .workflow
-            .templates
-            .iter()
-            .find(|other| other.name.raw == task.template.raw);
+    fn task(&mut self, task: &'a Task, scope: &Scope, prefix: &str, after: &[usize], dag: usize) -> Vec<usize> {
+        let template = self.workflow.templates.iter().find(|other| other.name.raw == task.template.raw);
         let Some(template) = template else {
             return Vec::new();
         };
@@ -374,39 +272,17 @@ impl<'a> Builder<'a, '_> {
                 None => base.clone(),
                 Some(item) => format!("{base}({i}:{})", label(item)),
             };
-            let item_scope = Scope {
-                item: item.clone(),
-                ..scope.clone()
-            };
-            let arguments = task.arguments.iter().map(|argument| {
-                (
-                    argument.name.raw.clone(),
-                    expand_text(&argument.value, &item_scope, self.findings),
-                )
-            });
+            let item_scope = Scope { item: item.clone(), ..scope.clone() };
+            let arguments = task
+                .arguments
+                .iter()
+                .map(|argument| (argument.name.raw.clone(), expand_text(&argument.value, &item_scope, self.findings)));
             let arguments: BTreeMap<String, String> = arguments.collect();
             let inputs = self.inputs(template, &arguments, scope);
-            let inner = Scope {
-                inputs,
-                item: None,
-                ..scope.clone()
-            };
-            ends.extend(self.template(
-                template,
-                &inner,
-                Place {
-                    name: &name,
-                    task: &base,
-                    after,
-                    dag: Some(dag),
-                },
-            ));
+            let inner = Scope { inputs, item: None, ..scope.clone() };
+            ends.extend(self.template(template, &inner, Place { name: &name, task: &base, after, dag: Some(dag) }));
         }
-        if ends.is_empty() {
-            after.to_vec()
-        } else {
-            ends
-        }
+        if ends.is_empty() { after.to_vec() } else { ends }
     }
 
     /// Values of a template's inputs: given, declared or default.
@@ -430,10 +306,7 @@ impl<'a> Builder<'a, '_> {
                 }
             };
             if !input.choices.is_empty() && !input.choices.contains(&value) {
-                let message = format!(
-                    "`{value}` is none of the allowed values: {}",
-                    input.choices.join(", ")
-                );
+                let message = format!("`{value}` is none of the allowed values: {}", input.choices.join(", "));
                 self.findings.add(input.name.at, &input.name.path, message);
             }
             values.insert(name.clone(), value);
@@ -443,10 +316,7 @@ impl<'a> Builder<'a, '_> {
 
     fn items(&mut self, fan_out: &FanOut, scope: &Scope) -> Vec<Value> {
         match fan_out {
-            FanOut::Items(items) => items
-                .iter()
-                .map(|item| self.item(&item.value, &item.place, scope))
-                .collect(),
+            FanOut::Items(items) => items.iter().map(|item| self.item(&item.value, &item.place, scope)).collect(),
             FanOut::Sequence(sequence) => self.sequence(sequence, scope),
             FanOut::Param(text) => {
                 let value = value(text, scope, self.findings);
@@ -458,23 +328,11 @@ impl<'a> Builder<'a, '_> {
 
     fn item(&mut self, value: &Value, place: &Text, scope: &Scope) -> Value {
         match value {
-            Value::String(raw) => expand_text(
-                &Text {
-                    raw: raw.clone(),
-                    ..place.clone()
-                },
-                scope,
-                self.findings,
-            )
-            .into(),
-            Value::Array(list) => list
-                .iter()
-                .map(|value| self.item(value, place, scope))
-                .collect(),
-            Value::Object(map) => map
-                .iter()
-                .map(|(key, value)| (key.clone(), self.item(value, place, scope)))
-                .collect(),
+            Value::String(raw) => expand_text(&Text { raw: raw.clone(), ..place.clone() }, scope, self.findings).into(),
+            Value::Array(list) => list.iter().map(|value| self.item(value, place, scope)).collect(),
+            Value::Object(map) => {
+                map.iter().map(|(key, value)| (key.clone(), self.item(value, place, scope))).collect()
+            }
             other => other.clone(),
         }
     }
@@ -482,54 +340,33 @@ impl<'a> Builder<'a, '_> {
     fn sequence(&mut self, sequence: &Sequence, scope: &Scope) -> Vec<Value> {
         let mut number = |text: &Option<Text>| -> Option<i64> {
             let value = text.as_ref().map(|text| value(text, scope, self.findings));
-            parsed(
-                value,
-                "a whole number",
-                |text| text.parse().ok(),
-                self.findings,
-            )
+            parsed(value, "a whole number", |text| text.parse().ok(), self.findings)
         };
         let start = number(&sequence.start).unwrap_or(0);
         let (count, end) = (number(&sequence.count), number(&sequence.end));
-        let format = sequence
-            .format
-            .as_ref()
-            .map(|text| value(text, scope, self.findings));
-        let format = parsed(
-            format,
-            "a format with one %d or %0Nd",
-            Format::parse,
-            self.findings,
-        );
+        let format = sequence.format.as_ref().map(|text| value(text, scope, self.findings));
+        let format = parsed(format, "a format with one %d or %0Nd", Format::parse, self.findings);
         let format = format.unwrap_or_default();
         let (length, step) = match (count, end) {
             (Some(count), _) => (count.max(0).unsigned_abs(), 1),
-            (None, Some(end)) => (
-                end.abs_diff(start).saturating_add(1),
-                if end < start { -1 } else { 1 },
-            ),
+            (None, Some(end)) => (end.abs_diff(start).saturating_add(1), if end < start { -1 } else { 1 }),
             (None, None) => return Vec::new(),
         };
         if length > MAX_JOBS as u64 {
             let message = format!("expands to more than {MAX_JOBS} items");
-            self.findings
-                .add(sequence.place.at, &sequence.place.path, message);
+            self.findings.add(sequence.place.at, &sequence.place.path, message);
             return Vec::new();
         }
-        (0..length as i64)
-            .map(|i| format.write(start.saturating_add(step * i)).into())
-            .collect()
+        (0..length as i64).map(|i| format.write(start.saturating_add(step * i)).into()).collect()
     }
 }
 
 /// What Argo writes into a node's name for an item.
 fn label(item: &Value) -> String {
     match item {
-        Value::Object(map) => map
-            .iter()
-            .map(|(key, value)| format!("{key}:{}", written(value)))
-            .collect::<Vec<_>>()
-            .join(","),
+        Value::Object(map) => {
+            map.iter().map(|(key, value)| format!("{key}:{}", written(value))).collect::<Vec<_>>().join(",")
+        }
         other => written(other),
     }
 }
@@ -539,11 +376,8 @@ fn in_order(tasks: &[Task]) -> Vec<&Task> {
     let mut order: Vec<&Task> = Vec::with_capacity(tasks.len());
     let mut left: Vec<&Task> = tasks.iter().collect();
     while !left.is_empty() {
-        let ready = |task: &&Task| {
-            task.dependencies
-                .iter()
-                .all(|name| order.iter().any(|done| done.name.raw == name.raw))
-        };
+        let ready =
+            |task: &&Task| task.dependencies.iter().all(|name| order.iter().any(|done| done.name.raw == name.raw));
         let Some(next) = left.iter().position(ready) else {
             break;
         };

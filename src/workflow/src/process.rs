@@ -49,10 +49,7 @@ impl Attempt<'_> {
                 let _ = kill_process_group(group, signal);
             }
         };
-        let (mut stdout, mut stderr) = (
-            Lines::new(child.stdout.take()),
-            Lines::new(child.stderr.take()),
-        );
+        let (mut stdout, mut stderr) = (Lines::new(child.stdout.take()), Lines::new(child.stderr.take()));
         let mut sink = |line: &str| {
             if let Some(file) = &mut log {
                 // A full disk for logs must not fail the job.
@@ -97,16 +94,11 @@ impl Attempt<'_> {
 
     fn spawn(&self) -> std::io::Result<Child> {
         let mut command = Command::new(&self.program);
-        command
-            .args(self.args)
-            .envs(self.env.iter().map(|(name, value)| (name, value)));
+        command.args(self.args).envs(self.env.iter().map(|(name, value)| (name, value)));
         if let Some(dir) = self.working_dir {
             command.current_dir(dir);
         }
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // A group of its own: Ctrl-C on the terminal reaches the runner alone, which then ends its children in order.
         command.process_group(0).kill_on_drop(true);
         #[cfg(target_os = "linux")]
@@ -114,8 +106,7 @@ impl Attempt<'_> {
         unsafe {
             // A runner that is killed outright leaves no child behind.
             command.pre_exec(|| {
-                rustix::process::set_parent_process_death_signal(Some(Signal::TERM))
-                    .map_err(std::io::Error::from)
+                rustix::process::set_parent_process_death_signal(Some(Signal::TERM)).map_err(std::io::Error::from)
             });
         }
         command.spawn()
@@ -153,11 +144,7 @@ struct Lines<R> {
 
 impl<R: AsyncRead + Unpin> Lines<R> {
     fn new(pipe: Option<R>) -> Self {
-        Self {
-            pipe,
-            chunk: Box::new([0; 8192]),
-            rest: Vec::new(),
-        }
+        Self { pipe, chunk: Box::new([0; 8192]), rest: Vec::new() }
     }
 
     fn closed(&self) -> bool {

@@ -4,9 +4,7 @@ use std::time::Duration;
 
 /// A quantity in thousandths: `2` → 2000, `500m` → 500, `1Ki` → 1,024,000.
 pub fn thousandths(text: &str) -> Option<u128> {
-    let end = text
-        .find(|c: char| !c.is_ascii_digit() && c != '.')
-        .unwrap_or(text.len());
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, suffix) = text.split_at(end);
     let scale: u128 = match suffix {
         "m" => 1,
@@ -46,9 +44,7 @@ pub fn duration(text: &str) -> Option<Duration> {
         let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
         let number: f64 = rest[..end].parse().ok()?;
         rest = &rest[end..];
-        let end = rest
-            .find(|c: char| c.is_ascii_digit())
-            .unwrap_or(rest.len());
+        let end = rest.find(|c: char| c.is_ascii_digit()).unwrap_or(rest.len());
         let seconds = match &rest[..end] {
             "ms" => 1e-3,
             "s" => 1.0,

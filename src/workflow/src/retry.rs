@@ -111,28 +111,16 @@ impl Retry {
         if !wanted || !allowed {
             return None;
         }
-        let growth = self
-            .factor
-            .max(1)
-            .checked_pow(attempts.saturating_sub(1))
-            .unwrap_or(u32::MAX);
-        let pause = self
-            .pause
-            .saturating_mul(growth)
-            .min(self.cap.unwrap_or(Duration::MAX));
-        let late = self
-            .max_duration
-            .is_some_and(|most| elapsed.saturating_add(pause) > most);
+        let growth = self.factor.max(1).checked_pow(attempts.saturating_sub(1)).unwrap_or(u32::MAX);
+        let pause = self.pause.saturating_mul(growth).min(self.cap.unwrap_or(Duration::MAX));
+        let late = self.max_duration.is_some_and(|most| elapsed.saturating_add(pause) > most);
         (!late).then_some(pause)
     }
 }
 
 /// Resolves a declaration; what cannot be read becomes a finding.
 pub(crate) fn resolve(declared: &model::Retry, scope: &Scope, findings: &mut Findings) -> Retry {
-    let mut read = |text: &Option<Text>| {
-        text.as_ref()
-            .map(|text| (text.clone(), expand(text, scope, findings)))
-    };
+    let mut read = |text: &Option<Text>| text.as_ref().map(|text| (text.clone(), expand(text, scope, findings)));
     let [limit, policy, pause, factor, cap, max, expression] = [
         read(&declared.limit),
         read(&declared.policy),
@@ -145,17 +133,8 @@ pub(crate) fn resolve(declared: &model::Retry, scope: &Scope, findings: &mut Fin
     let limit = parsed(limit, "a whole number", |text| text.parse().ok(), findings);
     let condition = parsed(expression, CONDITION, Condition::parse, findings);
     // Argo's default too: with an expression, the expression alone decides.
-    let default = if condition.is_some() {
-        Policy::Always
-    } else {
-        Policy::OnFailure
-    };
-    let policy = parsed(
-        policy,
-        "Always, OnFailure, OnError or OnTransientError",
-        policy_named,
-        findings,
-    );
+    let default = if condition.is_some() { Policy::Always } else { Policy::OnFailure };
+    let policy = parsed(policy, "Always, OnFailure, OnError or OnTransientError", policy_named, findings);
     let factor = parsed(factor, "a whole number", |text| text.parse().ok(), findings);
     Retry {
         limit,
@@ -192,11 +171,7 @@ pub(crate) fn parsed<T>(
     let (text, value) = value?;
     let result = parse(&value);
     if result.is_none() {
-        findings.add(
-            text.at,
-            &text.path,
-            format!("must be {expected}, not `{value}`"),
-        );
+        findings.add(text.at, &text.path, format!("must be {expected}, not `{value}`"));
     }
     result
 }
@@ -226,9 +201,7 @@ impl Condition {
 
     /// Whether it holds for `code`.
     pub fn holds(&self, code: i32) -> bool {
-        self.any
-            .iter()
-            .any(|all| all.iter().all(|comparison| comparison.holds(code)))
+        self.any.iter().any(|all| all.iter().all(|comparison| comparison.holds(code)))
     }
 }
 
@@ -244,10 +217,7 @@ impl Comparison {
 }
 
 fn comparison(text: &str) -> Option<Comparison> {
-    let rest = text
-        .trim()
-        .strip_prefix("asInt(lastRetry.exitCode)")?
-        .trim();
+    let rest = text.trim().strip_prefix("asInt(lastRetry.exitCode)")?.trim();
     if let Some(list) = rest.strip_prefix("not in") {
         return codes(list).map(Comparison::NotIn);
     }
@@ -270,9 +240,7 @@ fn comparison(text: &str) -> Option<Comparison> {
 
 fn codes(list: &str) -> Option<Vec<i32>> {
     let list = list.trim().strip_prefix('[')?.strip_suffix(']')?;
-    list.split(',')
-        .map(|code| code.trim().parse().ok())
-        .collect()
+    list.split(',').map(|code| code.trim().parse().ok()).collect()
 }
 
 #[cfg(test)]
@@ -280,43 +248,22 @@ mod tests {
     use super::*;
 
     fn retry(limit: u32) -> Retry {
-        Retry {
-            limit: Some(limit),
-            pause: Duration::from_secs(1),
-            factor: 2,
-            ..Retry::never()
-        }
+        Retry { limit: Some(limit), pause: Duration::from_secs(1), factor: 2, ..Retry::never() }
     }
 
     fn seconds(retry: &Retry, attempts: u32, outcome: Outcome) -> Option<u64> {
-        retry
-            .next(attempts, Duration::from_secs(10), &outcome)
-            .map(|pause| pause.as_secs())
+        retry.next(attempts, Duration::from_secs(10), &outcome).map(|pause| pause.as_secs())
     }
 
     #[test]
     fn retries_until_the_limit_with_growing_pauses() {
-        let pauses: Vec<_> = (1..=4)
-            .map(|attempts| seconds(&retry(3), attempts, Outcome::Exit(1)))
-            .collect();
+        let pauses: Vec<_> = (1..=4).map(|attempts| seconds(&retry(3), attempts, Outcome::Exit(1))).collect();
         assert_eq!(pauses, [Some(1), Some(2), Some(4), None]);
-        let capped = Retry {
-            cap: Some(Duration::from_secs(3)),
-            ..retry(9)
-        };
+        let capped = Retry { cap: Some(Duration::from_secs(3)), ..retry(9) };
         assert_eq!(seconds(&capped, 5, Outcome::Signal(9)), Some(3));
-        let endless = Retry {
-            limit: None,
-            ..retry(0)
-        };
-        assert_eq!(
-            seconds(&endless, 64, Outcome::Exit(5)),
-            Some(u64::from(u32::MAX))
-        );
-        let short = Retry {
-            max_duration: Some(Duration::from_secs(10)),
-            ..retry(9)
-        };
+        let endless = Retry { limit: None, ..retry(0) };
+        assert_eq!(seconds(&endless, 64, Outcome::Exit(5)), Some(u64::from(u32::MAX)));
+        let short = Retry { max_duration: Some(Duration::from_secs(10)), ..retry(9) };
         assert_eq!(seconds(&short, 1, Outcome::Exit(5)), None);
     }
 
@@ -326,42 +273,19 @@ mod tests {
             assert_eq!(seconds(&retry(3), 1, Outcome::Exit(code)), None, "{code}");
         }
         for code in [1, 5, 101] {
-            assert_eq!(
-                seconds(&retry(3), 1, Outcome::Exit(code)),
-                Some(1),
-                "{code}"
-            );
+            assert_eq!(seconds(&retry(3), 1, Outcome::Exit(code)), Some(1), "{code}");
         }
-        assert_eq!(
-            seconds(&retry(3), 1, Outcome::NotStarted(String::new())),
-            None
-        );
+        assert_eq!(seconds(&retry(3), 1, Outcome::NotStarted(String::new())), None);
     }
 
     #[test]
     fn policies() {
         let with = |policy| Retry { policy, ..retry(3) };
-        assert_eq!(
-            seconds(&with(Policy::OnTransientError), 1, Outcome::Exit(5)),
-            Some(1)
-        );
-        assert_eq!(
-            seconds(&with(Policy::OnTransientError), 1, Outcome::Exit(1)),
-            None
-        );
+        assert_eq!(seconds(&with(Policy::OnTransientError), 1, Outcome::Exit(5)), Some(1));
+        assert_eq!(seconds(&with(Policy::OnTransientError), 1, Outcome::Exit(1)), None);
         assert_eq!(seconds(&with(Policy::OnError), 1, Outcome::Exit(1)), None);
-        assert_eq!(
-            seconds(
-                &with(Policy::OnError),
-                1,
-                Outcome::NotStarted(String::new())
-            ),
-            Some(1)
-        );
-        assert_eq!(
-            seconds(&with(Policy::Always), 1, Outcome::Signal(15)),
-            Some(1)
-        );
+        assert_eq!(seconds(&with(Policy::OnError), 1, Outcome::NotStarted(String::new())), Some(1));
+        assert_eq!(seconds(&with(Policy::Always), 1, Outcome::Signal(15)), Some(1));
     }
 
     #[test]
@@ -369,41 +293,18 @@ mod tests {
         for (text, holds, fails) in [
             ("asInt(lastRetry.exitCode) not in [2, 3, 4]", [1, 5], [2, 4]),
             ("asInt(lastRetry.exitCode) == 5", [5, 5], [1, 2]),
-            (
-                "asInt(lastRetry.exitCode) < 2 || asInt(lastRetry.exitCode) >= 5",
-                [1, 137],
-                [2, 4],
-            ),
-            (
-                "asInt(lastRetry.exitCode) > 1 && asInt(lastRetry.exitCode) <= 5",
-                [2, 5],
-                [1, 6],
-            ),
+            ("asInt(lastRetry.exitCode) < 2 || asInt(lastRetry.exitCode) >= 5", [1, 137], [2, 4]),
+            ("asInt(lastRetry.exitCode) > 1 && asInt(lastRetry.exitCode) <= 5", [2, 5], [1, 6]),
             ("asInt(lastRetry.exitCode) in [5]", [5, 5], [1, 2]),
         ] {
             let condition = Condition::parse(text).unwrap();
             assert!(holds.iter().all(|code| condition.holds(*code)), "{text}");
             assert!(!fails.iter().any(|code| condition.holds(*code)), "{text}");
         }
-        for text in [
-            "",
-            "lastRetry.status == \"Error\"",
-            "asInt(lastRetry.exitCode) ~ 2",
-            "true",
-        ] {
+        for text in ["", "lastRetry.status == \"Error\"", "asInt(lastRetry.exitCode) ~ 2", "true"] {
             assert_eq!(Condition::parse(text), None, "{text}");
         }
         let condition = Condition::parse("asInt(lastRetry.exitCode) == 3");
-        assert_eq!(
-            seconds(
-                &Retry {
-                    condition,
-                    ..retry(3)
-                },
-                1,
-                Outcome::Exit(3)
-            ),
-            Some(1)
-        );
+        assert_eq!(seconds(&Retry { condition, ..retry(3) }, 1, Outcome::Exit(3)), Some(1));
     }
 }

@@ -145,9 +145,7 @@ impl Report {
 
     /// Indices of the jobs that failed.
     pub fn failed(&self) -> Vec<usize> {
-        (0..self.jobs.len())
-            .filter(|job| self.jobs[*job].state == State::Failed)
-            .collect()
+        (0..self.jobs.len()).filter(|job| self.jobs[*job].state == State::Failed).collect()
     }
 }
 
@@ -158,25 +156,17 @@ pub fn find_program(name: &str, first: &[PathBuf]) -> Option<PathBuf> {
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = first.iter().cloned().chain(std::env::split_paths(&path));
-    folders
-        .map(|folder| folder.join(name))
-        .find(|file| executable(file))
+    folders.map(|folder| folder.join(name)).find(|file| executable(file))
 }
 
 fn executable(file: &Path) -> bool {
     use std::os::unix::fs::PermissionsExt;
-    file.metadata()
-        .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+    file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
 }
 
 /// Runs `plan` to its end, or until `stop` says otherwise. Call it on the thread that outlives it: children get SIGTERM
 /// when the thread that started them is gone.
-pub async fn run(
-    plan: &Plan,
-    options: &Options,
-    stop: watch::Receiver<Stop>,
-    observer: &dyn Observer,
-) -> Report {
+pub async fn run(plan: &Plan, options: &Options, stop: watch::Receiver<Stop>, observer: &dyn Observer) -> Report {
     let started = Instant::now();
     let mut runner = Runner::new(plan, options, stop.clone(), observer);
     let mut stopping = stop.clone();
@@ -194,11 +184,7 @@ pub async fn run(
         }
     }
     let stopped = *stop.borrow() != Stop::No;
-    Report {
-        jobs: runner.finish(),
-        elapsed: started.elapsed(),
-        stopped,
-    }
+    Report { jobs: runner.finish(), elapsed: started.elapsed(), stopped }
 }
 
 async fn stopped(stop: &mut watch::Receiver<Stop>) {
@@ -241,12 +227,7 @@ struct Runner<'a> {
 }
 
 impl<'a> Runner<'a> {
-    fn new(
-        plan: &'a Plan,
-        options: &'a Options,
-        stop: watch::Receiver<Stop>,
-        observer: &'a dyn Observer,
-    ) -> Self {
+    fn new(plan: &'a Plan, options: &'a Options, stop: watch::Receiver<Stop>, observer: &'a dyn Observer) -> Self {
         let progress = |job: &Job| Progress {
             phase: Phase::Waiting,
             report: JobReport {
@@ -262,16 +243,7 @@ impl<'a> Runner<'a> {
         };
         let jobs = plan.jobs.iter().map(progress).collect();
         let (running, closed) = (FuturesUnordered::new(), HashSet::new());
-        Self {
-            plan,
-            options,
-            stop,
-            observer,
-            jobs,
-            running,
-            free: options.machine.clone(),
-            closed,
-        }
+        Self { plan, options, stop, observer, jobs, running, free: options.machine.clone(), closed }
     }
 
     /// Starts every job that waits for nothing and fits, in the order of the file.
@@ -290,13 +262,8 @@ impl<'a> Runner<'a> {
 
     fn ready(&self, job: usize) -> bool {
         let job = &self.plan.jobs[job];
-        let open = job
-            .dag
-            .is_none_or(|dag| !self.ancestors(dag).any(|dag| self.closed.contains(&dag)));
-        open && job
-            .after
-            .iter()
-            .all(|before| self.jobs[*before].report.state == State::Succeeded)
+        let open = job.dag.is_none_or(|dag| !self.ancestors(dag).any(|dag| self.closed.contains(&dag)));
+        open && job.after.iter().all(|before| self.jobs[*before].report.state == State::Succeeded)
     }
 
     /// `dag` and the DAGs around it.
@@ -306,11 +273,7 @@ impl<'a> Runner<'a> {
 
     fn fits(&self, job: usize) -> bool {
         let job = &self.plan.jobs[job];
-        let active = self
-            .jobs
-            .iter()
-            .filter(|job| job.phase == Phase::Running)
-            .count();
+        let active = self.jobs.iter().filter(|job| job.phase == Phase::Running).count();
         self.plan.parallelism.is_none_or(|most| active < most)
             && self.options.machine.share(job.cpu) <= self.free.cpu
             && job.gpus as usize <= self.free.gpus.len()
@@ -329,13 +292,7 @@ impl<'a> Runner<'a> {
         progress.first_start.get_or_insert_with(Instant::now);
         progress.report.attempts += 1;
         let (attempt, log) = (progress.report.attempts, progress.report.log.clone());
-        self.observer.event(
-            self.plan,
-            Event::Started {
-                job: index,
-                attempt,
-            },
-        );
+        self.observer.event(self.plan, Event::Started { job: index, attempt });
         let (plan, observer, stop) = (self.plan, self.observer, self.stop.clone());
         let program = find_program(&job.command[0], &self.options.programs);
         let grace = self.options.grace;
@@ -345,19 +302,9 @@ impl<'a> Runner<'a> {
                 return Done::Attempt(index, outcome, Vec::new());
             };
             let working_dir = job.working_dir.as_deref().map(Path::new);
-            let spec = Attempt {
-                program,
-                args: &job.command[1..],
-                env,
-                working_dir,
-                grace,
-            };
+            let spec = Attempt { program, args: &job.command[1..], env, working_dir, grace };
             let mut tail = VecDeque::with_capacity(TAIL);
-            let file = std::fs::OpenOptions::new()
-                .create(true)
-                .append(true)
-                .open(&log)
-                .ok();
+            let file = std::fs::OpenOptions::new().create(true).append(true).open(&log).ok();
             let outcome = spec
                 .run(stop, file, |line| {
                     if tail.len() == TAIL {
@@ -379,9 +326,7 @@ impl<'a> Runner<'a> {
         }
         if job.cpu_limit.is_some() {
             // What the limit would do to a container, for the libraries that size their thread pools by it.
-            let threads = (self.options.machine.share(job.cpu_limit) / 1_000)
-                .max(1)
-                .to_string();
+            let threads = (self.options.machine.share(job.cpu_limit) / 1_000).max(1).to_string();
             for name in ["OMP_NUM_THREADS", "RAYON_NUM_THREADS"] {
                 if std::env::var_os(name).is_none() {
                     env.push((name.to_owned(), threads.clone()));
@@ -398,10 +343,7 @@ impl<'a> Runner<'a> {
             Done::Attempt(index, outcome, tail) => {
                 self.release(index);
                 let progress = &mut self.jobs[index];
-                let elapsed = progress
-                    .first_start
-                    .map(|start| start.elapsed())
-                    .unwrap_or_default();
+                let elapsed = progress.first_start.map(|start| start.elapsed()).unwrap_or_default();
                 progress.report.elapsed = elapsed;
                 progress.report.tail = tail;
                 let stopping = *self.stop.borrow() != Stop::No;
@@ -413,10 +355,7 @@ impl<'a> Runner<'a> {
                     self.end(index, outcome);
                 } else {
                     let attempts = progress.report.attempts;
-                    match self.plan.jobs[index]
-                        .retry
-                        .next(attempts, elapsed, &outcome)
-                    {
+                    match self.plan.jobs[index].retry.next(attempts, elapsed, &outcome) {
                         Some(pause) => self.pause(index, outcome, pause),
                         None => self.fail(index, outcome),
                     }
@@ -433,14 +372,7 @@ impl<'a> Runner<'a> {
     }
 
     fn pause(&mut self, index: usize, outcome: Outcome, pause: Duration) {
-        self.observer.event(
-            self.plan,
-            Event::Retrying {
-                job: index,
-                outcome: &outcome,
-                pause,
-            },
-        );
+        self.observer.event(self.plan, Event::Retrying { job: index, outcome: &outcome, pause });
         self.jobs[index].phase = Phase::Pausing;
         self.jobs[index].report.outcome = Some(outcome);
         let mut stop = self.stop.clone();
@@ -457,10 +389,7 @@ impl<'a> Runner<'a> {
     fn fail(&mut self, index: usize, outcome: Outcome) {
         self.jobs[index].report.state = State::Failed;
         if let Some(dag) = self.plan.jobs[index].dag {
-            let dags: Vec<usize> = self
-                .ancestors(dag)
-                .take_while(|dag| self.plan.dags[*dag].fail_fast)
-                .collect();
+            let dags: Vec<usize> = self.ancestors(dag).take_while(|dag| self.plan.dags[*dag].fail_fast).collect();
             self.closed.extend(dags);
         }
         self.end(index, outcome);
@@ -470,43 +399,24 @@ impl<'a> Runner<'a> {
         let progress = &mut self.jobs[index];
         progress.phase = Phase::Ended;
         progress.report.outcome = Some(outcome);
-        self.observer.event(
-            self.plan,
-            Event::Finished {
-                job: index,
-                report: &self.jobs[index].report,
-            },
-        );
+        self.observer.event(self.plan, Event::Finished { job: index, report: &self.jobs[index].report });
     }
 
     /// Reports what never ran, too.
     fn finish(self) -> Vec<JobReport> {
         for (index, progress) in self.jobs.iter().enumerate() {
             if progress.phase != Phase::Ended {
-                self.observer.event(
-                    self.plan,
-                    Event::Finished {
-                        job: index,
-                        report: &progress.report,
-                    },
-                );
+                self.observer.event(self.plan, Event::Finished { job: index, report: &progress.report });
             }
         }
-        self.jobs
-            .into_iter()
-            .map(|progress| progress.report)
-            .collect()
+        self.jobs.into_iter().map(|progress| progress.report).collect()
     }
 }
 
 /// A file name for a job's log.
 fn log_name(job: &str) -> String {
     let plain = |c: char| {
-        if c.is_ascii_alphanumeric() || "-_.".contains(c) {
-            c
-        } else {
-            '_'
-        }
+        if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }
     };
     let name: String = job.chars().map(plain).take(100).collect();
     format!("{}.log", name.trim_end_matches('_'))

@@ -68,9 +68,7 @@ impl Scope {
 
     fn item(&self, tag: &str) -> Result<String, String> {
         let Some(item) = &self.item else {
-            return Err(format!(
-                "`{{{{{tag}}}}}` stands outside of a task with items"
-            ));
+            return Err(format!("`{{{{{tag}}}}}` stands outside of a task with items"));
         };
         match tag.strip_prefix("item.") {
             None => Ok(written(item)),
@@ -84,8 +82,7 @@ impl Scope {
 
 /// Why a tag that is none of the supported ones is refused.
 pub(crate) fn refusal(tag: &str) -> String {
-    let supported =
-        "`workflow.name`, `workflow.parameters.…`, `inputs.parameters.…`, `item` and `item.…`";
+    let supported = "`workflow.name`, `workflow.parameters.…`, `inputs.parameters.…`, `item` and `item.…`";
     if tag.starts_with('=') {
         format!("the local runner supports no expressions (`{{{{={{…}}}}}}`); it knows {supported}")
     } else {
@@ -93,18 +90,9 @@ pub(crate) fn refusal(tag: &str) -> String {
     }
 }
 
-fn lookup(
-    values: &BTreeMap<String, String>,
-    name: &str,
-    otherwise: &str,
-) -> Result<String, String> {
+fn lookup(values: &BTreeMap<String, String>, name: &str, otherwise: &str) -> Result<String, String> {
     let found = values.get(name).cloned();
-    found.ok_or_else(|| {
-        format!(
-            "{otherwise} `{name}`{}",
-            suggestion(name, values.keys().map(String::as_str))
-        )
-    })
+    found.ok_or_else(|| format!("{otherwise} `{name}`{}", suggestion(name, values.keys().map(String::as_str))))
 }
 
 /// A JSON value as Argo writes it into a text.
@@ -142,11 +130,7 @@ mod tests {
     use super::*;
 
     fn text(raw: &str) -> Text {
-        Text {
-            raw: raw.into(),
-            at: Default::default(),
-            path: String::new(),
-        }
+        Text { raw: raw.into(), at: Default::default(), path: String::new() }
     }
 
     fn scope() -> Scope {
@@ -162,18 +146,14 @@ mod tests {
     fn tags_are_replaced() {
         for (raw, expected) in [
             ("plain", "plain"),
-            (
-                "{{workflow.parameters.run}}-{{ inputs.parameters.shard }}/{{item.of}}",
-                "r1-3/8",
-            ),
+            ("{{workflow.parameters.run}}-{{ inputs.parameters.shard }}/{{item.of}}", "r1-3/8"),
             ("{{workflow.name}}", "demo"),
             ("{{item}}", r#"{"of":8,"name":"x"}"#),
             ("}} {", "}} {"),
         ] {
             let mut findings = Findings::new("f");
             assert_eq!(
-                expand(&text(raw), &scope(), &mut findings)
-                    .replace(r#""name":"x","of":8"#, r#""of":8,"name":"x""#),
+                expand(&text(raw), &scope(), &mut findings).replace(r#""name":"x","of":8"#, r#""of":8,"name":"x""#),
                 expected
             );
             assert!(findings.list().is_empty(), "{findings}");
@@ -185,10 +165,7 @@ mod tests {
         for (raw, expected) in [
             ("{{workflow.parameters.rum}}", "did you mean `run`?"),
             ("{{inputs.parameters.other}}", "no input parameter `other`"),
-            (
-                "{{tasks.a.outputs.result}}",
-                "nothing the local runner knows",
-            ),
+            ("{{tasks.a.outputs.result}}", "nothing the local runner knows"),
             ("{{=1+1}}", "no expressions"),
             ("{{item.missing}}", "has no `missing`"),
             ("{{item", "without"),

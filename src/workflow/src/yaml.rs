@@ -70,21 +70,14 @@ pub fn parse(text: &str) -> Result<Node, Finding> {
     let mut tree = Tree::default();
     let mut documents = 0;
     for event in Parser::new_from_str(text) {
-        let (event, span) = event.map_err(|error| {
-            finding(
-                position(error.marker()),
-                format!("not valid YAML: {}", error.info()),
-            )
-        })?;
+        let (event, span) =
+            event.map_err(|error| finding(position(error.marker()), format!("not valid YAML: {}", error.info())))?;
         let at = position(&span.start);
         match event {
             Event::DocumentStart(_) => {
                 documents += 1;
                 if documents > 1 {
-                    return Err(finding(
-                        at,
-                        "a second document starts here; a workflow file holds one".into(),
-                    ));
+                    return Err(finding(at, "a second document starts here; a workflow file holds one".into()));
                 }
             }
             Event::Scalar(text, style, anchor, tag) => {
@@ -93,11 +86,7 @@ pub fn parse(text: &str) -> Result<Node, Finding> {
                     Some(tag) if tag.is_yaml_core_schema() && tag.suffix == "str" => true,
                     Some(_) => return Err(finding(at, "only the tag !!str is supported".into())),
                 };
-                let value = if forced {
-                    Value::String(text.into_owned())
-                } else {
-                    plain(&text)
-                };
+                let value = if forced { Value::String(text.into_owned()) } else { plain(&text) };
                 tree.add(Node { at, value }, anchor)?;
             }
             Event::SequenceStart(anchor, _) => tree.open(at, anchor, false)?,
@@ -105,10 +94,7 @@ pub fn parse(text: &str) -> Result<Node, Finding> {
             Event::SequenceEnd | Event::MappingEnd => tree.close()?,
             Event::Alias(anchor) => {
                 let Some(node) = tree.anchors.get(&anchor).cloned() else {
-                    return Err(finding(
-                        at,
-                        "this alias stands inside its own anchor".into(),
-                    ));
+                    return Err(finding(at, "this alias stands inside its own anchor".into()));
                 };
                 tree.nodes += count(&node);
                 tree.add(node, 0)?;
@@ -116,23 +102,15 @@ pub fn parse(text: &str) -> Result<Node, Finding> {
             Event::Nothing | Event::StreamStart | Event::StreamEnd | Event::DocumentEnd => {}
         }
     }
-    tree.root
-        .ok_or_else(|| finding(Position { line: 1, column: 1 }, "the file is empty".into()))
+    tree.root.ok_or_else(|| finding(Position { line: 1, column: 1 }, "the file is empty".into()))
 }
 
 fn finding(at: Position, message: String) -> Finding {
-    Finding {
-        at,
-        path: String::new(),
-        message,
-    }
+    Finding { at, path: String::new(), message }
 }
 
 fn position(marker: &Marker) -> Position {
-    Position {
-        line: marker.line().max(1),
-        column: marker.col() + 1,
-    }
+    Position { line: marker.line().max(1), column: marker.col() + 1 }
 }
 
 fn count(node: &Node) -> usize {
@@ -147,12 +125,8 @@ fn count(node: &Node) -> usize {
 fn plain(text: &str) -> Value {
     match text {
         "" | "~" | "null" | "Null" | "NULL" => Value::Null,
-        "y" | "Y" | "yes" | "Yes" | "YES" | "on" | "On" | "ON" | "true" | "True" | "TRUE" => {
-            Value::Bool(true)
-        }
-        "n" | "N" | "no" | "No" | "NO" | "off" | "Off" | "OFF" | "false" | "False" | "FALSE" => {
-            Value::Bool(false)
-        }
+        "y" | "Y" | "yes" | "Yes" | "YES" | "on" | "On" | "ON" | "true" | "True" | "TRUE" => Value::Bool(true),
+        "n" | "N" | "no" | "No" | "NO" | "off" | "Off" | "OFF" | "false" | "False" | "FALSE" => Value::Bool(false),
         _ if is_number(text) => Value::Number(text.to_owned()),
         _ => Value::String(text.to_owned()),
     }
@@ -187,21 +161,10 @@ struct Tree {
 impl Tree {
     fn open(&mut self, at: Position, anchor: usize, map: bool) -> Result<(), Finding> {
         if self.stack.len() >= MAX_DEPTH {
-            return Err(finding(
-                at,
-                format!("nested deeper than {MAX_DEPTH} levels"),
-            ));
+            return Err(finding(at, format!("nested deeper than {MAX_DEPTH} levels")));
         }
-        let value = if map {
-            Value::Map(Vec::new())
-        } else {
-            Value::List(Vec::new())
-        };
-        self.stack.push(Open {
-            node: Node { at, value },
-            anchor,
-            key: None,
-        });
+        let value = if map { Value::Map(Vec::new()) } else { Value::List(Vec::new()) };
+        self.stack.push(Open { node: Node { at, value }, anchor, key: None });
         Ok(())
     }
 
@@ -216,10 +179,7 @@ impl Tree {
     fn add(&mut self, node: Node, anchor: usize) -> Result<(), Finding> {
         self.nodes += 1;
         if self.nodes > MAX_NODES {
-            return Err(finding(
-                node.at,
-                format!("expands to more than {MAX_NODES} nodes"),
-            ));
+            return Err(finding(node.at, format!("expands to more than {MAX_NODES} nodes")));
         }
         if anchor > 0 {
             self.anchors.insert(anchor, node.clone());
@@ -231,19 +191,12 @@ impl Tree {
         match &mut open.node.value {
             Value::List(list) => list.push(node),
             Value::Map(entries) => match open.key.take() {
-                Some((key, at)) => entries.push(Entry {
-                    key,
-                    at,
-                    value: node,
-                }),
+                Some((key, at)) => entries.push(Entry { key, at, value: node }),
                 None => {
                     let at = node.at;
                     let key = key_text(node)?;
                     if entries.iter().any(|entry| entry.key == key) {
-                        return Err(finding(
-                            at,
-                            format!("the key `{key}` stands here a second time"),
-                        ));
+                        return Err(finding(at, format!("the key `{key}` stands here a second time")));
                     }
                     open.key = Some((key, at));
                 }
@@ -258,10 +211,7 @@ fn key_text(node: Node) -> Result<String, Finding> {
     match node.value {
         Value::String(text) | Value::Number(text) => Ok(text),
         Value::Bool(value) => Ok(value.to_string()),
-        _ => Err(finding(
-            node.at,
-            format!("a key must be a string, not {}", node.kind()),
-        )),
+        _ => Err(finding(node.at, format!("a key must be a string, not {}", node.kind()))),
     }
 }
 
@@ -278,8 +228,7 @@ mod tests {
 
     #[test]
     fn scalars_resolve_as_kubernetes_resolves_them() {
-        let entries =
-            map("a: yes\nb: 'yes'\nc: 1e-3\nd: inf\ne:\nf: 0x1f\ng: 1.2.3\nh: !!str 5\ni: -7\n");
+        let entries = map("a: yes\nb: 'yes'\nc: 1e-3\nd: inf\ne:\nf: 0x1f\ng: 1.2.3\nh: !!str 5\ni: -7\n");
         let values: Vec<Value> = entries.into_iter().map(|entry| entry.value.value).collect();
         let string = |text: &str| Value::String(text.into());
         let number = |text: &str| Value::Number(text.into());
@@ -303,9 +252,7 @@ mod tests {
     fn every_node_knows_its_place() {
         let entries = map("a: 1\nbee:\n  - x\n  - y: z\n");
         assert_eq!(entries[1].at, Position { line: 2, column: 1 });
-        let Value::List(list) = &entries[1].value.value else {
-            panic!()
-        };
+        let Value::List(list) = &entries[1].value.value else { panic!() };
         assert_eq!(list[1].at, Position { line: 4, column: 5 });
     }
 
@@ -317,12 +264,7 @@ mod tests {
             let aliases = vec![format!("*a{}", i - 1); 10].join(",");
             bomb += &format!("a{i}: &a{i} [{aliases}]\n");
         }
-        assert!(
-            parse(&bomb)
-                .unwrap_err()
-                .message
-                .contains("expands to more")
-        );
+        assert!(parse(&bomb).unwrap_err().message.contains("expands to more"));
     }
 
     #[test]

@@ -24,18 +24,12 @@ const ECHO: &str = "  - name: echo
 const X: &str = "  arguments:\n    parameters:\n    - name: x\n      value: 1\n";
 
 fn load(text: &str, parameters: &[(&str, &str)]) -> Result<Plan, String> {
-    let parameters: Vec<_> = parameters
-        .iter()
-        .map(|(name, value)| (name.to_string(), value.to_string()))
-        .collect();
+    let parameters: Vec<_> = parameters.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
     workflow::load("w.yaml", text, &parameters).map_err(|findings| findings.to_string())
 }
 
 fn commands(plan: &Plan) -> Vec<String> {
-    plan.jobs
-        .iter()
-        .map(|job| format!("{}: {}", job.name, job.command.join(" ")))
-        .collect()
+    plan.jobs.iter().map(|job| format!("{}: {}", job.name, job.command.join(" "))).collect()
 }
 
 #[test]
@@ -94,11 +88,7 @@ fn nested_dags_join_the_graph_around_them() {
       - {name: b, template: echo, dependencies: [a]}
 ";
     let plan = load(&file(X, tasks, &format!("{pair}{ECHO}")), &[]).unwrap();
-    let jobs: Vec<_> = plan
-        .jobs
-        .iter()
-        .map(|job| (job.name.as_str(), job.after.clone(), job.dag))
-        .collect();
+    let jobs: Vec<_> = plan.jobs.iter().map(|job| (job.name.as_str(), job.after.clone(), job.dag)).collect();
     assert_eq!(
         jobs,
         [
@@ -108,10 +98,7 @@ fn nested_dags_join_the_graph_around_them() {
             ("last", vec![2], Some(0)),
         ]
     );
-    assert_eq!(
-        (plan.dags[0].fail_fast, plan.dags[1].fail_fast),
-        (true, false)
-    );
+    assert_eq!((plan.dags[0].fail_fast, plan.dags[1].fail_fast), (true, false));
 }
 
 #[test]
@@ -137,25 +124,15 @@ fn resources_and_retries_are_read_and_cluster_fields_passed_over() {
         requests: {cpu: 500m, memory: 1Gi, ephemeral-storage: 10Mi}
         limits: {cpu: '4', nvidia.com/gpu: 2}
 ";
-    let plan = load(
-        &file(X, "      - {name: big, template: big}\n", template),
-        &[("x", "3")],
-    )
-    .unwrap();
+    let plan = load(&file(X, "      - {name: big, template: big}\n", template), &[("x", "3")]).unwrap();
     let job = &plan.jobs[0];
-    assert_eq!(
-        (job.cpu, job.gpus, job.memory, job.disk),
-        (Some(500), 2, 1 << 30, 10 << 20)
-    );
+    assert_eq!((job.cpu, job.gpus, job.memory, job.disk), (Some(500), 2, 1 << 30, 10 << 20));
     assert_eq!(job.env, [("A".to_owned(), "3".to_owned())]);
     assert_eq!(
         (job.required_env.as_slice(), job.mounts.as_slice()),
         (&["TOKEN".to_owned()][..], &["/dev/shm".to_owned()][..])
     );
-    assert_eq!(
-        (job.retry.limit, job.retry.factor, job.retry.pause.as_secs()),
-        (Some(3), 2, 10)
-    );
+    assert_eq!((job.retry.limit, job.retry.factor, job.retry.pause.as_secs()), (Some(3), 2, 10));
     assert!(job.retry.condition.is_some());
 }
 
@@ -194,63 +171,24 @@ fn mistakes_in_names_and_graphs_are_refused() {
       - {name: c, template: echo, dependencies: [b]}
 ";
     for (tasks, expected) in [
-        (
-            cycle.to_owned(),
-            "wait for each other in a cycle: a → c → b → a",
-        ),
+        (cycle.to_owned(), "wait for each other in a cycle: a → c → b → a"),
         (task(", dependencies: [a]"), "in a cycle: a → a"),
-        (
-            task(", dependencies: [b]"),
-            "no task of this dag is named `b`",
-        ),
-        (
-            task("").replace("echo", "ecko"),
-            "no template is named `ecko`; did you mean `echo`?",
-        ),
-        (
-            task(", arguments: {parameters: [{name: txt, value: v}]}"),
-            "no input parameter `txt`; did you mean `text`?",
-        ),
-        (
-            task(", arguments: {parameters: [{name: text}]}"),
-            "an argument needs a `value`",
-        ),
-        (
-            task(", arguments: {parameters: [{name: text, value: '{{item}}'}]}"),
-            "outside of the arguments",
-        ),
-        (
-            task(", arguments: {parameters: [{name: text, value: '{{tasks.b.outputs.result}}'}]}"),
-            "nothing the local",
-        ),
-        (
-            task(", arguments: {parameters: [{name: text, value: '{{workflow.parameters.y}}'}]}"),
-            "no parameter `y`",
-        ),
-        (
-            task(", withItems: [1], withParam: '[]'"),
-            "more than one of",
-        ),
-        (
-            task(", withSequence: {start: 1}"),
-            "needs one of `count` and `end`",
-        ),
-        (
-            task(", withSequence: {count: x}"),
-            "must be a whole number, not `x`",
-        ),
+        (task(", dependencies: [b]"), "no task of this dag is named `b`"),
+        (task("").replace("echo", "ecko"), "no template is named `ecko`; did you mean `echo`?"),
+        (task(", arguments: {parameters: [{name: txt, value: v}]}"), "no input parameter `txt`; did you mean `text`?"),
+        (task(", arguments: {parameters: [{name: text}]}"), "an argument needs a `value`"),
+        (task(", arguments: {parameters: [{name: text, value: '{{item}}'}]}"), "outside of the arguments"),
+        (task(", arguments: {parameters: [{name: text, value: '{{tasks.b.outputs.result}}'}]}"), "nothing the local"),
+        (task(", arguments: {parameters: [{name: text, value: '{{workflow.parameters.y}}'}]}"), "no parameter `y`"),
+        (task(", withItems: [1], withParam: '[]'"), "more than one of"),
+        (task(", withSequence: {start: 1}"), "needs one of `count` and `end`"),
+        (task(", withSequence: {count: x}"), "must be a whole number, not `x`"),
         (task(", withSequence: {count: 1, format: '%s'}"), "one %d"),
         (task(", withSequence: {count: 20000}"), "more than 10000"),
         (task(", withParam: '{}'"), "must be a JSON list"),
-        (
-            task(", depends: 'b || c'"),
-            "only task names joined by `&&`",
-        ),
+        (task(", depends: 'b || c'"), "only task names joined by `&&`"),
         (task("").repeat(2), "a second task named `a`"),
-        (
-            task("").replace("echo", "main"),
-            "templates call each other in a cycle: main → main",
-        ),
+        (task("").replace("echo", "main"), "templates call each other in a cycle: main → main"),
     ] {
         let told = load(&file(X, &tasks, ECHO), &[]).unwrap_err();
         assert!(told.contains(expected), "{tasks}\n{told}");
@@ -263,15 +201,9 @@ fn parameters_are_checked() {
     let spec = "  arguments:\n    parameters:\n    - {name: x, enum: [1, '2']}\n";
     let text = file(spec, "      - {name: a, template: echo}\n", ECHO);
     for (given, expected) in [
-        (
-            &[][..],
-            "the parameter `x` has no value; give one with -p x=…",
-        ),
+        (&[][..], "the parameter `x` has no value; give one with -p x=…"),
         (&[("x", "3")], "`3` is none of the allowed values: 1, 2"),
-        (
-            &[("x", "1"), ("xx", "1")],
-            "no parameter `xx`; did you mean `x`?",
-        ),
+        (&[("x", "1"), ("xx", "1")], "no parameter `xx`; did you mean `x`?"),
     ] {
         let told = load(&text, given).unwrap_err();
         assert!(told.contains(expected), "{told}");
@@ -285,10 +217,7 @@ fn what_is_no_workflow_is_refused() {
         ("", "the file is empty"),
         ("a: [", "not valid YAML"),
         ("[]", "must be a mapping, not a list"),
-        (
-            "kind: CronWorkflow",
-            "must be `Workflow`, not `CronWorkflow`",
-        ),
+        ("kind: CronWorkflow", "must be `Workflow`, not `CronWorkflow`"),
         (
             "apiVersion: argoproj.io/v1alpha1\nkind: Workflow\nmetadata: {name: x}\nspec: {entrypoint: m}",
             "`templates` is missing",

@@ -43,11 +43,7 @@ impl Observer for Log {
 
 fn options(folder: &Path) -> Options {
     Options {
-        machine: Machine {
-            cpu: 2_000,
-            gpus: vec!["7".into()],
-            memory: 1 << 30,
-        },
+        machine: Machine { cpu: 2_000, gpus: vec!["7".into()], memory: 1 << 30 },
         grace: Duration::from_millis(400),
         env: vec![("FOLDER".into(), folder.display().to_string())],
         logs: folder.to_owned(),
@@ -59,10 +55,7 @@ fn options(folder: &Path) -> Options {
 fn run_for(plan: &Plan, folder: &Path, patience: Option<Duration>) -> (Report, Vec<String>) {
     let (wish, stop) = watch::channel(Stop::No);
     let log = Log::default();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let report = runtime.block_on(async {
         let options = options(folder);
         let run = workflow::run(plan, &options, stop, &log);
@@ -92,32 +85,12 @@ fn states(report: &Report) -> Vec<State> {
 
 #[test]
 fn tasks_run_in_order_and_their_output_is_seen() {
-    let plan = plan(
-        &[
-            ("b", ", dependencies: [a]", "", "printf 'two\\nlast'"),
-            ("a", "", "", "echo one >&2"),
-        ],
-        true,
-    );
+    let plan = plan(&[("b", ", dependencies: [a]", "", "printf 'two\\nlast'"), ("a", "", "", "echo one >&2")], true);
     let folder = tempfile::tempdir().unwrap();
     let (report, log) = run_for(&plan, folder.path(), None);
     assert!(report.success());
-    assert_eq!(
-        log,
-        [
-            "start a 1",
-            "a: one",
-            "end a succeeded",
-            "start b 1",
-            "b: two",
-            "b: last",
-            "end b succeeded"
-        ]
-    );
-    assert_eq!(
-        std::fs::read_to_string(folder.path().join("b.log")).unwrap(),
-        "two\nlast\n"
-    );
+    assert_eq!(log, ["start a 1", "a: one", "end a succeeded", "start b 1", "b: two", "b: last", "end b succeeded"]);
+    assert_eq!(std::fs::read_to_string(folder.path().join("b.log")).unwrap(), "two\nlast\n");
 }
 
 #[test]
@@ -136,18 +109,11 @@ fn slots_bound_what_runs_at_a_time() {
     }
     let (report, log) = run(&plan);
     assert!(report.success());
-    assert_eq!(
-        log.iter().filter(|line| line.ends_with(": gpu=7")).count(),
-        3,
-        "{log:?}"
-    );
+    assert_eq!(log.iter().filter(|line| line.ends_with(": gpu=7")).count(), 3, "{log:?}");
 
     plan.jobs[0].gpus = 2;
     let (report, _) = run(&plan);
-    assert_eq!(
-        report.jobs[0].outcome.as_ref().unwrap().to_string(),
-        "not started: needs 2 GPUs; this machine has 1"
-    );
+    assert_eq!(report.jobs[0].outcome.as_ref().unwrap().to_string(), "not started: needs 2 GPUs; this machine has 1");
 }
 
 #[test]
@@ -155,20 +121,12 @@ fn failures_are_retried_as_declared() {
     let twice = "    retryStrategy: {limit: 2, backoff: {duration: 10ms}}\n";
     let flaky = "echo x >> $FOLDER/tries; [ $(wc -l < $FOLDER/tries) -ge 3 ]";
     let (report, log) = run(&plan(&[("flaky", "", twice, flaky)], true));
-    assert_eq!(
-        (states(&report), report.jobs[0].attempts),
-        (vec![State::Succeeded], 3),
-        "{log:?}"
-    );
+    assert_eq!((states(&report), report.jobs[0].attempts), (vec![State::Succeeded], 3), "{log:?}");
     assert!(log.contains(&"retry flaky exit code 1".to_owned()));
 
     for (script, attempts) in [("exit 3", 1), ("exit 5", 3), ("kill -9 $$", 3)] {
         let (report, _) = run(&plan(&[("bad", "", twice, script)], true));
-        assert_eq!(
-            (states(&report), report.jobs[0].attempts),
-            (vec![State::Failed], attempts),
-            "{script}"
-        );
+        assert_eq!((states(&report), report.jobs[0].attempts), (vec![State::Failed], attempts), "{script}");
     }
 }
 
@@ -181,92 +139,43 @@ fn after_a_failure_nothing_new_starts_unless_the_dag_says_so() {
         ("after-slow", ", dependencies: [slow]", "", "true"),
     ];
     let (report, _) = run(&plan(&tasks, true));
-    assert_eq!(
-        states(&report),
-        [
-            State::Failed,
-            State::NotRun,
-            State::Succeeded,
-            State::NotRun
-        ]
-    );
+    assert_eq!(states(&report), [State::Failed, State::NotRun, State::Succeeded, State::NotRun]);
     assert_eq!(report.jobs[0].tail, ["why"]);
     let (report, _) = run(&plan(&tasks, false));
-    assert_eq!(
-        states(&report),
-        [
-            State::Failed,
-            State::NotRun,
-            State::Succeeded,
-            State::Succeeded
-        ]
-    );
+    assert_eq!(states(&report), [State::Failed, State::NotRun, State::Succeeded, State::Succeeded]);
 }
 
 #[test]
 fn stopping_ends_the_whole_process_group_also_one_that_will_not() {
     let tasks = [
-        (
-            "stubborn",
-            "",
-            "",
-            "trap '' TERM; (trap '' TERM; sleep 30; touch $FOLDER/lived) & sleep 30",
-        ),
-        (
-            "polite",
-            "",
-            "",
-            "trap 'echo bye; exit 7' TERM; sleep 30 & wait",
-        ),
+        ("stubborn", "", "", "trap '' TERM; (trap '' TERM; sleep 30; touch $FOLDER/lived) & sleep 30"),
+        ("polite", "", "", "trap 'echo bye; exit 7' TERM; sleep 30 & wait"),
         ("later", ", dependencies: [polite]", "", "true"),
     ];
     let started = Instant::now();
-    let (report, log) = run_for(
-        &plan(&tasks, true),
-        tempfile::tempdir().unwrap().path(),
-        Some(Duration::from_millis(300)),
-    );
+    let (report, log) =
+        run_for(&plan(&tasks, true), tempfile::tempdir().unwrap().path(), Some(Duration::from_millis(300)));
     assert!(started.elapsed() < Duration::from_secs(5));
     assert!(report.stopped);
-    assert_eq!(
-        states(&report),
-        [State::Stopped, State::Stopped, State::NotRun]
-    );
+    assert_eq!(states(&report), [State::Stopped, State::Stopped, State::NotRun]);
     assert!(log.contains(&"polite: bye".to_owned()), "{log:?}");
-    assert_eq!(
-        report.jobs[0].outcome.as_ref().unwrap().to_string(),
-        "killed by signal 9"
-    );
+    assert_eq!(report.jobs[0].outcome.as_ref().unwrap().to_string(), "killed by signal 9");
 }
 
 #[test]
 fn a_pause_before_a_retry_ends_when_the_run_is_stopped() {
-    let tasks = [(
-        "bad",
-        "",
-        "    retryStrategy: {limit: 9, backoff: {duration: 1h}}\n",
-        "exit 1",
-    )];
-    let (report, _) = run_for(
-        &plan(&tasks, true),
-        tempfile::tempdir().unwrap().path(),
-        Some(Duration::from_millis(300)),
-    );
+    let tasks = [("bad", "", "    retryStrategy: {limit: 9, backoff: {duration: 1h}}\n", "exit 1")];
+    let (report, _) =
+        run_for(&plan(&tasks, true), tempfile::tempdir().unwrap().path(), Some(Duration::from_millis(300)));
     assert!(report.stopped && !report.success());
 }
 
 #[test]
 fn a_program_that_is_not_there_fails_its_task() {
-    let mut plan = plan(
-        &[("a", "", "    retryStrategy: {limit: 3}\n", "true")],
-        true,
-    );
+    let mut plan = plan(&[("a", "", "    retryStrategy: {limit: 3}\n", "true")], true);
     plan.jobs[0].command[0] = "no-such-program-anywhere".into();
     let (report, _) = run(&plan);
-    assert_eq!(
-        (states(&report), report.jobs[0].attempts),
-        (vec![State::Failed], 1)
-    );
+    assert_eq!((states(&report), report.jobs[0].attempts), (vec![State::Failed], 1));
 }
 
 #[test]
@@ -276,9 +185,5 @@ fn the_runner_costs_next_to_nothing() {
     let started = Instant::now();
     assert!(run(&plan).0.success());
     // 100 processes on two slots; generous, since other tests share the machine.
-    assert!(
-        started.elapsed() < Duration::from_secs(20),
-        "{:?}",
-        started.elapsed()
-    );
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
 }

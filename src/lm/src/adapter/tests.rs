@@ -1,3 +1,5 @@
+//! Adapters as PEFT folders: what round-trips, and which folders are refused.
+
 use std::path::PathBuf;
 
 use super::*;

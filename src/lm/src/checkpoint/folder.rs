@@ -12,9 +12,8 @@ const KNOWN: [&str; 2] = ["llama", "qwen2"];
 
 /// Reads a JSON file; the error names the file and the place, never its content.
 pub(crate) fn read_json(path: &Path) -> Result<Value, LmError> {
-    let text = std::fs::read(path).map_err(|error| {
-        LmError::Malformed(format!("{}: {error}\nhelp: download the model again", path.display()))
-    })?;
+    let text = std::fs::read(path)
+        .map_err(|error| LmError::Malformed(format!("{}: {error}\nhelp: download the model again", path.display())))?;
     serde_json::from_slice(&text).map_err(|error| {
         LmError::Malformed(format!(
             "{}: not JSON: line {}, column {}\nhelp: download the model again",
@@ -181,12 +180,10 @@ pub(crate) fn digest_of(folder: &Path, names: &[String]) -> Result<String, LmErr
     let mut hasher = blake3::Hasher::new();
     for name in names {
         let path = folder.join(name);
-        let mut file = std::fs::File::open(&path)
-            .map_err(|error| LmError::Malformed(format!("{}: {error}", path.display())))?;
+        let mut file =
+            std::fs::File::open(&path).map_err(|error| LmError::Malformed(format!("{}: {error}", path.display())))?;
         let mut content = blake3::Hasher::new();
-        content
-            .update_reader(&mut file)
-            .map_err(|error| LmError::Malformed(format!("{}: {error}", path.display())))?;
+        content.update_reader(&mut file).map_err(|error| LmError::Malformed(format!("{}: {error}", path.display())))?;
         // A digest per file keeps one file's end from passing for the next one's beginning.
         hasher.update(&(name.len() as u64).to_le_bytes()).update(name.as_bytes());
         hasher.update(content.finalize().as_bytes());

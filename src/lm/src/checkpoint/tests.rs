@@ -126,12 +126,8 @@ fn a_configuration_is_read_in_both_layouts() {
     parameters["rope_theta"] = json!(5e5);
     let new = config_of(&with("rope_parameters", parameters)).unwrap();
     assert_eq!(scaled, new);
-    let expected = Llama3Scaling {
-        factor: 32.0,
-        low_freq_factor: 1.0,
-        high_freq_factor: 4.0,
-        original_max_positions: 8192.0,
-    };
+    let expected =
+        Llama3Scaling { factor: 32.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_positions: 8192.0 };
     assert_eq!(new.rope_scaling, Some(expected));
     assert!(config_of(&with("model_type", json!("qwen2"))).unwrap().qkv_bias);
 }

@@ -49,8 +49,8 @@ impl Weights {
             LmError::Malformed(format!("{}: {error}\nhelp: download the model again", path.display()))
         })?;
         // SAFETY: the map is read-only; a model folder is not written to while a stage runs, which is what mapping asks.
-        let bytes = unsafe { Mmap::map(&file) }
-            .map_err(|error| LmError::Malformed(format!("{}: {error}", path.display())))?;
+        let bytes =
+            unsafe { Mmap::map(&file) }.map_err(|error| LmError::Malformed(format!("{}: {error}", path.display())))?;
         let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| {
             LmError::Malformed(format!(
                 "{}: not a safetensors file, or cut short ({} bytes): {error}\nhelp: download the file again",
@@ -154,9 +154,8 @@ pub(super) fn weight_files(folder: &Path) -> Result<Vec<String>, LmError> {
         )));
     }
     let value = read_json(&index)?;
-    let malformed = |what: &str| {
-        LmError::Malformed(format!("{}: {what}\nhelp: download the model again", index.display()))
-    };
+    let malformed =
+        |what: &str| LmError::Malformed(format!("{}: {what}\nhelp: download the model again", index.display()));
     let map = value.get("weight_map").and_then(|map| map.as_object());
     let map = map.ok_or_else(|| malformed("expected an object weight_map"))?;
     let mut files = std::collections::BTreeSet::new();

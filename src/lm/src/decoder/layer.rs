@@ -43,9 +43,8 @@ impl Layer {
     ) -> Result<Self, LmError> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let tensor = |name: &str, shape: &[i64]| {
-            checkpoint.tensor(&format!("model.layers.{layer}.{name}"), shape, compute)
-        };
+        let tensor =
+            |name: &str, shape: &[i64]| checkpoint.tensor(&format!("model.layers.{layer}.{name}"), shape, compute);
         // Each part is dropped when it has been copied into the joint tensor: at most one layer is held twice.
         let joined = |parts: &[(&str, i64)]| -> Result<Tensor, LmError> {
             let rows: i64 = parts.iter().map(|(_, rows)| rows).sum();
@@ -108,8 +107,16 @@ impl Layer {
         // Attention of query heads in groups: key-value heads are repeated, which keeps the gradient plain.
         let repeats = config.heads / config.kv_heads;
         let repeat = |heads: &Tensor| heads.f_repeat_interleave_self_int(repeats, 1, None::<i64>);
-        let attended =
-            Tensor::f_scaled_dot_product_attention(&q, &repeat(&k)?, &repeat(&v)?, None::<&Tensor>, 0.0, true, None, false)?;
+        let attended = Tensor::f_scaled_dot_product_attention(
+            &q,
+            &repeat(&k)?,
+            &repeat(&v)?,
+            None::<&Tensor>,
+            0.0,
+            true,
+            None,
+            false,
+        )?;
         let joined = join_heads(&attended)?;
         let middle = hidden.f_add(&project(&joined, &self.o, None, adapters.o.as_ref())?)?;
         let normed = rms_norm(&middle, &self.post_norm, config.rms_norm_eps)?;

@@ -24,7 +24,8 @@ pub(crate) struct Angles {
 impl Rope {
     pub(crate) fn new(config: &DecoderConfig, compute: Compute) -> Result<Self, LmError> {
         let cpu = (Kind::Float, tch::Device::Cpu);
-        let exponents = Tensor::f_arange_start_step(0, config.head_dim, 2, cpu)?.f_div_scalar(config.head_dim as f64)?;
+        let exponents =
+            Tensor::f_arange_start_step(0, config.head_dim, 2, cpu)?.f_div_scalar(config.head_dim as f64)?;
         let powers = Tensor::f_pow_scalar(config.rope_theta, &exponents)?;
         let mut frequencies = Vec::<f32>::try_from(powers.f_reciprocal()?)?;
         if let Some(scaling) = &config.rope_scaling {
@@ -36,10 +37,18 @@ impl Rope {
         Ok(Self { frequencies, compute })
     }
 
+    /// `[head_dim / 2]` f32: the angle per position of each pair.
+    pub(crate) fn frequencies(&self) -> &Tensor {
+        &self.frequencies
+    }
+
     /// Angles of `positions` (any shape, i64).
     pub(crate) fn at(&self, positions: &Tensor) -> Result<Angles, LmError> {
         let angles = positions.f_to_kind(Kind::Float)?.f_unsqueeze(-1)?.f_mul(&self.frequencies)?.f_unsqueeze(-2)?;
-        Ok(Angles { cos: angles.f_cos()?.f_to_kind(self.compute.kind)?, sin: angles.f_sin()?.f_to_kind(self.compute.kind)? })
+        Ok(Angles {
+            cos: angles.f_cos()?.f_to_kind(self.compute.kind)?,
+            sin: angles.f_sin()?.f_to_kind(self.compute.kind)?,
+        })
     }
 
     /// Angles of positions 0 to `length` - 1.

@@ -40,8 +40,9 @@ pub(crate) fn adapter(decoder: &Decoder, dropout: f64) -> Lora {
 /// Values in ±1 without a pattern that a mistake could follow.
 pub(crate) fn wave(seed: usize, shape: &[i64]) -> Tensor {
     let count = shape.iter().product::<i64>();
-    let values: Vec<f32> =
-        (0..count).map(|index| ((index as f64 * 12.9898 + seed as f64 * 78.233).sin() * 43758.5453).fract() as f32).collect();
+    let values: Vec<f32> = (0..count)
+        .map(|index| ((index as f64 * 12.9898 + seed as f64 * 78.233).sin() * 43758.5453).fract() as f32)
+        .collect();
     Tensor::from_slice(&values).reshape(shape)
 }
 
@@ -56,8 +57,7 @@ fn values(value: &Value) -> Vec<f64> {
 
 fn golden_values(name: &str) -> (Tensor, Tensor) {
     let golden = json(&golden(name).join("golden.json"));
-    let rows: Vec<i64> =
-        golden["ids"].as_array().unwrap().iter().flat_map(values).map(|id| id as i64).collect();
+    let rows: Vec<i64> = golden["ids"].as_array().unwrap().iter().flat_map(values).map(|id| id as i64).collect();
     let ids = Tensor::from_slice(&rows).reshape([2, -1]);
     let logits: Vec<f32> = values(&golden["logits"]).into_iter().map(|value| value as f32).collect();
     let logits = Tensor::from_slice(&logits).reshape([2, ids.size()[1], -1]);

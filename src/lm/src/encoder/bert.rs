@@ -165,8 +165,7 @@ impl Layer {
         let split = self.attention.forward(hidden)?.f_reshape([texts, length, 3, heads, width / heads])?;
         let part = |index: i64| split.f_select(2, index)?.f_transpose(1, 2);
         let (query, key, value) = (part(0)?, part(1)?, part(2)?);
-        let attended =
-            Tensor::f_scaled_dot_product_attention(&query, &key, &value, blocked, 0.0, false, None, false)?;
+        let attended = Tensor::f_scaled_dot_product_attention(&query, &key, &value, blocked, 0.0, false, None, false)?;
         let attended = attended.f_transpose(1, 2)?.f_reshape([texts, length, width])?;
         let hidden = self.attention_norm.forward(&self.output.forward(&attended)?.f_add(hidden)?)?;
         let inner = self.up.forward(&hidden)?.f_gelu("none")?;

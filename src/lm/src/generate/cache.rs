@@ -4,10 +4,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::LmError;
 use crate::decoder::layer::{join_heads, split_heads};
-use crate::ops::{rms_norm, swiglu};
 use crate::decoder::rope::rotate;
 use crate::decoder::{Decoder, Layer};
 use crate::ops;
+use crate::ops::{rms_norm, swiglu};
 
 /// Rows that are computed together on CPU, whatever the batch size.
 const ROWS: usize = 32;

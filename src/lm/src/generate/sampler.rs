@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 
 use super::Sampling;
-use crate::kernels::exp;
+use crate::kernels;
 
 /// How far below the best token, in nats, the first net reaches; what lies beyond is one token in 10⁴ of the mass each.
 const REACH: f32 = 9.0;
@@ -146,24 +146,9 @@ struct Mass {
 
 impl Mass {
     fn of(scores: &[f32], inverse: f32) -> Self {
-        const LANES: usize = 64;
-        let (blocks, rest) = scores.as_chunks::<LANES>();
-        let mut best = [f32::NEG_INFINITY; LANES];
-        for block in blocks {
-            for (best, score) in best.iter_mut().zip(block) {
-                *best = best.max(*score);
-            }
-        }
-        let best = best.iter().chain(rest).fold(f32::NEG_INFINITY, |best, score| best.max(*score)) * inverse;
-        let mut total = [0f32; LANES];
-        for block in blocks {
-            for (total, score) in total.iter_mut().zip(block) {
-                *total += exp(score * inverse - best);
-            }
-        }
-        let sum: f64 = total.iter().map(|part| f64::from(*part)).sum();
-        let tail: f64 = rest.iter().map(|score| f64::from(exp(score * inverse - best))).sum();
-        Self { best, total: (sum + tail) as f32 }
+        let mut out = [0.0; 2];
+        kernels::mass(scores, inverse, &mut out);
+        Self { best: out[0], total: out[1] }
     }
 }
 

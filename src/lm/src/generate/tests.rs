@@ -60,6 +60,39 @@ fn the_cache_changes_nothing() {
     }
 }
 
+/// The way of GPUs, and of CPUs without AVX-512.
+fn run_by_libtorch(decoder: &Decoder, sampling: &Sampling, count: u64, batch: usize) -> Vec<Completion> {
+    let mut found = Vec::new();
+    let mut checked = requests(count).map(|request| check(decoder, sampling, request)).fuse();
+    by_libtorch(decoder, sampling, &mut checked, batch, &mut |completion| {
+        found.push(completion);
+        Ok(())
+    })
+    .unwrap();
+    found.sort_by_key(|completion| completion.index);
+    found
+}
+
+#[test]
+fn libtorch_gives_what_the_cpu_kernels_give() {
+    // These operations are too small for threads to pay.
+    tch::set_num_threads(1);
+    for name in SHAPES {
+        let decoder = tiny(name);
+        let mut sampling = sampling(0.0, 20);
+        sampling.stop = vec![3];
+        let expected = run(&decoder, &sampling, requests(10), 8);
+        for batch in [3, 33] {
+            let found = run_by_libtorch(&decoder, &sampling, 10, batch);
+            for (found, expected) in found.iter().zip(&expected) {
+                assert_eq!(found.tokens, expected.tokens, "{name}, batch {batch}, {}", found.index);
+                assert!((found.mean_logprob - expected.mean_logprob).abs() < 1e-4);
+            }
+            assert_eq!(found.len(), expected.len());
+        }
+    }
+}
+
 #[test]
 fn a_sequence_does_not_depend_on_the_batch_size() {
     let decoder = tiny("smollm2");
@@ -72,8 +105,34 @@ fn a_sequence_does_not_depend_on_the_batch_size() {
     for batch in [1, 4, 33, 64] {
         assert!(run(&decoder, &sampling, requests(40), batch) == expected, "batch {batch}");
     }
-    let alone: Vec<Completion> = requests(40).flat_map(|request| run(&decoder, &sampling, [request].into_iter(), 8)).collect();
+    let alone: Vec<Completion> =
+        requests(40).flat_map(|request| run(&decoder, &sampling, [request].into_iter(), 8)).collect();
     assert!(alone == expected);
+}
+
+#[test]
+fn bf16_does_not_depend_on_the_batch_size_either() {
+    let checkpoint = Checkpoint::open(&golden("smollm2")).unwrap();
+    let decoder = Decoder::load(&checkpoint, cpu(DtypeChoice::Bf16)).unwrap();
+    if decoder.packed().unwrap().is_none() {
+        return;
+    }
+    let expected = run(&decoder, &sampling(1.0, 40), requests(20), 16);
+    for batch in [1, 7] {
+        assert!(run(&decoder, &sampling(1.0, 40), requests(20), batch) == expected, "batch {batch}");
+    }
+}
+
+#[test]
+fn an_error_of_the_receiver_ends_the_run() {
+    let decoder = tiny("smollm2");
+    let mut seen = 0;
+    let result = generate(&decoder, &sampling(1.0, 5), requests(100), 4, |_| {
+        seen += 1;
+        if seen == 3 { Err(LmError::Usage("enough".into())) } else { Ok(()) }
+    });
+    assert!(result.is_err_and(|error| error.to_string() == "enough"));
+    assert_eq!(seen, 3);
 }
 
 #[test]

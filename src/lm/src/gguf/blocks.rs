@@ -59,7 +59,8 @@ impl BlockType {
     pub(super) fn bytes_of(self, dimensions: &[u64]) -> Option<usize> {
         let (values, bytes) = self.block();
         let row = usize::try_from(dimensions.first().copied().unwrap_or(1)).ok()?;
-        let rows = dimensions.iter().skip(1).try_fold(1usize, |rows, &size| rows.checked_mul(usize::try_from(size).ok()?))?;
+        let rows =
+            dimensions.iter().skip(1).try_fold(1usize, |rows, &size| rows.checked_mul(usize::try_from(size).ok()?))?;
         let blocks = row.is_multiple_of(values).then(|| (row / values).checked_mul(rows))??;
         // The count of values must fit as well: it becomes the size of an allocation.
         blocks.checked_mul(values.max(bytes) * 4).filter(|&most| most <= isize::MAX as usize)?;

@@ -14,11 +14,7 @@ const CUDA_CHUNK: i64 = 1 << 27;
 
 /// `([examples] f64 summed token losses, [examples, length, hidden])`: the gradient of the sum of all token losses with
 /// respect to the last layer's output.
-pub(super) fn with_gradient(
-    decoder: &Decoder,
-    hidden: &Tensor,
-    batch: &Batch,
-) -> Result<(Tensor, Tensor), LmError> {
+pub(super) fn with_gradient(decoder: &Decoder, hidden: &Tensor, batch: &Batch) -> Result<(Tensor, Tensor), LmError> {
     let rows = Rows::new(decoder, hidden, batch)?;
     let normed_gradient = Tensor::f_empty_like(&rows.normed)?;
     let losses = rows.chunks(decoder, |chunk, labels, first| {

@@ -90,7 +90,11 @@ fn gradients_are_those_of_finite_differences() {
         lora.tensors[index].1 = start;
         let expected = (above - below) / (2.0 * step);
         let along = (found.gradients[index].get(0) * &direction).sum(Kind::Double).double_value(&[]);
-        assert!((along - expected).abs() < 1e-3 + 0.01 * expected.abs(), "{}: {along}, {expected}", lora.tensors[index].0);
+        assert!(
+            (along - expected).abs() < 1e-3 + 0.01 * expected.abs(),
+            "{}: {along}, {expected}",
+            lora.tensors[index].0
+        );
     }
 }
 

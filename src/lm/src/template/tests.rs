@@ -28,7 +28,8 @@ fn tokenizer(special: &[&str], template: Option<&str>) -> Tokenizer {
                 "normalized": false, "special": true })
         })
         .collect();
-    let bytes = serde_json::json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
+    let bytes =
+        serde_json::json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
     let definition = serde_json::json!({
         "version": "1.0", "added_tokens": added, "normalizer": null, "pre_tokenizer": bytes, "post_processor": null,
         "decoder": bytes, "model": { "type": "BPE", "vocab": vocabulary, "merges": [] },

@@ -13,7 +13,8 @@ use crate::LmError;
 use crate::gguf::Gguf;
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// `token_type` of a control token, and of one that the user added.
 const CONTROL: i64 = 3;
@@ -57,11 +58,10 @@ struct Parts {
 
 /// GPT-2's byte-level BPE.
 fn byte_level(gguf: &Gguf, tokens: &[&str]) -> Result<Parts, LmError> {
-    let bytes = |use_regex: bool| {
-        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex })
-    };
+    let bytes = |use_regex: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex });
     let split = |pattern: &str| {
-        let split = json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
+        let split =
+            json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
         json!({ "type": "Sequence", "pretokenizers": [split, bytes(false)] })
     };
     // Where a file names no split, llama.cpp takes GPT-2's.
@@ -136,9 +136,8 @@ fn merges_of(tokens: &[&str], scores: &[f64]) -> Vec<Value> {
     let mut merges = Vec::new();
     for (token, &score) in tokens.iter().zip(scores) {
         let splits = token.char_indices().skip(1).map(|(at, _)| token.split_at(at));
-        let mut known: Vec<_> = splits
-            .filter_map(|(left, right)| Some(((*ids.get(left)?, *ids.get(right)?), (left, right))))
-            .collect();
+        let mut known: Vec<_> =
+            splits.filter_map(|(left, right)| Some(((*ids.get(left)?, *ids.get(right)?), (left, right)))).collect();
         known.sort();
         merges.extend(known.into_iter().map(|(_, pair)| (score, pair)));
     }
@@ -151,7 +150,12 @@ fn merges_of(tokens: &[&str], scores: &[f64]) -> Vec<Value> {
 }
 
 fn vocabulary(tokens: &[&str]) -> Value {
-    tokens.iter().enumerate().map(|(id, token)| (token.to_string(), json!(id))).collect::<serde_json::Map<_, _>>().into()
+    tokens
+        .iter()
+        .enumerate()
+        .map(|(id, token)| (token.to_string(), json!(id)))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
 }
 
 fn model(vocabulary: Value, merges: Vec<Value>, options: Value) -> Value {
@@ -187,7 +191,8 @@ fn post_processor(gguf: &Gguf, tokens: &[&str], begins_by_default: bool) -> Valu
     if begin.is_none() && end.is_none() {
         return Value::Null;
     }
-    let special = |token: Option<(i64, &str)>| token.map(|(_, token)| json!({ "SpecialToken": { "id": token, "type_id": 0 } }));
+    let special =
+        |token: Option<(i64, &str)>| token.map(|(_, token)| json!({ "SpecialToken": { "id": token, "type_id": 0 } }));
     let text = |name: &str| Some(json!({ "Sequence": { "id": name, "type_id": 0 } }));
     let sequence = |items: &[Option<Value>]| items.iter().flatten().cloned().collect::<Vec<_>>();
     let single = sequence(&[special(begin), text("A"), special(end)]);
