@@ -67,6 +67,7 @@ struct Stage<'a, Z: Zone> {
     kind: Kind,
 }
 
+#[expect(clippy::large_enum_variant, reason = "there is one of them in a run")]
 enum Started<Z: Zone> {
     Open(Open<Z>),
     Done(Manifest),

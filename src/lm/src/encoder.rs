@@ -14,6 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::{Weights, digest_of, read_json};
 use crate::tokenizer::Tokenizer;
+use crate::workers::{self, Shared};
 use crate::{LmError, device::Compute};
 
 /// What `modules.json` may list.
@@ -106,13 +107,25 @@ impl Encoder {
         }
         let ids = self.tokenizer.encode_batch(&texts, true)?;
         let lengths: Vec<usize> = ids.iter().map(Vec::len).collect();
-        let mut vectors = vec![Vec::new(); texts.len()];
-        for batch in batches(&lengths, batch_tokens) {
-            let rows: Vec<&[i64]> = batch.iter().map(|&index| ids[index].as_slice()).collect();
-            let flat = Vec::<f32>::try_from(self.forward(&rows)?.f_to_device(Device::Cpu)?.f_reshape([-1i64])?)?;
-            for (&index, vector) in batch.iter().zip(flat.chunks_exact(self.dimension)) {
-                vectors[index] = vector.to_vec();
+        let batches = batches(&lengths, batch_tokens);
+        let count = workers::count(self.compute.device).min(batches.len()).max(1);
+        // Dealt in turn: batches come by falling length, so that everyone gets about the same.
+        let deal = |worker: usize| batches.iter().skip(worker).step_by(count).collect::<Vec<_>>();
+        let encoder = Shared::new(self);
+        let found = workers::each((0..count).map(deal).collect(), |mine| {
+            let mut vectors = Vec::new();
+            for batch in mine {
+                let rows: Vec<&[i64]> = batch.iter().map(|&index| ids[index].as_slice()).collect();
+                let flat = encoder.get().forward(&rows)?.f_to_device(Device::Cpu)?.f_reshape([-1i64])?;
+                let flat = Vec::<f32>::try_from(flat)?;
+                let each = batch.iter().zip(flat.chunks_exact(encoder.get().dimension));
+                vectors.extend(each.map(|(&index, vector)| (index, vector.to_vec())));
             }
+            Ok(vectors)
+        })?;
+        let mut vectors = vec![Vec::new(); texts.len()];
+        for (index, vector) in found.into_iter().flatten() {
+            vectors[index] = vector;
         }
         Ok(vectors)
     }

@@ -181,10 +181,12 @@ impl Gguf {
 
     /// A metadata list of strings.
     pub fn texts(&self, key: &str) -> Result<Vec<&str>, LmError> {
-        let text = |value| match value {
-            &Value::Text(ref text) => Some(text.as_str()),
-            _ => None,
-        };
+        fn text(value: &Value) -> Option<&str> {
+            match value {
+                Value::Text(text) => Some(text),
+                _ => None,
+            }
+        }
         self.list(key, "a list of strings", text)
     }
 

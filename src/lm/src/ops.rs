@@ -211,7 +211,11 @@ impl Attention {
             )?;
             return Ok(Self { q, k, v, output, normaliser: Some(normaliser) });
         }
-        // Autograd over this one operation: its kernels differ by device, kind and head width.
+        Self::by_autograd(q, k, v)
+    }
+
+    /// Autograd over this one operation: its kernels differ by device, kind and head width.
+    fn by_autograd(q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
         let leaf = |tensor: Tensor| tensor.f_detach()?.f_set_requires_grad(true);
         let (q, k, v) = (leaf(q)?, leaf(k)?, leaf(v)?);
         let output = tch::with_grad(|| -> Result<Tensor, LmError> {
@@ -275,5 +279,68 @@ fn summed(gradient: &Tensor, heads: &Tensor) -> Result<Tensor, LmError> {
             let groups = gradient.f_reshape([batch, count, repeats, length, width])?;
             Ok(groups.f_sum_dim_intlist(2i64, false, gradient.kind())?)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decoder::tests::{largest_difference, tiny, wave};
+
+    /// Calls `op` with float32, which our kernels take, and with float64, which goes through libtorch's operations.
+    fn check(shapes: &[&[i64]], op: impl Fn(&[Tensor]) -> Vec<Tensor>) {
+        let inputs = |kind: Kind| -> Vec<Tensor> {
+            shapes.iter().enumerate().map(|(seed, shape)| wave(seed, shape).to_kind(kind)).collect()
+        };
+        let (found, expected) = (op(&inputs(Kind::Float)), op(&inputs(Kind::Double)));
+        for (found, expected) in found.iter().zip(&expected) {
+            let difference = largest_difference(&found.to_kind(Kind::Double), &expected.to_kind(Kind::Double));
+            assert!(difference < 2e-5, "{difference}");
+        }
+    }
+
+    #[test]
+    fn kernels_do_what_libtorch_does() {
+        // Widths that fill no vector, and one row more than a vector has lanes.
+        check(&[&[3, 17, 37], &[37]], |x| vec![rms_norm(&x[0], &x[1], 1e-5).unwrap()]);
+        check(&[&[2, 5, 96], &[2, 5, 96], &[96], &[2, 5, 96]], |x| {
+            let own = rms_norm_backward(&x[0], &x[1], &x[2], 1e-5, None).unwrap();
+            vec![own, rms_norm_backward(&x[0], &x[1], &x[2], 1e-5, Some(&x[3])).unwrap()]
+        });
+        check(&[&[33, 2 * 45]], |x| vec![swiglu(&(&x[0] * 6.0)).unwrap()]);
+        check(&[&[33, 45], &[33, 2 * 45]], |x| vec![swiglu_backward(&x[0], &(&x[1] * 6.0)).unwrap()]);
+        check(&[&[9, 131]], |x| {
+            let (losses, gradient) =
+                cross_entropy(&x[0] * 9.0, &Tensor::arange(9, (Kind::Int64, Device::Cpu))).unwrap();
+            vec![losses, gradient]
+        });
+    }
+
+    #[test]
+    fn rotation_by_the_kernel_is_rotation_by_libtorch() {
+        let decoder = tiny("smollm2");
+        let angles = decoder.rope.first(11).unwrap();
+        let wide = Angles { cos: angles.cos.to_kind(Kind::Double), sin: angles.sin.to_kind(Kind::Double) };
+        let x = wave(3, &[2, 11, 10 * 8]);
+        let expected = rotate(x.to_kind(Kind::Double), &decoder.config, &wide).unwrap();
+        let found = rotate(x.copy(), &decoder.config, &angles).unwrap();
+        assert!(largest_difference(&found.to_kind(Kind::Double), &expected) < 1e-6);
+        let back = rotate(found, &decoder.config, &angles.inverse().unwrap()).unwrap();
+        assert!(largest_difference(&back, &x) < 1e-6);
+    }
+
+    #[test]
+    fn attention_is_the_same_by_autograd() {
+        let input = |seed: usize, heads: i64| wave(seed, &[2, 13, heads, 8]).transpose(1, 2);
+        let gradient = wave(9, &[2, 13, 6, 8]).transpose(1, 2);
+        tch::no_grad(|| {
+            let one = Attention::forward(input(1, 6), input(2, 2), input(3, 2)).unwrap();
+            let other = Attention::by_autograd(input(1, 6), input(2, 2), input(3, 2)).unwrap();
+            assert!(largest_difference(&one.output, &other.output) < 1e-6);
+            let (one, other) = (one.backward(&gradient).unwrap(), other.backward(&gradient).unwrap());
+            for (one, other) in [(&one.0, &other.0), (&one.1, &other.1), (&one.2, &other.2)] {
+                assert!(largest_difference(one, other) < 1e-5);
+            }
+        });
     }
 }

@@ -218,7 +218,9 @@ async fn train_privately(
     check_learned(&setting.initial, &adapter.training().lora).map_err(Failure::Input)?;
     ledger::settle(private, &reservation).await.map_err(refused)?;
     let output = publish::publish(release, &run, model_name(&args.model), &adapter).await?;
-    handle.finish(vec![output], facts(&mechanism, args.delta)?).await?;
+    let ledger = ledger::read(private, &config.corpus).await.map_err(refused)?;
+    let delta = args.delta.or(ledger.budget().map(|budget| budget.delta));
+    handle.finish(vec![output], facts(&mechanism, delta)?).await?;
     Ok(())
 }
 
@@ -271,7 +273,8 @@ fn update(config: &Config, step: u64) -> Update {
     Update { learning_rate: config.learning_rate(step), weight_decay: config.weight_decay }
 }
 
-/// What the manifest says of a release: the mechanism as it was accounted, and its own ε at the δ of the flags.
+/// What the manifest says of a release: the mechanism as it was accounted, and its own ε at the δ of the flags, or of the
+/// corpus's budget.
 fn facts(mechanism: &TrainingMechanism, delta: Option<f64>) -> Result<serde_json::Value, Failure> {
     let epsilon = delta.map(|delta| privacy::epsilon(&[mechanism.event()], delta)).transpose().map_err(accounting)?;
     Ok(json!({

@@ -36,9 +36,13 @@ impl Place {
     }
 
     fn train(&self, run: &str) -> Command {
+        self.train_on(run, "chats", "llama")
+    }
+
+    fn train_on(&self, run: &str, corpus: &str, model: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_doppel-train"));
         command.arg("--private").arg(self.path("private")).arg("--release").arg(self.path("release"));
-        command.args(["--run", run, "--corpus", "chats", "--model"]).arg(self.path("llama"));
+        command.args(["--run", run, "--corpus", corpus, "--model"]).arg(self.path(model));
         command.args(["--rank", "2", "--targets", "q,v", "--learning-rate", "1e-2", "--block-length", "48"]);
         command.args(["--dtype", "f32", "--device", "cpu"]);
         command
@@ -142,9 +146,10 @@ fn a_spent_budget_is_exit_code_4_and_publishes_nothing() {
 #[test]
 fn a_missing_corpus_and_a_missing_model_are_exit_code_3() {
     let place = Place::new(10.0);
-    let told = ended(place.dp("one").args(["--corpus", "other"]), 3);
+    let settings = ["--expected-batch-size", "16", "--records", "32", "--steps", "3", "--noise-multiplier", "1"];
+    let told = ended(place.train_on("one", "other", "llama").args(settings), 3);
     assert!(told.contains("corpora/other"), "{told}");
-    let told = ended(place.dp("one").arg("--model").arg(place.path("nowhere")), 3);
+    let told = ended(place.train_on("one", "chats", "nowhere").args(settings), 3);
     assert!(told.contains("nowhere"), "{told}");
 }
 

@@ -182,6 +182,7 @@ fn without_byte_order_mark(bytes: &[u8]) -> &[u8] {
 }
 
 /// What the reader tells the workers.
+#[expect(clippy::large_enum_variant, reason = "one batch at a time: a box would only add an allocation")]
 pub enum Event {
     /// Records.
     Batch(Batch),
@@ -217,6 +218,7 @@ pub struct Batch {
     content: Content,
 }
 
+#[expect(clippy::large_enum_variant, reason = "one batch at a time: a box would only add an allocation")]
 enum Content {
     Json { layout: Arc<Layout>, buffer: Vec<u8>, records: Vec<(Range<usize>, u64)> },
     Rows(Rows),
@@ -227,7 +229,7 @@ impl Batch {
     pub fn len(&self) -> usize {
         match &self.content {
             Content::Json { records, .. } => records.len(),
-            Content::Rows(rows) => rows.len(),
+            Content::Rows(rows) => rows.count(),
         }
     }
 

@@ -83,6 +83,7 @@ pub struct Rows {
     flagged: Option<(Lists, BooleanArray)>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "one batch at a time: a box would only add an allocation")]
 enum Body {
     Text(StringArray),
     Turns { lists: Lists, role: StringArray, content: StringArray, turns: StructArray },
@@ -123,7 +124,7 @@ impl Rows {
     }
 
     /// Number of rows.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.len
     }
 

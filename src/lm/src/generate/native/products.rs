@@ -3,7 +3,6 @@
 //! A tile is six rows by 64 outputs, kept in registers while the inputs pass by. Every row of a tile is summed alone and in
 //! order of the inputs, so that it does not matter how rows are dealt into tiles.
 
-use half::bf16;
 use tch::{Device, Tensor};
 
 use crate::LmError;
@@ -140,6 +139,8 @@ mod x86 {
 
 #[cfg(not(target_arch = "x86_64"))]
 mod other {
+    use half::bf16;
+
     use super::*;
 
     macro_rules! plain {
@@ -229,6 +230,8 @@ pub(super) fn copy<E: Element>(tensor: &Tensor, values: &mut [E]) -> Result<(), 
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
     use crate::decoder::tests::wave;
 
