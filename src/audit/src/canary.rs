@@ -13,6 +13,12 @@ use crate::parts::Parts;
 /// Norm of a canary's gradient before clipping ÷ `clip_norm`: large, so that clipping has something to do.
 pub(crate) const OVERSIZE: f64 = 10.0;
 
+/// The one coordinate of a canary's clipped gradient, as `sum` counts.
+pub(crate) fn clipped(parts: &Parts, sum: &ClippedSum) -> i64 {
+    let norm = OVERSIZE * parts.accounted.clip_norm();
+    (norm * parts.clip_factor(norm) / sum.granularity()).round_ties_even() as i64
+}
+
 /// Canaries with gradients along the axes.
 pub(crate) struct Directions {
     parts: Parts,
@@ -39,12 +45,12 @@ impl Target for Directions {
 
     fn step(&mut self, step: u64, present: &[bool]) -> Result<Vec<f64>, Failure> {
         let sampler = self.parts.sampler.sampler(&self.key, &self.context, step);
-        let norm = OVERSIZE * self.parts.accounted.clip_norm();
-        let clipped = (norm * self.parts.clip_factor(norm)) as f32;
-        let gradient =
-            |(unit, &present): (&String, &bool)| if present && sampler.includes(unit) { clipped } else { 0.0 };
-        let sum = ClippedSum { tensors: vec![self.units.iter().zip(present).map(gradient).collect()] };
-        let released = self.parts.noise.release(&self.key, &self.context, step, sum);
+        let mut sum = self.parts.noise.empty_sum(&[self.units.len()]);
+        let clipped = clipped(&self.parts, &sum);
+        let gradient = |(unit, &present): (&String, &bool)| if present && sampler.includes(unit) { clipped } else { 0 };
+        let canaries: Vec<i64> = self.units.iter().zip(present).map(gradient).collect();
+        sum.add_rounded(&[canaries]).map_err(crate::accounting)?;
+        let released = self.parts.noise.release(&self.key, &self.context, step, sum).map_err(crate::accounting)?;
         let scale = self.parts.accounted.expected_batch_size() / self.parts.accounted.clip_norm();
         Ok(released.value()[0].iter().map(|&value| f64::from(value) * scale).collect())
     }

@@ -19,7 +19,7 @@ use privacy::keyed::{Context, NoiseKey};
 use stage::Failure;
 
 use crate::attack::{Attack, Target};
-use crate::canary::OVERSIZE;
+use crate::canary::clipped;
 use crate::parts::Parts;
 
 /// Ordinary units that train beside the canaries, and tokens of each.
@@ -81,14 +81,15 @@ impl Target for Model {
         let lora = &adapter.training().lora;
         let mut sum = sum_gradients(decoder, lora, &parts.clipping, &units, step, LIMITS).map_err(failure)?;
         let sampler = parts.sampler.sampler(key, context, step);
-        let norm = OVERSIZE * parts.accounted.clip_norm();
-        let clipped = (norm * parts.clip_factor(norm)) as f32;
+        let clipped = clipped(parts, &sum);
+        let mut gradients: Vec<Vec<i64>> = lora.tensors.iter().map(|(_, tensor)| vec![0; tensor.numel()]).collect();
         for ((unit, tensor, place), present) in canaries.iter().zip(present) {
             if *present && sampler.includes(unit) {
-                sum.tensors[*tensor][*place] += clipped;
+                gradients[*tensor][*place] += clipped;
             }
         }
-        let released = parts.noise.release(key, context, step, sum);
+        sum.add_rounded(&gradients).map_err(crate::accounting)?;
+        let released = parts.noise.release(key, context, step, sum).map_err(crate::accounting)?;
         adapter.apply(&released, UPDATE).map_err(failure)?;
         let scale = parts.accounted.expected_batch_size() / parts.accounted.clip_norm();
         let score = |&(_, tensor, place): &(String, usize, usize)| f64::from(released.value()[tensor][place]) * scale;

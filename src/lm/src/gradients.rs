@@ -6,9 +6,11 @@
 //! `∂B = ∂yᵀ·(x·Aᵀ)` and `∂A = (∂y·B)ᵀ·x`, with the example as the batch dimension. The tests hold all of it against
 //! autograd and finite differences of the plain forward pass in [`crate::decoder`].
 //!
-//! Examples of a micro-batch are padded on the right. Attention is causal, so padding is never seen by a real token; its
-//! own gradient is zero because it has no labels. Hence an example's loss and gradient do not depend on its company,
-//! other than by rounding.
+//! Examples are padded on the right. Attention is causal, so padding is never seen by a real token; its own gradient is
+//! zero because it has no labels. Hence an example's loss and gradient do not depend on its company other than by
+//! rounding; and since each is padded by its own length alone and computed beside others of that padded length only, not
+//! by rounding either: on CPU, bit for bit. Without that, a neighbour's length would move a gradient in bf16 by some
+//! percent, and one more privacy unit in the batch would move everybody's.
 
 mod backward;
 mod dropout;
@@ -58,18 +60,31 @@ pub fn example_gradients(
     let scale = 1.0 / block_length as f64;
     let adapters = tch::no_grad(|| adapters(decoder, lora))?;
     let parts = in_parts(decoder, lora, &adapters, examples, |decoder, lora, adapters, examples| {
-        let batch = Batch::new(decoder, examples)?;
-        let masks = dropout::Masks::new(lora, decoder, examples, batch.length);
-        let keep = backward::fits(&batch, decoder.config.layers);
-        let tape = backward::Tape::forward(decoder, adapters, &batch, &masks, keep)?;
-        let (losses, gradient) = loss::with_gradient(decoder, tape.output(), &batch)?;
-        let mut found = tape.backward(decoder, adapters, lora, &masks, gradient, scale)?;
-        found.push(losses.f_mul_scalar(scale)?.f_to_kind(Kind::Float)?);
-        Ok(found)
+        let alike = examples.chunk_by(|one, other| padded(one) == padded(other));
+        let found = alike.map(|examples| alike_gradients(decoder, lora, adapters, examples, scale));
+        concatenate(found.collect::<Result<_, _>>()?)
     })?;
     let mut gradients = join(parts)?;
     let losses = gradients.pop().unwrap_or_default();
     Ok(ExampleGradients { losses, gradients })
+}
+
+/// Gradients of examples of one padded length for each adapter tensor, then their losses.
+fn alike_gradients(
+    decoder: &Decoder,
+    lora: &Lora,
+    adapters: &[Adapters],
+    examples: &[Example],
+    scale: f64,
+) -> Result<Vec<Tensor>, LmError> {
+    let batch = Batch::new(decoder, examples)?;
+    let masks = dropout::Masks::new(lora, decoder, examples, batch.length);
+    let keep = backward::fits(&batch, decoder.config.layers);
+    let tape = backward::Tape::forward(decoder, adapters, &batch, &masks, keep)?;
+    let (losses, gradient) = loss::with_gradient(decoder, tape.output(), &batch)?;
+    let mut found = tape.backward(decoder, adapters, lora, &masks, gradient, scale)?;
+    found.push(losses.f_mul_scalar(scale)?.f_to_kind(Kind::Float)?);
+    Ok(found)
 }
 
 /// Sum of token losses and number of label tokens of each example, without gradient: `(Vec<f64>, Vec<u64>)`.
@@ -143,18 +158,27 @@ fn join(mut parts: Vec<Part>) -> Result<Vec<Tensor>, LmError> {
     for (place, &index) in order.iter().enumerate() {
         places[index] = place as i64;
     }
-    let count = parts.first().map_or(0, |part| part.tensors.len());
-    let mut columns: Vec<_> = parts.into_iter().map(|part| part.tensors.into_iter()).collect();
-    let mut joined = Vec::with_capacity(count);
-    for _ in 0..count {
-        let pieces: Vec<Tensor> = columns.iter_mut().filter_map(Iterator::next).collect();
-        let whole = Tensor::f_cat(&pieces, 0)?;
-        joined.push(match order.is_sorted() {
-            true => whole,
-            false => whole.f_index_select(0, &Tensor::f_from_slice(&places)?.f_to_device(whole.device())?)?,
-        });
+    let joined = concatenate(parts.into_iter().map(|part| part.tensors).collect())?;
+    if order.is_sorted() {
+        return Ok(joined);
     }
-    Ok(joined)
+    let places = Tensor::f_from_slice(&places)?;
+    joined.iter().map(|whole| Ok(whole.f_index_select(0, &places.f_to_device(whole.device())?)?)).collect()
+}
+
+/// Joins the n-th tensors of all parts along their first dimension, for every n.
+fn concatenate(mut parts: Vec<Vec<Tensor>>) -> Result<Vec<Tensor>, LmError> {
+    if parts.len() == 1 {
+        return Ok(parts.remove(0));
+    }
+    let count = parts.first().map_or(0, Vec::len);
+    let mut columns: Vec<_> = parts.into_iter().map(Vec::into_iter).collect();
+    (0..count)
+        .map(|_| {
+            let pieces: Vec<Tensor> = columns.iter_mut().filter_map(Iterator::next).collect();
+            Ok(Tensor::f_cat(&pieces, 0)?)
+        })
+        .collect()
 }
 
 /// Groups indices of examples by length into micro-batches of at most `tokens` padded tokens (at least one example each).
@@ -171,6 +195,14 @@ pub fn micro_batches(lengths: &[usize], tokens: usize) -> Vec<Vec<usize>> {
         }
     }
     batches
+}
+
+/// Padded lengths are multiples of this: few enough to find company, and 4 tokens of padding an example.
+const LENGTH_STEP: usize = 8;
+
+/// Length that an example is padded to, by itself.
+fn padded(example: &Example) -> usize {
+    example.tokens.len().max(1).next_multiple_of(LENGTH_STEP)
 }
 
 /// Examples as tensors, padded on the right.
@@ -190,8 +222,10 @@ pub(crate) struct Batch {
 impl Batch {
     fn new(decoder: &Decoder, examples: &[Example]) -> Result<Self, LmError> {
         decoder.check_tokens(examples.iter().flat_map(|example| &example.tokens))?;
-        let length = examples.iter().map(|example| example.tokens.len()).max().unwrap_or_default().max(1);
-        if length as i64 > decoder.config.max_positions {
+        let longest = examples.iter().map(|example| example.tokens.len()).max().unwrap_or_default();
+        let context = usize::try_from(decoder.config.max_positions).unwrap_or_default();
+        let length = examples.iter().map(padded).max().unwrap_or(1).min(context.max(1));
+        if longest > context {
             return Err(LmError::Usage(format!(
                 "an example is longer than the model's context of {} tokens\nhelp: lower --block-length",
                 decoder.config.max_positions

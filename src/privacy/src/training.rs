@@ -12,10 +12,6 @@ use crate::event::Event;
 use crate::gaussian::{Lattice, add_noise};
 use crate::keyed::{Context, KeyedHasher, NoiseKey};
 
-/// Relative increase of the noise's scale in [`TrainingMechanism::release`], for the float32 arithmetic that made the
-/// sum: norms and clip factors computed in float32, and the rounding of additions. [`UnitSum`] needs none of it.
-const FLOAT32_SLACK: f64 = 1.0 / 4096.0;
-
 /// Public parameters of DP training (Yu et al. 2024, Algorithm 1).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Parameters")]
@@ -46,41 +42,25 @@ impl TryFrom<Parameters> for TrainingMechanism {
     }
 }
 
-/// A sum of clipped unit gradients over a logical batch, summed by the caller in float32.
+/// A sum of clipped unit gradients over a logical batch, in whole multiples of a lattice's spacing.
 ///
-/// The caller promises that each unit's part has L2 norm ≤ `clip_norm` over all tensors together, and that a unit with a
-/// non-finite gradient contributed zero. [`UnitSum`] keeps that promise itself, at the price of seeing each unit.
-#[derive(Clone)]
-pub struct ClippedSum {
-    /// One flat f32 vector per trained tensor.
-    pub tensors: Vec<Vec<f32>>,
-}
-
-/// A sum of unit gradients that clips each unit itself and adds exactly.
-///
-/// Guarantee: adding or removing one unit moves the sum by at most [`UnitSum::sensitivity`] in L2, without exception:
-/// each unit is clipped in float64, rounded to a lattice, and added as integers, so the order of units, the micro-batches
-/// they came in and the other units' values cannot change what one unit adds (float sums do not have that property;
+/// Guarantee: adding or removing one unit moves the sum by at most [`ClippedSum::sensitivity`] in L2, without exception:
+/// a unit is clipped, rounded to the lattice and added as integers, so neither the order of units, nor the micro-batches
+/// they came in, nor the other units' values can change what one gradient adds (float sums do not have that property;
 /// Casacuberta et al. 2022).
 #[derive(Clone, PartialEq)]
-pub struct UnitSum {
+pub struct ClippedSum {
     clip_norm: f64,
     lattice: Lattice,
     tensors: Vec<Vec<i64>>,
 }
 
-impl UnitSum {
+impl ClippedSum {
     /// Clips `unit`'s gradient (all tensors, in order; summed over its records) and adds it.
     ///
     /// A non-finite gradient counts as zero. Errors when the shapes differ from those that the sum was made for.
     pub fn add(&mut self, unit: &[&[f32]]) -> Result<(), AccountingError> {
-        let expected: Vec<usize> = self.tensors.iter().map(Vec::len).collect();
-        let found: Vec<usize> = unit.iter().map(|tensor| tensor.len()).collect();
-        if expected != found {
-            return Err(AccountingError(format!(
-                "gradient of a unit: expected tensors of lengths {expected:?}, found {found:?}"
-            )));
-        }
+        self.check_lengths(unit.iter().map(|tensor| tensor.len()))?;
         // A finite f32 squared stays finite in f64, so the norm is non-finite exactly when a gradient is.
         let squares: f64 = unit.iter().flat_map(|t| t.iter()).map(|&x| f64::from(x) * f64::from(x)).sum();
         let factor = clip_factor(self.clip_norm, libm::sqrt(squares));
@@ -95,21 +75,43 @@ impl UnitSum {
         Ok(())
     }
 
-    /// Adds another sum over *other* units, such as a micro-batch's; exact, so the split does not matter.
-    pub fn merge(&mut self, other: &UnitSum) -> Result<(), AccountingError> {
-        let same_shape = self.tensors.iter().map(Vec::len).eq(other.tensors.iter().map(Vec::len));
-        if self.lattice != other.lattice || !same_shape {
-            return Err(AccountingError("sums of different mechanisms or shapes cannot be merged".into()));
-        }
-        for (sum, other) in self.tensors.iter_mut().flatten().zip(other.tensors.iter().flatten()) {
-            *sum = sum.saturating_add(*other);
+    /// Adds what was summed elsewhere, such as on a GPU, by the rule of [`ClippedSum::add`]: every unit's gradient times
+    /// its clip factor, divided by [`ClippedSum::granularity`], rounded to whole numbers, and these added exactly.
+    ///
+    /// float32 is precise enough for all but the addition. Squares, factor and product then err by at most 1.25 · 2⁻²³
+    /// of the norm together, and rounding by half the lattice's slack; the other half is at least 2⁻²² of it.
+    pub fn add_rounded(&mut self, tensors: &[Vec<i64>]) -> Result<(), AccountingError> {
+        self.check_lengths(tensors.iter().map(Vec::len))?;
+        for (sum, &index) in self.tensors.iter_mut().flatten().zip(tensors.iter().flatten()) {
+            *sum = sum.saturating_add(index);
         }
         Ok(())
+    }
+
+    /// Spacing of the lattice: a power of two.
+    pub fn granularity(&self) -> f64 {
+        self.lattice.granularity()
     }
 
     /// L2 distance by which one unit can move the sum: `clip_norm` and at most 2⁻²⁰ of it for the lattice.
     pub fn sensitivity(&self) -> f64 {
         self.lattice.sensitivity()
+    }
+
+    /// The sum divided by `expected_batch_size`, as it is. PRIVACY: without noise, so for baselines alone, which stay in
+    /// the private zone.
+    pub fn without_noise(&self, expected_batch_size: f64) -> Vec<Vec<f32>> {
+        let mean = |&index: &i64| (self.lattice.value(index) / expected_batch_size) as f32;
+        self.tensors.iter().map(|tensor| tensor.iter().map(mean).collect()).collect()
+    }
+
+    fn check_lengths(&self, found: impl Iterator<Item = usize>) -> Result<(), AccountingError> {
+        let (expected, found): (Vec<usize>, Vec<usize>) =
+            (self.tensors.iter().map(Vec::len).collect(), found.collect());
+        if expected == found {
+            return Ok(());
+        }
+        Err(AccountingError(format!("gradient: expected tensors of lengths {expected:?}, found {found:?}")))
     }
 }
 
@@ -138,9 +140,9 @@ impl TrainingMechanism {
         expected_batch_size: f64,
     ) -> Result<Self, AccountingError> {
         for (name, value) in [("clip_norm", clip_norm), ("expected_batch_size", expected_batch_size)] {
-            // The bounds keep every later product and quotient finite.
-            if !(1e-30..=1e30).contains(&value) {
-                return Err(AccountingError(format!("{name}: expected a number from 1e-30 to 1e30, found {value}")));
+            // The bounds keep every later product and quotient finite, and squares of float32 that matter from vanishing.
+            if !(1e-10..=1e20).contains(&value) {
+                return Err(AccountingError(format!("{name}: expected a number from 1e-10 to 1e20, found {value}")));
             }
         }
         let mechanism = Self { sampling_probability, noise_multiplier, steps, clip_norm, expected_batch_size };
@@ -202,38 +204,24 @@ impl TrainingMechanism {
     }
 
     /// An empty sum over tensors of these lengths, which clips and adds units exactly.
-    pub fn empty_sum(&self, lengths: &[usize]) -> UnitSum {
-        UnitSum {
+    pub fn empty_sum(&self, lengths: &[usize]) -> ClippedSum {
+        ClippedSum {
             clip_norm: self.clip_norm,
             lattice: Lattice::new(self.clip_norm, lengths.iter().sum()),
             tensors: lengths.iter().map(|&length| vec![0; length]).collect(),
         }
     }
 
-    /// Adds Gaussian noise of standard deviation noise_multiplier × clip_norm once to the whole sum and divides by the
-    /// expected batch size: the noised mean gradient of `step`.
-    ///
-    /// The noise is 2⁻¹² wider than that, for the float32 arithmetic behind the sum. A non-finite coordinate of the sum
-    /// counts as zero, so nothing non-finite is ever released.
-    pub fn release(&self, key: &NoiseKey, context: &Context, step: u64, sum: ClippedSum) -> Noised<Vec<Vec<f32>>> {
-        let lattice = Lattice::new(self.clip_norm, sum.tensors.iter().map(Vec::len).sum());
-        let tensors = sum
-            .tensors
-            .into_iter()
-            .map(|tensor| tensor.into_iter().map(|x| lattice.index(f64::from(x))).collect())
-            .collect();
-        self.noise(key, context, step, &lattice, 1.0 + FLOAT32_SLACK, tensors)
-    }
-
-    /// [`TrainingMechanism::release`] for a sum that clipped and added its units itself.
+    /// Adds Gaussian noise of standard deviation noise_multiplier × the sum's sensitivity once to the whole sum and divides
+    /// by the expected batch size: the noised mean gradient of `step`.
     ///
     /// Errors when `sum` was made by a mechanism with another `clip_norm`.
-    pub fn release_units(
+    pub fn release(
         &self,
         key: &NoiseKey,
         context: &Context,
         step: u64,
-        sum: UnitSum,
+        sum: ClippedSum,
     ) -> Result<Noised<Vec<Vec<f32>>>, AccountingError> {
         if sum.clip_norm != self.clip_norm {
             return Err(AccountingError(format!(
@@ -241,30 +229,18 @@ impl TrainingMechanism {
                 self.clip_norm, sum.clip_norm
             )));
         }
-        Ok(self.noise(key, context, step, &sum.lattice, 1.0, sum.tensors))
-    }
-
-    fn noise(
-        &self,
-        key: &NoiseKey,
-        context: &Context,
-        step: u64,
-        lattice: &Lattice,
-        widening: f64,
-        tensors: Vec<Vec<i64>>,
-    ) -> Noised<Vec<Vec<f32>>> {
-        let deviation = self.noise_multiplier * lattice.sensitivity() * widening;
-        let noised = tensors.into_iter().enumerate().map(|(tensor, mut indices)| {
+        let deviation = self.noise_multiplier * sum.sensitivity();
+        let noised = sum.tensors.into_iter().enumerate().map(|(tensor, mut indices)| {
             let context = context
                 .clone()
                 .field("purpose", b"noise")
                 .field("step", &step.to_le_bytes())
                 .field("tensor", &(tensor as u64).to_le_bytes());
-            add_noise(key, &context, lattice, deviation, &mut indices);
+            add_noise(key, &context, &sum.lattice, deviation, &mut indices);
             // From here on it is post-processing: rounding to f32 costs no privacy.
-            indices.into_iter().map(|i| (lattice.value(i) / self.expected_batch_size) as f32).collect()
+            indices.into_iter().map(|i| (sum.lattice.value(i) / self.expected_batch_size) as f32).collect()
         });
-        Noised(noised.collect())
+        Ok(Noised(noised.collect()))
     }
 }
 

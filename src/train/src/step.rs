@@ -1,16 +1,21 @@
 //! One step of Algorithm 1: sample units, clip each unit's gradient, sum. Noise follows in `privacy`.
 //!
 //! There is no callback between unit gradients and their sum: nothing outside this file can touch a single gradient.
+//! Gradients stay on the model's device; only the sum, in whole numbers, goes to `privacy`.
 
 use lm::LmError;
 use lm::adapter::Lora;
 use lm::decoder::Decoder;
-use lm::gradients::{Example, example_gradients};
+use lm::gradients::{Example, example_gradients, micro_batches};
+use privacy::AccountingError;
 use privacy::keyed::{Context, NoiseKey};
 use privacy::training::{ClippedSum, TrainingMechanism};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::args::Mechanism;
+
+/// Bytes of unit gradients that are held at a time, beside one unit's at the least.
+const GRADIENT_BYTES: usize = 256 << 20;
 
 /// A privacy unit's training examples, tokenised.
 pub struct Unit {
@@ -36,21 +41,16 @@ pub fn sample<'a>(
     context: &Context,
     step: u64,
     units: &'a [Unit],
-) -> Result<Vec<&'a Unit>, privacy::AccountingError> {
-    let sampler = match mechanism {
-        Mechanism::Private(mechanism) => mechanism.clone(),
-        // The baseline draws its batches as the private run does; its noise is never used.
-        Mechanism::Baseline { sampling_probability, steps, expected_batch_size } => {
-            TrainingMechanism::new(*sampling_probability, 1.0, *steps, 1.0, *expected_batch_size)?
-        }
-    };
-    Ok(units.iter().filter(|unit| sampler.includes(key, context, step, &unit.id)).collect())
+) -> Result<Vec<&'a Unit>, AccountingError> {
+    let sampler = rules(mechanism)?.sampler(key, context, step);
+    Ok(units.iter().filter(|unit| sampler.includes(&unit.id)).collect())
 }
 
 /// Sum over `units` of their gradients, each clipped to the mechanism's norm over all trainable parameters.
 ///
 /// A baseline's gradients are summed as they are. A unit whose gradient is not finite counts as zero.
-/// Guarantee (private): adding or removing one unit moves the sum by at most `clip_norm` in L2.
+/// Guarantee (private): adding or removing one unit moves the sum by at most [`ClippedSum::sensitivity`] in L2, given
+/// every unit's gradient.
 /// Source: Yu et al. 2024, Algorithm 1.
 pub fn sum_gradients(
     decoder: &Decoder,
@@ -60,22 +60,31 @@ pub fn sum_gradients(
     step: u64,
     limits: Limits,
 ) -> Result<ClippedSum, LmError> {
-    let mut sum: Vec<Tensor> = lora
-        .tensors
-        .iter()
-        .map(|(_, tensor)| Tensor::zeros([tensor.numel() as i64], (Kind::Float, tensor.device())))
-        .collect();
-    for batch in pack(units, limits.micro_batch_tokens) {
-        let gradients = unit_gradients(decoder, lora, &batch, step, limits.block_length)?;
-        let factors = clip_factors(mechanism, &gradients);
-        for (total, gradient) in sum.iter_mut().zip(&gradients) {
-            // Rows are zeroed rather than multiplied by a zero factor: 0 × ∞ is not 0.
-            let rows = gradient.where_self(&factors.gt(0.0).unsqueeze(1), &gradient.zeros_like());
-            *total += factors.to_kind(Kind::Float).matmul(&rows);
+    let lengths: Vec<usize> = lora.tensors.iter().map(|(_, tensor)| tensor.numel()).collect();
+    let mut sum = rules(mechanism).map_err(accounting)?.empty_sum(&lengths);
+    let zeros = |&length: &usize| Tensor::f_zeros([length as i64], (Kind::Int64, decoder.compute.device));
+    let mut totals: Vec<Tensor> = lengths.iter().map(zeros).collect::<Result<_, _>>()?;
+    let rows = GRADIENT_BYTES / (4 * lengths.iter().sum::<usize>()).max(1);
+    for batch in pack(units, limits.micro_batch_tokens, rows) {
+        let gradients = unit_gradients(decoder, lora, &batch, step, limits)?;
+        let factors = clip_factors(mechanism, &gradients)?;
+        for (total, gradient) in totals.iter_mut().zip(&gradients) {
+            let _ = total.f_add_(&clipped(gradient, &factors, sum.granularity())?)?;
         }
     }
-    let tensors = sum.iter().map(to_vec).collect::<Result<_, _>>()?;
-    Ok(ClippedSum { tensors })
+    let totals = totals.iter().map(|total| Ok(Vec::<i64>::try_from(total.f_to_device(Device::Cpu)?)?));
+    sum.add_rounded(&totals.collect::<Result<Vec<_>, LmError>>()?).map_err(accounting)?;
+    Ok(sum)
+}
+
+/// What draws and clips. A baseline draws its batches as the private run does; it has no use for the rest.
+fn rules(mechanism: &Mechanism) -> Result<TrainingMechanism, AccountingError> {
+    match mechanism {
+        Mechanism::Private(mechanism) => Ok(mechanism.clone()),
+        Mechanism::Baseline { sampling_probability, steps, expected_batch_size } => {
+            TrainingMechanism::new(*sampling_probability, 1.0, *steps, 1.0, *expected_batch_size)
+        }
+    }
 }
 
 /// `[units, parameters]` f32 for each adapter tensor: every unit's gradient summed over its examples.
@@ -84,44 +93,71 @@ fn unit_gradients(
     lora: &Lora,
     units: &[&Unit],
     step: u64,
-    block_length: usize,
+    limits: Limits,
 ) -> Result<Vec<Tensor>, LmError> {
     let mut examples: Vec<Example> = units.iter().flat_map(|unit| unit.examples.iter().cloned()).collect();
     for example in &mut examples {
         // A fresh mask for each step, from public values and the example alone.
         example.dropout_seed = example.dropout_seed.wrapping_add(step.wrapping_mul(0x9E37_79B9_7F4A_7C15));
     }
-    let gradients = example_gradients(decoder, lora, &examples, block_length)?.gradients;
-    let rows = |gradient: Tensor| gradient.flatten(1, -1);
+    let gradients = |examples: &[Example]| -> Result<Vec<Tensor>, LmError> {
+        let found = example_gradients(decoder, lora, examples, limits.block_length)?.gradients;
+        found.iter().map(|gradient| Ok(gradient.f_flatten(1, -1)?)).collect()
+    };
     if units.iter().all(|unit| unit.examples.len() == 1) {
-        return Ok(gradients.into_iter().map(rows).collect());
+        return gradients(&examples);
     }
     let owners: Vec<i64> =
         units.iter().enumerate().flat_map(|(index, unit)| unit.examples.iter().map(move |_| index as i64)).collect();
-    let owners = Tensor::from_slice(&owners).to_device(decoder.compute.device);
-    let per_unit = |gradient: Tensor| {
-        let gradient = rows(gradient);
-        let zeros = Tensor::zeros([units.len() as i64, gradient.size()[1]], (Kind::Float, gradient.device()));
-        zeros.index_add(0, &owners, &gradient)
+    let zeros = |(_, tensor): &(String, Tensor)| {
+        Tensor::f_zeros([units.len() as i64, tensor.numel() as i64], (Kind::Float, decoder.compute.device))
     };
-    Ok(gradients.into_iter().map(per_unit).collect())
+    let mut sums: Vec<Tensor> = lora.tensors.iter().map(zeros).collect::<Result<_, _>>()?;
+    let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
+    for part in micro_batches(&lengths, limits.micro_batch_tokens) {
+        let owners: Vec<i64> = part.iter().map(|&index| owners[index]).collect();
+        let owners = Tensor::f_from_slice(&owners)?.f_to_device(decoder.compute.device)?;
+        let part: Vec<Example> = part.into_iter().map(|index| examples[index].clone()).collect();
+        for (sum, gradient) in sums.iter_mut().zip(gradients(&part)?) {
+            let _ = sum.f_index_add_(0, &owners, &gradient)?;
+        }
+    }
+    Ok(sums)
 }
 
 /// `[units]` f64: what each unit's gradient is multiplied by; 0 for a gradient that is not finite.
-fn clip_factors(mechanism: &Mechanism, gradients: &[Tensor]) -> Tensor {
-    let squares = gradients.iter().map(|gradient| gradient.square().sum_dim_intlist(1, false, Kind::Double));
-    let norms: Tensor = squares.sum::<Tensor>().sqrt();
+fn clip_factors(mechanism: &Mechanism, gradients: &[Tensor]) -> Result<Tensor, LmError> {
+    let mut squares = Tensor::f_zeros([], (Kind::Double, device(gradients)))?;
+    for gradient in gradients {
+        squares = squares.f_add(&gradient.f_square()?.f_sum_dim_intlist(1, false, Kind::Double)?)?;
+    }
+    let norms = Vec::<f64>::try_from(squares.f_sqrt()?.f_to_device(Device::Cpu)?)?;
     let factor = |norm: f64| match mechanism {
         Mechanism::Private(mechanism) => mechanism.clip_factor(norm),
         Mechanism::Baseline { .. } => f64::from(u8::from(norm.is_finite())),
     };
-    let norms: Vec<f64> = (0..norms.size()[0]).map(|unit| norms.double_value(&[unit])).collect();
     let factors: Vec<f64> = norms.into_iter().map(factor).collect();
-    Tensor::from_slice(&factors).to_device(gradients[0].device())
+    Ok(Tensor::f_from_slice(&factors)?.f_to_device(device(gradients))?)
 }
 
-/// Groups whole units by length, so that padding is rare, into micro-batches of at most `tokens` padded tokens.
-fn pack<'a>(units: &[&'a Unit], tokens: usize) -> Vec<Vec<&'a Unit>> {
+fn device(gradients: &[Tensor]) -> Device {
+    gradients.first().map_or(Device::Cpu, Tensor::device)
+}
+
+/// `[units, n]` f32 → `[n]` i64: rows times their factors in whole multiples of `granularity`, summed exactly (see
+/// [`ClippedSum::add_rounded`]).
+fn clipped(gradient: &Tensor, factors: &Tensor, granularity: f64) -> Result<Tensor, LmError> {
+    let scale = factors.f_div_scalar(granularity)?.f_to_kind(Kind::Float)?.f_unsqueeze(1)?;
+    // Rows are zeroed rather than multiplied by a zero factor: 0 × ∞ is not 0.
+    let rows = gradient.f_where_self(&scale.f_gt(0.0)?, &gradient.f_zeros_like()?)?;
+    let mut whole = rows.f_mul(&scale)?;
+    // Whole numbers of at most 2³⁴, of some thousand units: far below the 2⁵³ up to which float64 adds them exactly.
+    Ok(whole.f_round_()?.f_sum_dim_intlist(0, false, Kind::Double)?.f_to_kind(Kind::Int64)?)
+}
+
+/// Groups whole units by length, so that padding is rare, into micro-batches of at most `tokens` padded tokens and
+/// `count` units, but one unit at the least.
+fn pack<'a>(units: &[&'a Unit], tokens: usize, count: usize) -> Vec<Vec<&'a Unit>> {
     let longest = |unit: &Unit| unit.examples.iter().map(|example| example.tokens.len()).max().unwrap_or(0);
     let mut sorted: Vec<&Unit> = units.to_vec();
     sorted.sort_by(|a, b| longest(b).cmp(&longest(a)).then_with(|| a.id.cmp(&b.id)));
@@ -130,7 +166,7 @@ fn pack<'a>(units: &[&'a Unit], tokens: usize) -> Vec<Vec<&'a Unit>> {
     for unit in sorted {
         rows += unit.examples.len();
         match batches.last_mut() {
-            Some(batch) if rows * width <= tokens => batch.push(unit),
+            Some(batch) if rows * width <= tokens && batch.len() < count => batch.push(unit),
             _ => {
                 (width, rows) = (longest(unit), unit.examples.len());
                 batches.push(vec![unit]);
@@ -140,8 +176,8 @@ fn pack<'a>(units: &[&'a Unit], tokens: usize) -> Vec<Vec<&'a Unit>> {
     batches
 }
 
-fn to_vec(tensor: &Tensor) -> Result<Vec<f32>, LmError> {
-    Ok(Vec::<f32>::try_from(tensor.to_device(tch::Device::Cpu))?)
+fn accounting(error: AccountingError) -> LmError {
+    LmError::Usage(error.to_string())
 }
 
 #[cfg(test)]
@@ -157,11 +193,15 @@ mod tests {
 
     fn sum(decoder: &Decoder, lora: &Lora, units: &[&Unit], micro_batch_tokens: usize) -> Vec<f32> {
         let limits = Limits { block_length: 32, micro_batch_tokens };
-        sum_gradients(decoder, lora, &mechanism(), units, 0, limits).unwrap().tensors.concat()
+        sum_gradients(decoder, lora, &mechanism(), units, 0, limits).unwrap().without_noise(1.0).concat()
+    }
+
+    fn norm(values: &[f32]) -> f64 {
+        values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt()
     }
 
     fn distance(a: &[f32], b: &[f32]) -> f64 {
-        a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
+        norm(&a.iter().zip(b).map(|(a, b)| a - b).collect::<Vec<_>>())
     }
 
     #[test]
@@ -175,6 +215,36 @@ mod tests {
         for tokens in [3 * 20, 8 * 20] {
             assert!(distance(&one, &sum(&decoder, &lora, &units, tokens)) < 1e-5);
         }
+    }
+
+    #[test]
+    fn the_sum_is_what_privacy_adds_unit_by_unit() {
+        let folder = tempfile::tempdir().unwrap();
+        let (decoder, lora) = testing::tiny(folder.path());
+        let units = testing::units(8);
+        let limits = Limits { block_length: 32, micro_batch_tokens: 1 };
+        let Mechanism::Private(rules) = mechanism() else { unreachable!("the tests' mechanism is private") };
+        let lengths: Vec<usize> = lora.tensors.iter().map(|(_, tensor)| tensor.numel()).collect();
+        let mut expected = rules.empty_sum(&lengths);
+        for unit in &units {
+            let gradients = unit_gradients(&decoder, &lora, &[unit], 0, limits).unwrap();
+            let rows: Vec<Vec<f32>> = gradients.iter().map(|g| Vec::try_from(g.flatten(0, -1)).unwrap()).collect();
+            expected.add(&rows.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
+        }
+        let found = sum(&decoder, &lora, &units.iter().collect::<Vec<_>>(), 1);
+        let off = distance(&found, &expected.without_noise(1.0).concat());
+        // What float32 and the lattice may change in the sums of eight units.
+        assert!(off <= 8.0 * (expected.sensitivity() - CLIP_NORM), "{off:e}");
+    }
+
+    #[test]
+    fn a_unit_of_many_records_is_cut_into_micro_batches() {
+        let folder = tempfile::tempdir().unwrap();
+        let (decoder, lora) = testing::tiny(folder.path());
+        let unit = Unit { id: "many".into(), examples: (0..40).map(testing::example).collect() };
+        let whole = sum(&decoder, &lora, &[&unit], 40 * 20);
+        assert!((norm(&whole) / CLIP_NORM - 1.0).abs() < 1e-4, "one unit, clipped once");
+        assert!(distance(&whole, &sum(&decoder, &lora, &[&unit], 32)) < 1e-6);
     }
 
     #[test]

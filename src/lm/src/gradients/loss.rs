@@ -12,6 +12,10 @@ use crate::ops;
 const CHUNK: i64 = 1 << 24;
 const CUDA_CHUNK: i64 = 1 << 27;
 
+/// Products have whole multiples of this many rows: kernels for one row add up in another order than those for many, and
+/// how many rows there are is a matter of company.
+const ROWS: i64 = 8;
+
 /// `([examples] f64 summed token losses, [examples, length, hidden])`: the gradient of the sum of all token losses with
 /// respect to the last layer's output.
 pub(super) fn with_gradient(decoder: &Decoder, hidden: &Tensor, batch: &Batch) -> Result<(Tensor, Tensor), LmError> {
@@ -26,7 +30,7 @@ pub(super) fn with_gradient(decoder: &Decoder, hidden: &Tensor, batch: &Batch) -
         ops::rms_norm_backward(&normed_gradient, &rows.picked, &decoder.norm, decoder.config.rms_norm_eps, None)?;
     let width = decoder.config.hidden_size;
     let mut whole = Tensor::f_zeros([batch.examples * batch.length, width], (gradient.kind(), gradient.device()))?;
-    let _ = whole.f_index_copy_(0, &rows.indices, &gradient)?;
+    let _ = whole.f_index_copy_(0, &rows.indices.f_narrow(0, 0, rows.count)?, &gradient.f_narrow(0, 0, rows.count)?)?;
     Ok((per_example(&losses, batch)?, whole.f_reshape([batch.examples, batch.length, width])?))
 }
 
@@ -40,8 +44,10 @@ pub(super) fn without_gradient(decoder: &Decoder, hidden: &Tensor, batch: &Batch
     per_example(&losses, batch)
 }
 
-/// The rows that have labels.
+/// The rows that have labels, and behind them copies of the first to fill the last [`ROWS`].
 struct Rows {
+    /// How many have labels.
+    count: i64,
     indices: Tensor,
     labels: Tensor,
     /// `[rows, hidden]`: output of the last layer.
@@ -52,14 +58,19 @@ struct Rows {
 
 impl Rows {
     fn new(decoder: &Decoder, hidden: &Tensor, batch: &Batch) -> Result<Self, LmError> {
-        let indices = Tensor::f_from_slice(&batch.rows)?.f_to_device(hidden.device())?;
-        let labels = Tensor::f_from_slice(&batch.labels)?.f_to_device(hidden.device())?;
+        let count = batch.rows.len();
+        let filled = |values: &[i64]| -> Result<Tensor, LmError> {
+            let mut values = values.to_vec();
+            values.resize(count.next_multiple_of(ROWS as usize), values.first().copied().unwrap_or_default());
+            Ok(Tensor::f_from_slice(&values)?.f_to_device(hidden.device())?)
+        };
+        let (indices, labels) = (filled(&batch.rows)?, filled(&batch.labels)?);
         let picked = hidden.f_reshape([-1, decoder.config.hidden_size])?.f_index_select(0, &indices)?;
         let normed = ops::rms_norm(&picked, &decoder.norm, decoder.config.rms_norm_eps)?;
-        Ok(Self { indices, labels, picked, normed })
+        Ok(Self { count: count as i64, indices, labels, picked, normed })
     }
 
-    /// Calls `each` with `(logits, labels, first row)` of every chunk, and joins the losses that it returns.
+    /// Calls `each` with `(logits, labels, first row)` of every chunk, and joins the losses that it returns for rows with labels.
     fn chunks(
         &self,
         decoder: &Decoder,
@@ -67,7 +78,7 @@ impl Rows {
     ) -> Result<Tensor, LmError> {
         let total = self.normed.size()[0];
         let chunk = if self.normed.device() == Device::Cpu { CHUNK } else { CUDA_CHUNK };
-        let step = (chunk / decoder.config.vocab_size).max(16);
+        let step = (chunk / decoder.config.vocab_size / ROWS * ROWS).max(2 * ROWS);
         let mut losses = vec![Tensor::f_zeros([0], (Kind::Float, self.normed.device()))?];
         let mut first = 0;
         while first < total {
@@ -76,7 +87,7 @@ impl Rows {
             losses.push(each(logits, &self.labels.f_narrow(0, first, count)?, first)?);
             first += count;
         }
-        Ok(Tensor::f_cat(&losses, 0)?)
+        Ok(Tensor::f_cat(&losses, 0)?.f_narrow(0, 0, self.count)?)
     }
 }
 
