@@ -3,5 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    stage::main("embed", doppel_embed::run)
+    lm::tune_memory();
+    stage::main("embed", doppel_embed::Args::config, doppel_embed::run)
 }

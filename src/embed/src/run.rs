@@ -38,14 +38,13 @@ async fn embed_public(args: &Args, config: &Config, release: &ReleaseRoot) -> Re
         require_all_shards(release, &args.common.run).await?;
     }
     let stage = Stage { zone: release, name: PUBLIC, input: "texts", kind: Kind::Public };
-    let (rows, manifest) = match stage.begin(args, config).await? {
+    let manifest = match stage.begin(args, config).await? {
         Started::Done(manifest) => return Ok(summary(args, &manifest, true)),
         Started::Open(open) => {
             let rows = release.table(&config.table).count(open.version).await?;
             stage.work(args, config, open, Meter::public(rows)).await?
         }
     };
-    stage::telemetry::tell(stage::telemetry::Fact::Rows(rows));
     Ok(summary(args, &manifest, false))
 }
 
@@ -53,8 +52,7 @@ async fn embed_corpus(args: &Args, config: &Config, private: &PrivateRoot) -> Re
     let stage = Stage { zone: private, name: CORPUS, input: "corpus", kind: Kind::Corpus };
     let manifest = match stage.begin(args, config).await? {
         Started::Done(manifest) => return Ok(summary(args, &manifest, true)),
-        // PRIVACY: how many rows there were stays here.
-        Started::Open(open) => stage.work(args, config, open, Meter::private()).await?.1,
+        Started::Open(open) => stage.work(args, config, open, Meter::private()).await?,
     };
     Ok(summary(args, &manifest, false))
 }
@@ -155,14 +153,8 @@ impl<Z: Zone> Stage<'_, Z> {
         })
     }
 
-    /// Embeds this shard's rows and writes the manifest; also returns how many rows they are.
-    async fn work(
-        &self,
-        args: &Args,
-        config: &Config,
-        open: Open<Z>,
-        meter: Meter,
-    ) -> Result<(u64, Manifest), Failure> {
+    /// Embeds this shard's rows and writes the manifest.
+    async fn work(&self, args: &Args, config: &Config, open: Open<Z>, meter: Meter) -> Result<Manifest, Failure> {
         let output = format!("runs/{}/embeddings", args.common.run);
         let work = Work {
             source: self.zone.table(&config.table),
@@ -173,11 +165,11 @@ impl<Z: Zone> Stage<'_, Z> {
             transaction: transaction(&args.common.run, self.name, args),
             batch_tokens: args.batch_tokens,
         };
-        let rows = table::embed(&work, &open.encoder, &meter).await?;
+        table::embed(&work, &open.encoder, &meter).await?;
         let version = work.output.version().await?;
         let outputs = vec![Output { name: "embeddings".into(), path: output, version }];
         let facts = json!({ "dimension": open.encoder.dimension() });
-        Ok((rows, open.handle.finish(outputs, facts).await?))
+        Ok(open.handle.finish(outputs, facts).await?)
     }
 }
 
@@ -214,10 +206,15 @@ async fn require_all_shards(release: &ReleaseRoot, run: &str) -> Result<(), Fail
 
 fn summary(args: &Args, manifest: &Manifest, already: bool) -> Summary {
     let run = &args.common.run;
-    let zone = if args.of == Of::Corpus { PrivateRoot::NAME } else { ReleaseRoot::NAME };
+    // PRIVACY: a version counts commits, one for each chunk of rows, so that of private vectors would tell how many
+    // records there are.
+    let version = manifest.outputs.first().and_then(|output| output.version);
+    let (zone, version) = match args.of {
+        Of::Corpus => (PrivateRoot::NAME, None),
+        Of::Synthetic => (ReleaseRoot::NAME, version),
+    };
     let path = format!("runs/{run}/embeddings");
     let done = if already { "done already; " } else { "" };
-    let version = manifest.outputs.first().and_then(|output| output.version);
     Summary {
         text: format!("embed: {done}the vectors are in the {zone} zone at {path}"),
         json: json!({

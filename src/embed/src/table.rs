@@ -97,13 +97,12 @@ impl Meter {
     }
 }
 
-/// Embeds this shard's rows; returns how many rows the shard has, those of earlier attempts included.
-pub async fn embed(work: &Work, encoder: &Encoder, meter: &Meter) -> Result<u64, Failure> {
+/// Embeds this shard's rows, but for those of earlier attempts.
+pub async fn embed(work: &Work, encoder: &Encoder, meter: &Meter) -> Result<(), Failure> {
     work.output.create(work.kind.schema()).await?;
     let committed = work.output.last_chunk(&work.transaction).await?;
     let mut batches = work.source.scan(work.version, work.kind.columns()).await?;
     let mut chunk = Chunk::new(work);
-    let mut rows = 0u64;
     while let Some(batch) = batches.try_next().await? {
         let mut rest = batch;
         while rest.num_rows() > 0 {
@@ -111,12 +110,11 @@ pub async fn embed(work: &Work, encoder: &Encoder, meter: &Meter) -> Result<u64,
             chunk.push(rest.slice(0, taken));
             rest = rest.slice(taken, rest.num_rows() - taken);
             if chunk.rows == CHUNK_ROWS {
-                rows += chunk.finish(work, committed, encoder, meter).await?;
+                chunk.finish(work, committed, encoder, meter).await?;
             }
         }
     }
-    rows += chunk.finish(work, committed, encoder, meter).await?;
-    Ok(rows)
+    chunk.finish(work, committed, encoder, meter).await
 }
 
 /// Consecutive rows of the source.
@@ -146,31 +144,30 @@ impl Chunk {
         }
     }
 
-    /// Embeds and commits the chunk unless that is done or another shard's work, and goes on to the next; returns this
-    /// shard's rows in it.
+    /// Embeds and commits the chunk unless that is done or another shard's work, and goes on to the next.
     async fn finish(
         &mut self,
         work: &Work,
         committed: Option<i64>,
         encoder: &Encoder,
         meter: &Meter,
-    ) -> Result<u64, Failure> {
+    ) -> Result<(), Failure> {
         let rows = std::mem::take(&mut self.rows);
         let parts = std::mem::take(&mut self.parts);
         let ours = self.is_ours();
         let version = (self.number / self.shard.1) as i64;
         self.number += 1;
         if !ours || rows == 0 {
-            return Ok(0);
+            return Ok(());
         }
         if committed >= Some(version) {
             meter.skip(rows);
-            return Ok(rows as u64);
+            return Ok(());
         }
         let embedded = tokio::task::block_in_place(|| vectors(work, &parts, encoder))?;
         work.output.append(vec![embedded], AppTransaction { id: work.transaction.clone(), version }).await?;
         meter.advance(rows);
-        Ok(rows as u64)
+        Ok(())
     }
 }
 

@@ -55,6 +55,13 @@ impl Place {
         command.output().unwrap()
     }
 
+    /// A corpus with `rows` records, each its own unit, in one commit.
+    fn write_corpus(&self, rows: usize) {
+        let column = |name: &str| (0..rows).map(|row| format!("{name}{row}")).collect::<Vec<_>>();
+        let split = (0..rows).map(|row| if row % 3 == 0 { "test" } else { "train" }.to_string()).collect();
+        self.write("corpora/chat", schema::corpus(), vec![column("r"), column("u"), column("secret "), split]);
+    }
+
     fn write(&self, path: &str, schema: SchemaRef, columns: Vec<Vec<String>>) {
         let arrays = columns.into_iter().map(|column| Arc::new(StringArray::from(column)) as ArrayRef).collect();
         let batch = RecordBatch::try_new(schema.clone(), arrays).unwrap();
@@ -188,9 +195,7 @@ fn killed_while_embedding_then_rerun_gives_what_one_clean_run_gives() {
 fn a_corpus_stays_in_the_private_zone_and_its_size_is_not_told() {
     let place = Place::new();
     let rows = 37;
-    let column = |name: &str| (0..rows).map(|row| format!("{name}{row}")).collect::<Vec<_>>();
-    let split = (0..rows).map(|row| if row % 3 == 0 { "test" } else { "train" }.to_string()).collect();
-    place.write("corpora/chat", schema::corpus(), vec![column("r"), column("u"), column("secret "), split]);
+    place.write_corpus(rows);
     let output = place.corpus("demo", &["--corpus", "chat", "-v"]);
     let summary = json_of(&output);
     assert_eq!((&summary["zone"], &summary["stage"]), (&json!("private"), &json!("embed-corpus")));
@@ -200,6 +205,34 @@ fn a_corpus_stays_in_the_private_zone_and_its_size_is_not_told() {
     assert!(!Path::new(&place.path("release")).exists());
     let manifest = std::fs::read_to_string(place.path("private/runs/demo/stages/embed-corpus.json")).unwrap();
     assert!(manifest.contains("corpora/chat"));
+}
+
+#[test]
+fn corpora_of_one_and_of_two_chunks_look_alike_from_outside() {
+    let told = |rows| {
+        let place = Place::new();
+        place.write_corpus(rows);
+        let output = place.corpus("demo", &["--corpus", "chat", "-vvv", "--log-format", "json"]);
+        let again = place.corpus("demo", &["--corpus", "chat"]);
+        assert_eq!(place.vectors("private", "demo").len(), rows);
+        (json_of(&output), json_of(&again), timeless(&output), timeless(&again))
+    };
+    // A chunk has 2,048 rows.
+    let (one, two) = (told(2000), told(2100));
+    assert_eq!(one.0["version"], Value::Null, "{}", one.0);
+    assert!(one.2.iter().any(|line| line["message"] == "stage ended"), "{:?}", one.2);
+    assert_eq!(one, two);
+}
+
+/// The lines of the log without what follows the clock: times, and how often it is told that work goes on.
+fn timeless(output: &Output) -> Vec<Value> {
+    let lines = String::from_utf8_lossy(&output.stderr).into_owned();
+    let mut lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).expect("JSON lines")).collect();
+    lines.retain(|line| line["message"] != "working");
+    for line in &mut lines {
+        ["timestamp", "seconds"].iter().for_each(|field| drop(line[*field].take()));
+    }
+    lines
 }
 
 #[test]

@@ -1,8 +1,12 @@
 //! Plain inputs from any URL: model folders on this machine, raw files as streams.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use tempfile::TempDir;
 
@@ -47,16 +51,28 @@ pub async fn fetch_folder(url: &str, options: &StorageOptions) -> Result<LocalFo
     Ok(LocalFolder { path, _temporary: Some(temporary) })
 }
 
-/// An object as a stream.
+/// An object as it was when it was found: one that is replaced meanwhile is an error, never a mixture.
 pub struct ByteStream {
     /// Bytes in all.
     pub size: u64,
-    /// The content in order, in pieces of a few megabytes.
+    /// The store's entity tag, which changes with the content.
+    pub etag: Option<String>,
+    /// The content in order, in pieces of a few megabytes; nothing is read before it is polled.
     pub bytes: BoxStream<'static, Result<Bytes, LakeError>>,
+    /// Reads a range, for formats that are not read in order.
+    pub range: ReadRange,
 }
 
-/// Streams the object at `url`, with memory bounded by a few pieces; an object that is replaced meanwhile is an error.
+/// Reads a range of one object, of a few megabytes at most.
+pub type ReadRange = Arc<dyn Fn(Range<u64>) -> BoxFuture<'static, Result<Bytes, LakeError>> + Send + Sync>;
+
+/// Finds the object at `url`; memory is bounded by a few pieces, and a deadline holds for each of them.
 pub async fn read_stream(url: &str, options: &StorageOptions) -> Result<ByteStream, LakeError> {
-    let (size, bytes) = Store::open(url, options)?.stream("").await?;
-    Ok(ByteStream { size, bytes })
+    let object = Store::open(url, options)?.pin("").await?;
+    let by_range = object.clone();
+    let range: ReadRange = Arc::new(move |range| {
+        let object = by_range.clone();
+        async move { object.range(range).await }.boxed()
+    });
+    Ok(ByteStream { size: object.size, etag: object.tag.clone(), bytes: object.stream(), range })
 }

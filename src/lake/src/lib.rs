@@ -28,4 +28,4 @@ pub use fetch::{ByteStream, LocalFolder, fetch_folder, read_stream};
 pub use manifest::{Begin, Claim, Input, Manifest, Output, RunHandle};
 pub use private::Private;
 pub use root::{LakeError, PrivateRoot, ReleaseRoot, StorageOptions, Zone, canonical_url, check_disjoint, open_url};
-pub use table::{AppTransaction, Table};
+pub use table::{AppTransaction, Table, Uploaded};

@@ -49,9 +49,9 @@ pub fn comparison() -> SchemaRef {
     columns(&["set", "total_variation"])
 }
 
-/// Shares behind [`comparison`], by bin.
+/// Counts and shares behind [`comparison`], by bin.
 pub fn comparison_bins() -> SchemaRef {
-    columns(&["bin", "set", "share"])
+    columns(&["bin", "set", "count", "share"])
 }
 
 /// The type that a column of this name has in every table of doppel's; `None` for names that are not ours.
@@ -61,7 +61,7 @@ pub fn expected_type(column: &str) -> Option<DataType> {
     Some(match column {
         "record_id" | "unit" | "text" | "split" | "id" | "finish_reason" | "set" => DataType::Utf8,
         "shard" | "tokens" | "bin" => DataType::Int32,
-        "seed" | "step" | "noisy_count" | "synthetic_count" | "selected_count" => DataType::Int64,
+        "seed" | "step" | "count" | "noisy_count" | "synthetic_count" | "selected_count" => DataType::Int64,
         "mean_logprob" | "distance" => DataType::Float32,
         "loss" | "total_variation" | "share" => DataType::Float64,
         "embedding" => DataType::List(Arc::new(Field::new("element", DataType::Float32, false))),
@@ -81,5 +81,6 @@ mod tests {
         assert_eq!(super::synthetic().fields().len(), 7);
         assert_eq!(super::private_embeddings().fields().len(), 4);
         assert_eq!(super::histogram().fields().len(), 4);
+        assert_eq!(super::comparison_bins().fields().len(), 4);
     }
 }

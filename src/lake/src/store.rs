@@ -122,33 +122,21 @@ impl Store {
         Ok(body.into())
     }
 
-    /// Streams one object in ranges: a range that stalls or is cut short is read again by itself, and a deadline holds
-    /// for each. An object that is replaced meanwhile is an error, never a mixture.
+    /// Finds one object and holds on to what it is now.
+    pub(crate) async fn pin(&self, path: &str) -> Result<Pinned, LakeError> {
+        let at = self.0.location.join(path)?;
+        let url = self.url_of(path).to_string();
+        let meta = self.within(&url, self.0.objects.head(&at)).await?;
+        Ok(Pinned { store: self.clone(), at, url, size: meta.size, tag: meta.e_tag })
+    }
+
+    /// Streams one object in ranges: see [`Pinned`].
     pub(crate) async fn stream(
         &self,
         path: &str,
     ) -> Result<(u64, BoxStream<'static, Result<Bytes, LakeError>>), LakeError> {
-        let at = self.0.location.join(path)?;
-        let url = self.url_of(path).to_string();
-        let meta = self.within(&url, self.0.objects.head(&at)).await?;
-        let size = meta.size;
-        let ranges = (0..size).step_by(PART).map(move |from| from..(from + PART as u64).min(size));
-        let this = self.clone();
-        let parts = futures::stream::iter(ranges).map(move |range| {
-            let (this, at, url, tag) = (this.clone(), at.clone(), url.clone(), meta.e_tag.clone());
-            async move {
-                let expected = range.end - range.start;
-                let options =
-                    GetOptions { range: Some(GetRange::Bounded(range)), if_match: tag, ..GetOptions::default() };
-                let read = async { this.0.objects.get_opts(&at, options).await?.bytes().await };
-                let part = this.within(&url, read).await?;
-                if part.len() as u64 != expected {
-                    return Err(LakeError::Transient(format!("{url}: the answer was cut short\nhelp: run again")));
-                }
-                Ok(part)
-            }
-        });
-        Ok((size, parts.buffered(IN_FLIGHT).boxed()))
+        let object = self.pin(path).await?;
+        Ok((object.size, object.stream()))
     }
 
     /// Writes one object, replacing what was there.
@@ -377,6 +365,42 @@ impl Store {
             Ok(result) => result.map_err(|error| explain(url, &error)),
             Err(_) => Err(late(url, self.timeout())),
         }
+    }
+}
+
+/// One object as it was when it was found: one that is replaced meanwhile is an error, never a mixture.
+#[derive(Clone)]
+pub(crate) struct Pinned {
+    store: Store,
+    at: Path,
+    url: String,
+    pub size: u64,
+    pub tag: Option<String>,
+}
+
+impl Pinned {
+    /// Reads a range of at most a few parts, which is read again by itself when it stalls or is cut short.
+    pub async fn range(&self, range: Range<u64>) -> Result<Bytes, LakeError> {
+        let expected = range.end - range.start;
+        let options =
+            GetOptions { range: Some(GetRange::Bounded(range)), if_match: self.tag.clone(), ..GetOptions::default() };
+        let read = async { self.store.0.objects.get_opts(&self.at, options).await?.bytes().await };
+        let part = self.store.within(&self.url, read).await?;
+        if part.len() as u64 != expected {
+            return Err(LakeError::Transient(format!("{}: the answer was cut short\nhelp: run again", self.url)));
+        }
+        Ok(part)
+    }
+
+    /// The content in order, in parts with a deadline each: an object may take longer than any one request.
+    pub fn stream(self) -> BoxStream<'static, Result<Bytes, LakeError>> {
+        let size = self.size;
+        let ranges = (0..size).step_by(PART).map(move |from| from..(from + PART as u64).min(size));
+        let parts = futures::stream::iter(ranges).map(move |range| {
+            let this = self.clone();
+            async move { this.range(range).await }
+        });
+        parts.buffered(IN_FLIGHT).boxed()
     }
 }
 

@@ -41,6 +41,10 @@ pub struct AppTransaction {
     pub version: i64,
 }
 
+/// A data file that is written and waits for its commit; without one it stays unreferenced.
+#[derive(Debug)]
+pub struct Uploaded(Add);
+
 /// Commits between two checkpoints of a log. Each look for a transaction reads the commits since the last one, a request
 /// for each, so sharded appends pay for a longer interval.
 const CHECKPOINT_INTERVAL: &str = "10";
@@ -131,16 +135,44 @@ impl Table {
     ///
     /// The batches are encoded in memory, so a chunk should stay within some hundreds of megabytes.
     pub async fn append(&self, batches: Vec<RecordBatch>, transaction: AppTransaction) -> Result<bool, LakeError> {
-        let deadline = Instant::now() + self.store.timeout();
-        let mut table = self.latest().await?;
+        let table = self.latest().await?;
         if self.committed(&table, &transaction.id).await? >= Some(transaction.version) {
             return Ok(false);
         }
+        let file = self.write_file(&table, batches, &transaction).await?;
+        self.commit_files(table, vec![file], transaction).await
+    }
+
+    /// Writes `batches` as a data file that no version of the table has yet: see [`Table::append_uploaded`]. `part`
+    /// gives the rows their place.
+    pub async fn upload(&self, batches: Vec<RecordBatch>, part: &AppTransaction) -> Result<Uploaded, LakeError> {
+        let table = self.latest().await?;
+        Ok(Uploaded(self.write_file(&table, batches, part).await?))
+    }
+
+    /// Appends all of `files` in one commit carrying `transaction`; `false` when it was there already.
+    ///
+    /// For data that should appear whole or not at all, and whose number of commits must not tell how much there is.
+    pub async fn append_uploaded(&self, files: Vec<Uploaded>, transaction: AppTransaction) -> Result<bool, LakeError> {
+        let table = self.latest().await?;
+        if self.committed(&table, &transaction.id).await? >= Some(transaction.version) {
+            return Ok(false);
+        }
+        self.commit_files(table, files.into_iter().map(|file| file.0).collect(), transaction).await
+    }
+
+    /// Commits `adds` on top of `table`, again and again until no other writer came between.
+    async fn commit_files(
+        &self,
+        mut table: DeltaTable,
+        adds: Vec<Add>,
+        transaction: AppTransaction,
+    ) -> Result<bool, LakeError> {
         self.store.require_conditional_puts().await?;
-        let add = self.write_file(&table, batches, &transaction).await?;
+        let deadline = Instant::now() + self.store.timeout();
         let mut wait = Backoff::default();
         loop {
-            match self.commit(&table, &add, &transaction).await {
+            match self.commit(&table, &adds, &transaction).await {
                 Ok(()) => return Ok(true),
                 Err(Commit::Failed(error)) => return Err(error),
                 Err(Commit::LookAgain(error)) if Instant::now() >= deadline => return Err(error),
@@ -148,9 +180,9 @@ impl Table {
             }
             table = self.latest().await?;
             if self.committed(&table, &transaction.id).await? >= Some(transaction.version) {
-                // Ours, if the answer to our commit was lost; else another copy of this shard was first, and our file
-                // stays unreferenced.
-                return Ok(files(&table)?.iter().any(|file| file.path == add.path));
+                // Ours, if the answer to our commit was lost; else another copy of this shard was first, and our files
+                // stay unreferenced.
+                return Ok(files(&table)?.iter().any(|file| adds.iter().any(|add| add.path == file.path)));
             }
         }
     }
@@ -298,6 +330,7 @@ impl Table {
         batches: Vec<RecordBatch>,
         transaction: &AppTransaction,
     ) -> Result<Add, LakeError> {
+        self.store.require_conditional_puts().await?;
         let schema = self.arrow_schema(table)?;
         let url = self.url.to_string();
         let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
@@ -324,13 +357,13 @@ impl Table {
         })
     }
 
-    /// Commits `add` as exactly the version after `table`.
-    async fn commit(&self, table: &DeltaTable, add: &Add, transaction: &AppTransaction) -> Result<(), Commit> {
+    /// Commits `adds` as exactly the version after `table`.
+    async fn commit(&self, table: &DeltaTable, adds: &[Add], transaction: &AppTransaction) -> Result<(), Commit> {
         let state = table.snapshot().map_err(|error| Commit::Failed(delta::explain(self.url(), &error)))?;
         let transaction = Transaction::new(&transaction.id, transaction.version);
         let operation = DeltaOperation::Write { mode: SaveMode::Append, partition_by: None, predicate: None };
         let commit = CommitBuilder::from(properties().with_application_transaction(transaction))
-            .with_actions(vec![Action::Add(add.clone())])
+            .with_actions(adds.iter().cloned().map(Action::Add).collect())
             .build(Some(state), self.log_store().map_err(Commit::Failed)?, operation);
         commit.await.map(drop).map_err(|error| delta::after_commit(self.url(), &error))
     }

@@ -5,7 +5,7 @@ use privacy::histogram::VotingMechanism;
 use privacy::keyed::{Context, NoiseKey};
 use privacy::training::Noised;
 
-use crate::embeddings::for_each_chunk;
+use crate::embeddings::{Whose, for_each_chunk};
 use crate::error::VoteError;
 use crate::space::Space;
 
@@ -25,7 +25,8 @@ pub async fn hold(
     Ok(mechanism.release(key, context, space.bins(), votes.expose()))
 }
 
-/// `(unit, bin)` of each record of `split`.
+/// `(unit, bin)` of each record of `split`. A void vector votes for the bin after the last, which does not exist: so
+/// its unit keeps a vote that counts for nothing.
 pub async fn votes(
     space: &Space,
     embeddings: &Table,
@@ -33,14 +34,17 @@ pub async fn votes(
     split: &str,
 ) -> Result<Private<Vec<(String, usize)>>, VoteError> {
     let mut votes = Vec::new();
-    let dimension = Some(space.pca.input_columns());
-    for_each_chunk(embeddings, version, &["unit", "split"], dimension, |chunk| {
+    let whose = Whose::Private(space.pca.input_columns());
+    for_each_chunk(embeddings, version, &["unit", "split"], whose, |chunk| {
         let [units, splits] = &chunk.columns[..] else {
             return Err(VoteError::Bug("a scan of two columns gave another number"));
         };
         let rows: Vec<usize> = (0..splits.len()).filter(|&row| splits[row] == split).collect();
         let assignment = space.assign(&chunk.vectors.gather(&rows));
-        votes.extend(rows.iter().zip(&assignment.bins).map(|(&row, &bin)| (units[row].clone(), bin as usize)));
+        votes.extend(rows.iter().zip(&assignment.bins).map(|(&row, &bin)| {
+            let bin = if chunk.void[row] { space.bins() } else { bin as usize };
+            (units[row].clone(), bin)
+        }));
         Ok(())
     })
     .await?;

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, Float64Array, Int32Array, StringArray};
+use arrow::array::{ArrayRef, Float64Array, Int32Array, Int64Array, StringArray};
 use lake::{PrivateRoot, Zone, schema};
 
 use crate::error::VoteError;
@@ -22,25 +22,31 @@ pub fn total_variation(one: &[f64], other: &[f64]) -> f64 {
     0.5 * one.iter().zip(other).map(|(a, b)| (a - b).abs()).sum::<f64>()
 }
 
-/// Writes `comparison` and `comparison_bins` of `run`: `sets` by name, against the shares of `test`.
-pub async fn write(root: &PrivateRoot, run: &str, test: &[f64], sets: &[(&str, Vec<f64>)]) -> Result<(), VoteError> {
+/// Writes `comparison` and `comparison_bins` of `run`: `sets` by name, against `test`, as counts by bin.
+pub async fn write(root: &PrivateRoot, run: &str, test: &[u64], sets: &[(&str, Vec<u64>)]) -> Result<(), VoteError> {
     let open = |name: &str, schema| {
         Chunks::open(root.table(&format!("runs/{run}/{name}")), format!("{run}/vote/{name}"), schema)
     };
+    let distance = |counts: &[u64]| total_variation(&shares(test), &shares(counts));
     let columns: Vec<ArrayRef> = vec![
         Arc::new(StringArray::from_iter_values(sets.iter().map(|(name, _)| name))),
-        Arc::new(Float64Array::from_iter_values(sets.iter().map(|(_, shares)| total_variation(test, shares)))),
+        Arc::new(Float64Array::from_iter_values(sets.iter().map(|(_, counts)| distance(counts)))),
     ];
     open("comparison", schema::comparison()).await?.write(columns).await?;
 
-    // Collected, since arrow wants iterators that know their length.
-    let all = std::iter::once(("test", test)).chain(sets.iter().map(|(name, shares)| (*name, shares.as_slice())));
-    let rows: Vec<(usize, &str, f64)> =
-        all.flat_map(|(name, shares)| shares.iter().enumerate().map(move |(bin, &share)| (bin, name, share))).collect();
+    let all = std::iter::once(("test", test)).chain(sets.iter().map(|(name, counts)| (*name, counts.as_slice())));
+    let (mut bins, mut names, mut all_counts, mut all_shares) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for (name, counts) in all {
+        bins.extend(0..counts.len() as i32);
+        names.extend(counts.iter().map(|_| name));
+        all_counts.extend(counts.iter().map(|&count| count as i64));
+        all_shares.extend(shares(counts));
+    }
     let columns: Vec<ArrayRef> = vec![
-        Arc::new(Int32Array::from_iter_values(rows.iter().map(|row| row.0 as i32))),
-        Arc::new(StringArray::from_iter_values(rows.iter().map(|row| row.1))),
-        Arc::new(Float64Array::from_iter_values(rows.iter().map(|row| row.2))),
+        Arc::new(Int32Array::from(bins)),
+        Arc::new(StringArray::from(names)),
+        Arc::new(Int64Array::from(all_counts)),
+        Arc::new(Float64Array::from(all_shares)),
     ];
     open("comparison_bins", schema::comparison_bins()).await?.write(columns).await
 }

@@ -9,7 +9,7 @@ use crate::kmeans::Plan;
 /// Lets private records vote in a noisy histogram over clusters of synthetic ones, and resamples to match.
 ///
 /// Clusters are built from the synthetic embeddings alone. Each privacy unit of the train split gives one vote; the
-/// counts get discrete Gaussian noise, and the budget for it is reserved before anything private is read.
+/// counts get discrete Gaussian noise, and the budget for it is reserved before a vote is formed.
 #[derive(Parser, Clone, Debug)]
 #[command(
     name = "doppel-vote",

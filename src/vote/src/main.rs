@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    stage::main("vote", doppel_vote::run)
+    stage::main("vote", doppel_vote::Config::new, doppel_vote::run)
 }

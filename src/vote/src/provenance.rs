@@ -16,6 +16,8 @@ pub struct Embedded {
     pub version: i64,
     /// Digest of the encoder.
     pub encoder: Option<String>,
+    /// Dimension of its vectors.
+    pub dimension: Option<u64>,
 }
 
 /// The stage of `embed` that embeds public texts, and the name of its input.
@@ -44,12 +46,13 @@ pub async fn embedded<Z: Zone>(zone: &Z, run: &str, (stage, input): (&str, &str)
     let named = |name: &str| first.claim.inputs.iter().find(|input| input.name == name);
     let source = named(input).and_then(pinned).ok_or_else(malformed)?;
     let version = manifests.iter().filter_map(output_version).max().ok_or_else(malformed)?;
-    Ok(Embedded { source, version, encoder: named("encoder").and_then(|encoder| encoder.digest.clone()) })
+    let encoder = named("encoder").and_then(|encoder| encoder.digest.clone());
+    Ok(Embedded { source, version, encoder, dimension: first.facts["dimension"].as_u64() })
 }
 
 /// Refuses vectors of two encoders.
 pub fn same_encoder(one: (&str, &Embedded), other: (&str, &Embedded)) -> Result<(), VoteError> {
-    if one.1.encoder == other.1.encoder {
+    if (&one.1.encoder, one.1.dimension) == (&other.1.encoder, other.1.dimension) {
         return Ok(());
     }
     Err(VoteError::input(

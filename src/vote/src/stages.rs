@@ -12,7 +12,7 @@ use stage::{Failure, Summary};
 use crate::ballot;
 use crate::compare;
 use crate::config::{Args, Config};
-use crate::embeddings::for_each_chunk;
+use crate::embeddings::{Whose, for_each_chunk};
 use crate::error::VoteError;
 use crate::kmeans::{self, Assignment};
 use crate::matrix::Matrix;
@@ -31,13 +31,15 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
     let (private, release) = args.common.roots().await?;
     let inputs = Inputs::find(&private, &release, &args.common.run, &config).await?;
     inputs.check(&config).await?;
+    let (run, event) = (&args.common.run, mechanism.event());
+    ledger::check(&private, &config.corpus, run, STAGE, &event).await.map_err(VoteError::from)?;
     let handle = match manifest::begin(&release, inputs.claim(&args.common.run, &config)?).await? {
-        Begin::Done(manifest) => return summary(&args, &config, &manifest),
+        Begin::Done(manifest) => return summary(&args, &config, &manifest, true),
         Begin::Fresh(handle) | Begin::Resumed(handle) => handle,
     };
     let publisher = Publisher::new(&release, &args.common.run);
     let manifest = vote(&private, &publisher, handle, &config, &inputs, &mechanism, args.delta).await?;
-    summary(&args, &config, &manifest)
+    summary(&args, &config, &manifest, false)
 }
 
 /// Algorithm 2.
@@ -52,7 +54,8 @@ async fn vote<Z: Zone>(
 ) -> Result<Manifest, VoteError> {
     let run = handle.claim.run.clone();
     let identity = inputs.identity(&handle.claim).await?;
-    // PRIVACY: budget first, and nothing private is read before it stands.
+    // PRIVACY: budget first. Before it stands, of what is private only the digests are taken that bind the reservation
+    // to its inputs, and they stay in the private root; no vote is formed.
     let reservation =
         ledger::reserve(private, &inputs.request(private, &run, config, mechanism, &identity).await?).await?;
 
@@ -64,10 +67,11 @@ async fn vote<Z: Zone>(
     if publisher.stored_histogram().await?.is_none() {
         let _progress = PrivateProgress::new("voting");
         let key = ledger::noise_key(private).await?;
+        let centroids = blake3::hash(&stored);
+        bind(private, &run, &centroids).await?;
         // The bins belong to the context: with others, the same noise would cover other counts.
-        let context = Context::new("vote")
-            .field("identity", identity.as_bytes())
-            .field("centroids", blake3::hash(&stored).as_bytes());
+        let context =
+            Context::new("vote").field("identity", identity.as_bytes()).field("centroids", centroids.as_bytes());
         let (table, version) = (&inputs.votes.table, inputs.votes.embedded.version);
         let votes = ballot::hold(mechanism, &key, &context, &space, table, version).await?;
         publisher.histogram(&votes, &supply, config.target).await?;
@@ -83,6 +87,23 @@ async fn vote<Z: Zone>(
     comparison(private, &run, &space, inputs, &histogram).await?;
     let facts = facts(config, mechanism, delta, &space, &histogram)?;
     Ok(handle.finish(publisher.outputs().await?, facts).await?)
+}
+
+/// Binds the run's votes to the centroids that they are first cast on: votes on others, whether k-means came out
+/// otherwise or somebody replaced them, would draw a second sample of noise for one reservation.
+async fn bind(private: &PrivateRoot, run: &str, centroids: &blake3::Hash) -> Result<(), VoteError> {
+    let path = format!("runs/{run}/vote/centroids.blake3");
+    let digest = centroids.to_hex();
+    if private.put_if_absent(&path, digest.as_bytes().to_vec().into()).await? {
+        return Ok(());
+    }
+    if private.get(&path).await? == digest.as_bytes() {
+        return Ok(());
+    }
+    let place = format!("{}/{path}", private.url());
+    let help =
+        "restore the run's centroids from the store's versions, or vote under a new --run, which is paid for anew";
+    Err(VoteError::input(&place, "the run's votes were cast on other centroids", help))
 }
 
 /// A table of embeddings, and where it comes from.
@@ -159,24 +180,23 @@ impl Inputs {
         Ok(())
     }
 
-    /// PRIVACY: this goes to the release zone, so private inputs are pinned by version alone, without a digest.
+    /// PRIVACY: this goes to the release zone, so private inputs come without a digest. The corpus is pinned by its
+    /// version. Its embeddings are not: their version counts commits, and so records; the private manifest of embed
+    /// pins them, and a reservation and the noise are bound to their digest.
     fn claim(&self, run: &str, config: &Config) -> Result<Claim, VoteError> {
-        let input = |name: &str, location: String, version| Input {
-            name: name.to_owned(),
-            location,
-            version: Some(version),
-            digest: None,
-        };
+        let input =
+            |name: &str, location: String, version| Input { name: name.to_owned(), location, version, digest: None };
         let embeddings = format!("runs/{run}/embeddings");
         let (texts, votes) = (&self.texts.embedded, &self.votes.embedded);
         let mut inputs = vec![
-            input("candidates", texts.source.0.clone(), texts.source.1),
-            input("embeddings", embeddings.clone(), texts.version),
-            input("corpus", votes.source.0.clone(), votes.source.1),
-            input("corpus-embeddings", embeddings, votes.version),
+            input("candidates", texts.source.0.clone(), Some(texts.source.1)),
+            input("embeddings", embeddings.clone(), Some(texts.version)),
+            input("corpus", votes.source.0.clone(), Some(votes.source.1)),
+            input("corpus-embeddings", embeddings, None),
         ];
         if let (Some(baseline), Some(run)) = (&self.baseline, &config.baseline_run) {
-            inputs.push(input("baseline-embeddings", format!("runs/{run}/embeddings"), baseline.embedded.version));
+            let version = Some(baseline.embedded.version);
+            inputs.push(input("baseline-embeddings", format!("runs/{run}/embeddings"), version));
         }
         Ok(Claim {
             run: run.to_owned(),
@@ -245,7 +265,7 @@ async fn find_space(
 async fn make_space(config: &Config, texts: &Embeddings) -> Result<Space, VoteError> {
     let (table, version) = (&texts.table, texts.embedded.version);
     let mut covariance: Option<Covariance> = None;
-    for_each_chunk(table, version, &[], None, |chunk| {
+    for_each_chunk(table, version, &[], Whose::Public(None), |chunk| {
         covariance.get_or_insert_with(|| Covariance::new(chunk.vectors.columns())).add(&chunk.vectors);
         Ok(())
     })
@@ -259,7 +279,7 @@ async fn make_space(config: &Config, texts: &Embeddings) -> Result<Space, VoteEr
         }
     };
     let mut projected = Matrix::new(pca.output_columns());
-    for_each_chunk(table, version, &[], Some(pca.input_columns()), |chunk| {
+    for_each_chunk(table, version, &[], Whose::Public(Some(pca.input_columns())), |chunk| {
         projected.extend(pca.project(&chunk.vectors).values());
         Ok(())
     })
@@ -281,8 +301,8 @@ async fn make_space(config: &Config, texts: &Embeddings) -> Result<Space, VoteEr
 async fn assign(space: &Space, texts: &Embeddings) -> Result<(Vec<String>, Assignment), VoteError> {
     let mut ids = Vec::new();
     let mut all = Assignment { bins: Vec::new(), squared_distances: Vec::new() };
-    let dimension = Some(space.pca.input_columns());
-    for_each_chunk(&texts.table, texts.embedded.version, &["id"], dimension, |chunk| {
+    let whose = Whose::Public(Some(space.pca.input_columns()));
+    for_each_chunk(&texts.table, texts.embedded.version, &["id"], whose, |chunk| {
         let assignment = space.assign(&chunk.vectors);
         all.bins.extend(assignment.bins);
         all.squared_distances.extend(assignment.squared_distances);
@@ -310,16 +330,19 @@ async fn comparison(
     let (votes, version) = (&inputs.votes.table, inputs.votes.embedded.version);
     let mut test = vec![0; space.bins()];
     for (_, bin) in ballot::votes(space, votes, version, "test").await?.expose() {
-        test[*bin] += 1;
+        // A void vector has no bin.
+        if let Some(count) = test.get_mut(*bin) {
+            *count += 1;
+        }
     }
     let mut sets = Vec::new();
     if let Some(baseline) = &inputs.baseline {
         let base = assign(space, baseline).await?.1.counts(space.bins());
-        sets.push(("base", compare::shares(&base)));
+        sets.push(("base", base));
     }
-    sets.push(("synthetic", compare::shares(&histogram.synthetic)));
-    sets.push(("selected", compare::shares(&histogram.selected)));
-    compare::write(private, run, &compare::shares(&test), &sets).await
+    sets.push(("synthetic", histogram.synthetic.clone()));
+    sets.push(("selected", histogram.selected.clone()));
+    compare::write(private, run, &test, &sets).await
 }
 
 /// What the manifest says besides: all of it public, from noised counts and synthetic rows.
@@ -348,12 +371,13 @@ fn facts(
     }))
 }
 
-fn summary(args: &Args, config: &Config, manifest: &Manifest) -> Result<Summary, Failure> {
+fn summary(args: &Args, config: &Config, manifest: &Manifest, already: bool) -> Result<Summary, Failure> {
     let facts = &manifest.facts;
+    let done = if already { "done already; " } else { "" };
     let number = |name: &str| facts[name].as_u64().unwrap_or(0);
     let empty = facts["ran_out"]["bins"].as_array().map_or(0, Vec::len);
     let mut text = format!(
-        "{} of {} rows selected over {} bins of {} components; {empty} bins ran out, {} rows short of their share",
+        "vote: {done}{} of {} rows selected over {} bins of {} components; {empty} bins ran out, {} rows short of their share",
         number("selected"),
         config.target,
         number("bins"),
@@ -361,7 +385,8 @@ fn summary(args: &Args, config: &Config, manifest: &Manifest) -> Result<Summary,
         facts["ran_out"]["rows"].as_u64().unwrap_or(0),
     );
     let mut json = serde_json::json!({
-        "stage": STAGE, "run": manifest.claim.run, "corpus": config.corpus, "facts": facts, "outputs": manifest.outputs,
+        "stage": STAGE, "run": manifest.claim.run, "already_done": already, "corpus": config.corpus, "facts": facts,
+        "outputs": manifest.outputs,
     });
     if let Some(delta) = args.delta {
         let mechanism = VotingMechanism::new(config.sigma).map_err(VoteError::from)?;

@@ -1,6 +1,6 @@
 //! The command line contract of doppel-vote: exit codes, messages, and what is in the two roots afterwards.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -31,9 +31,23 @@ struct Variation {
     corpus_encoder: &'static str,
     epsilon: f64,
     units_moved: usize,
+    /// Commits in which the vectors of the corpus are written.
+    commits: usize,
+    /// Rows of the corpus whose vectors hold a NaN.
+    broken_records: &'static [usize],
+    /// The same of the synthetic rows.
+    broken_texts: &'static [usize],
 }
 
-const USUAL: Variation = Variation { corpus_dimension: DIMENSION, corpus_encoder: "e1", epsilon: 8.0, units_moved: 0 };
+const USUAL: Variation = Variation {
+    corpus_dimension: DIMENSION,
+    corpus_encoder: "e1",
+    epsilon: 8.0,
+    units_moved: 0,
+    commits: 1,
+    broken_records: &[],
+    broken_texts: &[],
+};
 
 struct Ran {
     code: Option<i32>,
@@ -78,10 +92,11 @@ impl Setting {
                 Arc::new(Float32Array::from(vec![-1.0; 240])),
             ];
             write_table(&release, &format!("runs/{run}/synthetic"), lake::schema::synthetic(), columns).await;
-            let columns = vec![ids, vectors((0..240).map(|row| (corner(row), row)), DIMENSION)];
+            let columns = vec![ids, vectors((0..240).map(|row| (corner(row), row)), DIMENSION, variation.broken_texts)];
             write_table(&release, &format!("runs/{run}/embeddings"), lake::schema::embeddings(), columns).await;
             let source = format!("runs/{run}/synthetic");
-            finish(&release, run, "embed", ("texts", &source), "e1").await;
+            let made = Made { encoder: "e1", dimension: DIMENSION, version: 1 };
+            finish(&release, run, "embed", ("texts", &source), made).await;
         }
         self.write_corpus(&private, variation).await;
     }
@@ -100,10 +115,13 @@ impl Setting {
         let texts = strings((0..rows).map(|row| format!("private text {row}")));
         let columns = vec![ids.clone(), units.clone(), texts, splits.clone()];
         write_table(private, "corpora/chats", lake::schema::corpus(), columns).await;
-        let vectors = vectors((0..rows).map(|row| (corner(row), row)), variation.corpus_dimension);
+        let dimension = variation.corpus_dimension;
+        let vectors = vectors((0..rows).map(|row| (corner(row), row)), dimension, variation.broken_records);
         let columns = vec![ids, units, splits, vectors];
-        write_table(private, "runs/demo/embeddings", lake::schema::private_embeddings(), columns).await;
-        finish(private, "demo", "embed-corpus", ("corpus", "corpora/chats"), variation.corpus_encoder).await;
+        let schema = lake::schema::private_embeddings();
+        write_in_commits(private, "runs/demo/embeddings", schema, columns, variation.commits).await;
+        let made = Made { encoder: variation.corpus_encoder, dimension, version: variation.commits as i64 };
+        finish(private, "demo", "embed-corpus", ("corpus", "corpora/chats"), made).await;
         let terms = CorpusTerms { privacy_unit: "id".into(), max_per_unit: 1, conditions: Vec::new() };
         terms.write(private, "chats").await.expect("terms");
         ledger::set_budget(private, "chats", variation.epsilon, 1e-5).await.expect("a budget");
@@ -153,6 +171,35 @@ impl Setting {
         batches.iter().flat_map(|batch| (0..batch.num_rows()).map(|at| row(batch, at)).collect::<Vec<_>>()).collect()
     }
 
+    /// (set, count, share) of the private comparison.
+    fn comparison_bins(&self) -> Vec<(String, i64, f64)> {
+        let batches = self.read("private", "runs/demo/comparison_bins", &["set", "count", "share"]);
+        let row = |batch: &RecordBatch, row: usize| {
+            let set = batch.column(0).as_string::<i32>().value(row).to_owned();
+            let count = batch.column(1).as_primitive::<Int64Type>().value(row);
+            (set, count, batch.column(2).as_primitive::<Float64Type>().value(row))
+        };
+        batches.iter().flat_map(|batch| (0..batch.num_rows()).map(|at| row(batch, at)).collect::<Vec<_>>()).collect()
+    }
+
+    /// Claims and manifests in the release zone by path, without the time and what follows from noise.
+    fn release_objects(&self) -> BTreeMap<String, serde_json::Value> {
+        self.runtime.block_on(async {
+            let (_, release) = self.roots().await;
+            let mut objects = BTreeMap::new();
+            for path in release.list("runs").await.expect("a listing") {
+                if path.contains("/stages/") {
+                    let body = release.get(&path).await.expect("an object");
+                    let mut object: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
+                    object["claim"]["started"].take();
+                    ["started", "ended", "facts"].iter().for_each(|field| drop(object[*field].take()));
+                    objects.insert(path, object);
+                }
+            }
+            objects
+        })
+    }
+
     fn spent(&self) -> usize {
         self.runtime.block_on(async {
             let (private, _) = self.roots().await;
@@ -176,13 +223,16 @@ fn strings(values: impl Iterator<Item = String>) -> ArrayRef {
     Arc::new(StringArray::from_iter_values(values))
 }
 
-/// Vectors near their corner, at a place of their own.
-fn vectors(rows: impl Iterator<Item = (usize, usize)>, dimension: usize) -> ArrayRef {
+/// Vectors near their corner, at a place of their own; those of `broken` rows begin with a NaN.
+fn vectors(rows: impl Iterator<Item = (usize, usize)>, dimension: usize, broken: &[usize]) -> ArrayRef {
     let mut values = Vec::new();
     let mut count = 0;
     for (corner, row) in rows {
         count += 1;
-        let wiggle = |column: usize| ((row * 31 + column * 17) % 23) as f32 / 230.0;
+        let wiggle = |column: usize| match column {
+            0 if broken.contains(&row) => f32::NAN,
+            _ => ((row * 31 + column * 17) % 23) as f32 / 230.0,
+        };
         values.extend((0..dimension).map(|column| if column == corner { 1.0 } else { 0.0 } + wiggle(column)));
     }
     let element = Arc::new(Field::new("element", DataType::Float32, false));
@@ -191,15 +241,31 @@ fn vectors(rows: impl Iterator<Item = (usize, usize)>, dimension: usize) -> Arra
 }
 
 async fn write_table<Z: Zone>(zone: &Z, path: &str, schema: SchemaRef, columns: Vec<ArrayRef>) {
+    write_in_commits(zone, path, schema, columns, 1).await;
+}
+
+async fn write_in_commits<Z: Zone>(zone: &Z, path: &str, schema: SchemaRef, columns: Vec<ArrayRef>, commits: usize) {
     let table = zone.table(path);
     table.create(schema.clone()).await.expect("a table");
     let batch = RecordBatch::try_new(schema, columns).expect("a batch");
-    let transaction = AppTransaction { id: "setting".into(), version: 0 };
-    assert!(table.append(vec![batch], transaction).await.expect("rows"));
+    let rows = batch.num_rows().div_ceil(commits);
+    for version in 0..commits {
+        let first = version * rows;
+        let part = batch.slice(first, rows.min(batch.num_rows() - first));
+        let transaction = AppTransaction { id: "setting".into(), version: version as i64 };
+        assert!(table.append(vec![part], transaction).await.expect("rows"));
+    }
+}
+
+/// What the manifest of doppel-embed says of its vectors.
+struct Made {
+    encoder: &'static str,
+    dimension: usize,
+    version: i64,
 }
 
 /// The manifest that doppel-embed leaves.
-async fn finish<Z: Zone>(zone: &Z, run: &str, stage: &str, (input, location): (&str, &str), encoder: &str) {
+async fn finish<Z: Zone>(zone: &Z, run: &str, stage: &str, (input, location): (&str, &str), made: Made) {
     let named = |name: &str, location: &str, version, digest| Input {
         name: name.into(),
         location: location.into(),
@@ -210,7 +276,10 @@ async fn finish<Z: Zone>(zone: &Z, run: &str, stage: &str, (input, location): (&
         run: run.into(),
         stage: stage.into(),
         shard: None,
-        inputs: vec![named(input, location, Some(1), None), named("encoder", "minilm", None, Some(encoder.into()))],
+        inputs: vec![
+            named(input, location, Some(1), None),
+            named("encoder", "minilm", None, Some(made.encoder.into())),
+        ],
         config: serde_json::json!({}),
         seeds: Vec::new(),
         binary: "test".into(),
@@ -220,8 +289,8 @@ async fn finish<Z: Zone>(zone: &Z, run: &str, stage: &str, (input, location): (&
         panic!("{run} has {stage} already");
     };
     let path = format!("runs/{run}/embeddings");
-    let outputs = vec![Output { name: "embeddings".into(), path, version: Some(1) }];
-    handle.finish(outputs, serde_json::json!({})).await.expect("a manifest");
+    let outputs = vec![Output { name: "embeddings".into(), path, version: Some(made.version) }];
+    handle.finish(outputs, serde_json::json!({ "dimension": made.dimension })).await.expect("a manifest");
 }
 
 #[test]
@@ -257,8 +326,13 @@ fn comparison_shows_what_resampling_buys(setting: &Setting) {
     let distances = batch.column(1).as_primitive::<Float64Type>().values();
     assert_eq!(sets, ["base", "synthetic", "selected"]);
     assert!(distances[2] < 0.15 && distances[1] > 0.3 && distances[0] > 0.2, "{distances:?}");
-    let bins = setting.read("private", "runs/demo/comparison_bins", &["bin", "set", "share"]);
-    assert_eq!(bins.iter().map(RecordBatch::num_rows).sum::<usize>(), 24);
+    let bins = setting.comparison_bins();
+    assert_eq!(bins.len(), 24, "four sets over six bins");
+    for (set, rows) in [("test", 100), ("base", 240), ("synthetic", 240), ("selected", 60)] {
+        let of_set: Vec<_> = bins.iter().filter(|row| row.0 == set).collect();
+        assert_eq!(of_set.iter().map(|row| row.1).sum::<i64>(), rows, "{set}");
+        assert!(of_set.iter().all(|row| row.2 == row.1 as f64 / rows as f64), "{of_set:?}");
+    }
     assert!(!setting.path("release/runs/demo/comparison").exists());
 }
 
@@ -277,7 +351,8 @@ fn a_second_run_finds_it_done_and_other_settings_are_refused() {
     let setting = Setting::new(&USUAL);
     let first = setting.run(&[]).check(0, &[]);
     let again = setting.run(&[]).check(0, &[]);
-    assert_eq!(first.stdout, again.stdout);
+    let now_done = first.stdout.replace(r#""already_done":false"#, r#""already_done":true"#);
+    assert!(now_done != first.stdout && now_done == again.stdout, "{}", again.stdout);
     setting.run(&["--target", "61"]).check(2, &["target"]);
     assert_eq!(setting.spent(), 1);
 }
@@ -304,6 +379,28 @@ fn killed_while_voting_then_rerun_spends_once_and_repeats_the_noise() {
 }
 
 #[test]
+fn votes_on_replaced_centroids_are_refused_rather_than_noised_a_second_time() {
+    let setting = Setting::new(&USUAL);
+    setting.run(&[]).check(0, &[]);
+    for gone in ["histogram", "selected"] {
+        fs::remove_dir_all(setting.path(&format!("release/runs/demo/{gone}"))).expect("a table");
+    }
+    fs::remove_file(setting.path("release/runs/demo/stages/vote.json")).expect("a manifest");
+    let centroids = setting.path("release/runs/demo/centroids.safetensors");
+    let original = fs::read(&centroids).expect("centroids");
+    let mut replaced = original.clone();
+    // The last bits of the last number.
+    let place = replaced.len() - 4;
+    replaced[place] ^= 1;
+    fs::write(&centroids, replaced).expect("other centroids");
+    setting.run(&[]).check(3, &["other centroids", "help:"]);
+    assert!(!setting.path("release/runs/demo/histogram").exists());
+    fs::write(&centroids, original).expect("the centroids");
+    setting.run(&[]).check(0, &[]);
+    assert_eq!(setting.spent(), 1);
+}
+
+#[test]
 fn other_data_get_other_noise() {
     let noisy = |units_moved| {
         let setting = Setting::new(&Variation { units_moved, ..USUAL });
@@ -320,13 +417,61 @@ fn other_data_get_other_noise() {
 }
 
 #[test]
-fn over_budget_is_refused_before_anything_is_read() {
+fn over_budget_is_refused_before_a_vote_is_formed() {
     let setting = Setting::new(&Variation { epsilon: 0.5, ..USUAL });
     setting.run(&[]).check(4, &["0.5", "help:"]);
     assert_eq!(setting.spent(), 0);
-    for table in ["histogram", "selected", "clusters"] {
-        assert!(!setting.path(&format!("release/runs/demo/{table}")).exists(), "{table}");
+    // Centroids come before the votes, and the key before their noise.
+    for path in ["release/runs/demo/centroids.safetensors", "release/runs/demo/clusters", "private/keys/noise.key"] {
+        assert!(!setting.path(path).exists(), "{path}");
     }
+}
+
+#[test]
+fn how_often_the_private_vectors_were_committed_is_told_nowhere() {
+    let told = |commits| {
+        let setting = Setting::new(&Variation { commits, ..USUAL });
+        let ran = setting.run(&[]).check(0, &[]);
+        let mut summary: serde_json::Value = serde_json::from_str(&ran.stdout).expect("JSON");
+        summary["facts"].take();
+        (setting.release_objects(), summary)
+    };
+    let (one, seven) = (told(1), told(7));
+    assert!(one.0.contains_key("runs/demo/stages/vote.claim.json"), "{:?}", one.0.keys());
+    assert!(one.0.contains_key("runs/demo/stages/vote.json"), "{:?}", one.0.keys());
+    assert_eq!(one, seven);
+}
+
+#[test]
+fn clusters_ignore_the_private_data() {
+    let published = |units_moved| {
+        let setting = Setting::new(&Variation { units_moved, ..USUAL });
+        setting.run(&[]).check(0, &[]);
+        let clusters = fs::read_dir(setting.path("release/runs/demo/clusters")).expect("a table").flatten();
+        let data_files = clusters.map(|entry| entry.path()).filter(|path| path.extension() == Some("parquet".as_ref()));
+        let clusters: Vec<Vec<u8>> = data_files.map(|path| fs::read(path).expect("a file")).collect();
+        let centroids = fs::read(setting.path("release/runs/demo/centroids.safetensors")).expect("centroids");
+        assert_eq!(clusters.len(), 1);
+        (centroids, clusters, setting.histogram().into_iter().map(|bin| bin.0).max().expect("bins"))
+    };
+    let (one, other) = (published(0), published(400));
+    // Half of 400 units at one corner, or all: the noise of σ = 2 does not reach so far.
+    assert!(other.2 - one.2 > 100, "the corpora are told apart: {} {}", one.2, other.2);
+    assert!(one.0 == other.0, "centroids");
+    assert!(one.1 == other.1, "clusters");
+}
+
+#[test]
+fn a_private_vector_that_is_not_finite_votes_for_nothing_and_a_public_one_is_refused() {
+    // A unit of the train split, and one of the test split.
+    let setting = Setting::new(&Variation { broken_records: &[0, 450], ..USUAL });
+    let ran = setting.run(&[]).check(0, &[]);
+    assert!(!ran.stderr.contains("finite") && !ran.stdout.contains("finite"), "{}\n{}", ran.stdout, ran.stderr);
+    let bins = setting.comparison_bins();
+    assert_eq!(bins.iter().filter(|row| row.0 == "test").map(|row| row.1).sum::<i64>(), 99);
+
+    let setting = Setting::new(&Variation { broken_texts: &[7], ..USUAL });
+    setting.run(&[]).check(3, &["row 7: column `embedding`: found a number that is not finite", "help:"]);
 }
 
 #[test]
@@ -354,6 +499,6 @@ fn vectors_of_two_encoders_are_refused() {
     let setting = Setting::new(&Variation { corpus_encoder: "e2", ..USUAL });
     setting.run(&[]).check(3, &["another encoder", "help:"]);
     let setting = Setting::new(&Variation { corpus_dimension: 7, ..USUAL });
-    setting.run(&[]).check(3, &["found dimension 7, expected 8"]);
+    setting.run(&[]).check(3, &["another encoder", "help:"]);
     assert!(!setting.path("release/runs/demo/histogram").exists());
 }
