@@ -4,8 +4,9 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use lake::{LakeError, PrivateRoot, Zone};
 
-use crate::entry::{Body, Entry};
-use crate::{Ledger, LedgerError};
+use crate::entry::{Body, Entry, Seal};
+use crate::reserve::check_budget;
+use crate::{Ledger, LedgerError, key};
 
 /// How many objects are read at a time.
 const PARALLEL_READS: usize = 16;
@@ -35,8 +36,13 @@ pub(crate) async fn update<T>(
             Decision::Done(result) => return Ok(result),
             Decision::Append(body, result) => (body, result),
         };
+        let reserving = matches!(body, Body::Reserve { .. });
+        let seal = match reserving || ledger.has_reservation() {
+            true => Seal::keyed(&key::noise_key(root).await?),
+            false => Seal::Plain,
+        };
         let sequence = ledger.entries.len() as u64;
-        let sealed = Entry::seal(corpus, sequence, previous, body)?;
+        let sealed = Entry::seal(&seal, corpus, sequence, previous, body)?;
         if root.put_if_absent(&path(corpus, sequence), Bytes::from(sealed)).await? {
             return Ok(result(sequence));
         }
@@ -57,16 +63,33 @@ pub(crate) async fn load(root: &PrivateRoot, corpus: &str) -> Result<(Ledger, Op
     }
     let reads = paths.clone().into_iter().map(|path| async move { root.get(&path).await });
     let objects: Vec<Bytes> = futures::stream::iter(reads).buffered(PARALLEL_READS).try_collect().await?;
-    let mut entries = Vec::with_capacity(objects.len());
-    let mut previous = None;
+    let mut ledger = Ledger { corpus: corpus.to_string(), entries: Vec::with_capacity(objects.len()) };
+    let (mut seal, mut previous) = (Some(Seal::Plain), None);
     for ((sequence, path), bytes) in (0..).zip(&paths).zip(&objects) {
-        let entry = Entry::unseal(bytes).map_err(|problem| broken(root, path, &problem))?;
-        check(&entry, sequence, corpus, previous.as_deref(), &entries)
-            .map_err(|problem| broken(root, path, &problem))?;
+        let malformed = |problem: String| broken(root, path, &problem);
+        let entry = Entry::parse(bytes).map_err(malformed)?;
+        if matches!(entry.body, Body::Reserve { .. }) && !ledger.has_reservation() {
+            seal = keyed_seal(root).await?;
+        }
+        if let Some(seal) = &seal {
+            entry.check_digest(bytes, seal).map_err(malformed)?;
+        }
+        check(&entry, sequence, corpus, previous.as_deref(), &ledger.entries).map_err(malformed)?;
         previous = Some(blake3::hash(bytes).to_hex().to_string());
-        entries.push(entry);
+        ledger.entries.push(entry);
     }
-    Ok((Ledger { corpus: corpus.to_string(), entries }, previous))
+    Ok((ledger, previous))
+}
+
+/// The seal of a ledger with reservations; `None` for who may read the ledger but not the key, such as an auditor. The
+/// hashes from entry to entry then still show every change but one of the newest. To write takes the key.
+async fn keyed_seal(root: &PrivateRoot) -> Result<Option<Seal>, LedgerError> {
+    match key::stored(root).await {
+        Ok(Some(key)) => Ok(Some(Seal::keyed(&key))),
+        Ok(None) => Err(key::lost(root)),
+        Err(LedgerError::Lake(LakeError::Forbidden(_))) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Whether `entry` may follow `earlier`.
@@ -80,13 +103,17 @@ fn check(entry: &Entry, sequence: u64, corpus: &str, previous: Option<&str>, ear
     if entry.previous.as_deref() != previous {
         return Err("does not follow from the entry before: one of the two was replaced".into());
     }
-    if let Body::Settle { reservation } = entry.body {
-        let reserved = usize::try_from(reservation).ok().and_then(|at| earlier.get(at));
-        if !matches!(reserved.map(|entry| &entry.body), Some(Body::Reserve { .. })) {
-            return Err(format!("settles entry {reservation}, which is no reservation"));
+    match &entry.body {
+        Body::Budget { epsilon, delta } => check_budget(*epsilon, *delta),
+        Body::Reserve { event, .. } => event.validate().map_err(|error| error.to_string()),
+        Body::Settle { reservation } => {
+            let reserved = usize::try_from(*reservation).ok().and_then(|at| earlier.get(at));
+            match reserved.map(|entry| &entry.body) {
+                Some(Body::Reserve { .. }) => Ok(()),
+                _ => Err(format!("settles entry {reservation}, which is no reservation")),
+            }
         }
     }
-    Ok(())
 }
 
 fn broken(root: &PrivateRoot, path: &str, problem: &str) -> LedgerError {
@@ -95,6 +122,14 @@ fn broken(root: &PrivateRoot, path: &str, problem: &str) -> LedgerError {
          help: no budget can be told from a broken ledger; restore the object from the store's versions or a backup",
         root.url()
     ))
+}
+
+/// Corpora that have a ledger below `root`.
+pub(crate) async fn corpora(root: &PrivateRoot) -> Result<Vec<String>, LedgerError> {
+    let paths = root.list("ledger").await?;
+    let mut names: Vec<String> = paths.iter().filter_map(|path| path.split('/').nth(1)).map(str::to_string).collect();
+    names.dedup();
+    Ok(names)
 }
 
 fn folder(corpus: &str) -> String {

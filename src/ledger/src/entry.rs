@@ -2,10 +2,11 @@
 //!
 //! An entry is one JSON object. Its `digest` is BLAKE3 over the object's own bytes with the digest's 64 digits replaced
 //! by zeros, so that it can be checked without a canonical form of JSON; `previous` is BLAKE3 over the whole bytes of
-//! the object before.
+//! the object before. From the first reservation on, the digest is keyed (see [`Seal`]).
 
 use chrono::{DateTime, Utc};
 use privacy::event::Event;
+use privacy::keyed::NoiseKey;
 use serde::{Deserialize, Serialize};
 
 use crate::LedgerError;
@@ -24,7 +25,7 @@ pub struct Entry {
     pub corpus: String,
     /// What it says.
     pub body: Body,
-    /// Digest of the entry itself, in hex.
+    /// Digest of the entry itself, in hex; keyed from the first reservation on.
     pub digest: String,
 }
 
@@ -73,11 +74,41 @@ pub enum Adjacency {
     AddOrRemoveOne,
 }
 
+/// How digests are made.
+///
+/// A plain hash can be made anew by whoever can write an entry, and the newest entry has none after it that would show
+/// it. So from the first reservation on digests are keyed by a secret that follows from the noise key: to change an entry
+/// unseen takes that key as well. And a key other than the one that reserved no longer opens the ledger, so that nobody
+/// draws a second sample of the noise for what was paid once.
+#[derive(Clone)]
+pub(crate) enum Seal {
+    /// Before the first reservation there is no noise key, and nothing was spent.
+    Plain,
+    /// By the secret that follows from the noise key.
+    Keyed([u8; 32]),
+}
+
+impl Seal {
+    /// The seal that follows from `key`, by a derivation apart from those of streams and hashes.
+    pub(crate) fn keyed(key: &NoiseKey) -> Self {
+        Self::Keyed(blake3::derive_key("doppel 2026 ledger entry digest v1", key.expose()))
+    }
+
+    fn digest(&self, bytes: &[u8]) -> String {
+        let hash = match self {
+            Seal::Plain => blake3::hash(bytes),
+            Seal::Keyed(secret) => blake3::keyed_hash(secret, bytes),
+        };
+        hash.to_hex().to_string()
+    }
+}
+
 const ZEROS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
 impl Entry {
     /// The bytes to store for the entry at `sequence` after an object with hash `previous`.
     pub(crate) fn seal(
+        seal: &Seal,
         corpus: &str,
         sequence: u64,
         previous: Option<String>,
@@ -87,7 +118,7 @@ impl Entry {
         let entry = Entry { sequence, previous, at: Utc::now(), corpus, body, digest };
         // Only a float that is not finite cannot be written; events and budgets are checked before.
         let text = serde_json::to_string_pretty(&entry).map_err(|error| LedgerError::Usage(error.to_string()))?;
-        let digest = blake3::hash(text.as_bytes()).to_hex();
+        let digest = seal.digest(text.as_bytes());
         // The digest is the last field: the last run of zeros is its own.
         let at = text.rfind(ZEROS).unwrap_or(text.len());
         let mut sealed = text.into_bytes();
@@ -95,21 +126,30 @@ impl Entry {
         Ok(sealed)
     }
 
-    /// Reads what [`Entry::seal`] wrote, and checks everything but the chain. The error says what is wrong.
-    pub(crate) fn unseal(bytes: &[u8]) -> Result<Self, String> {
-        let entry: Entry = serde_json::from_slice(bytes).map_err(|error| match error.classify() {
+    /// Reads what [`Entry::seal`] wrote; its digest and the chain are for the caller to check. The error says what is
+    /// wrong.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, String> {
+        serde_json::from_slice(bytes).map_err(|error| match error.classify() {
             serde_json::error::Category::Data => {
                 format!("not an entry that this version knows: {error}")
             }
             _ => format!("not JSON: {error}"),
-        })?;
-        let at = bytes.windows(ZEROS.len()).rposition(|window| window == entry.digest.as_bytes());
+        })
+    }
+
+    /// Whether `bytes`, which the entry was read from, are those that were sealed.
+    pub(crate) fn check_digest(&self, bytes: &[u8], seal: &Seal) -> Result<(), String> {
+        let at = bytes.windows(ZEROS.len()).rposition(|window| window == self.digest.as_bytes());
         let at = at.ok_or("its digest is not 64 hexadecimal digits")?;
         let mut unsealed = bytes.to_vec();
         unsealed[at..at + ZEROS.len()].copy_from_slice(ZEROS.as_bytes());
-        if blake3::hash(&unsealed).to_hex().as_str() != entry.digest {
-            return Err("its content does not match its digest: it was changed after it was written".into());
+        if seal.digest(&unsealed) == self.digest {
+            return Ok(());
         }
-        Ok(entry)
+        let key = match seal {
+            Seal::Plain => "",
+            Seal::Keyed(_) => ", or the noise key is not the one it was written under",
+        };
+        Err(format!("its content does not match its digest: it was changed after it was written{key}"))
     }
 }

@@ -6,34 +6,57 @@ use bytes::Bytes;
 use lake::{LakeError, PrivateRoot, Zone};
 use privacy::keyed::NoiseKey;
 
-use crate::LedgerError;
+use crate::{LedgerError, chain};
 
 const PATH: &str = "keys/noise.key";
 
 /// The noise key of the private root, drawn from the operating system at first use (put-if-absent).
 ///
 /// Stored as 64 hexadecimal digits and a line end. What counts is what is stored: of two stages that start at once, both
-/// read back the winner's key.
+/// read back the winner's key. A key that is gone though mechanisms were reserved is an error: with a new one their runs
+/// would draw a second sample of noise that was paid for once.
 pub async fn noise_key(root: &PrivateRoot) -> Result<NoiseKey, LedgerError> {
+    if let Some(key) = stored(root).await? {
+        return Ok(key);
+    }
+    for corpus in chain::corpora(root).await? {
+        // Reading a ledger with a reservation takes the key, which by then is written or lost.
+        chain::load(root, &corpus).await?;
+    }
+    root.put_if_absent(PATH, draw()?).await?;
+    restrict(root)?;
+    stored(root).await?.ok_or_else(|| lost(root))
+}
+
+/// The noise key as it is stored, if there is one.
+pub(crate) async fn stored(root: &PrivateRoot) -> Result<Option<NoiseKey>, LedgerError> {
     let stored = match root.get(PATH).await {
         Ok(stored) => stored,
-        Err(LakeError::NotFound(_)) => {
-            root.put_if_absent(PATH, draw()?).await?;
-            restrict(root)?;
-            root.get(PATH).await?
-        }
+        Err(LakeError::NotFound(_)) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    parse(&stored).ok_or_else(|| {
+    parse(&stored).map(Some).ok_or_else(|| {
         LedgerError::Malformed(format!(
             "{}/{PATH}: not a noise key; expected 64 hexadecimal digits, found {} bytes that are not\n\
-             help: restore it from a backup. With another key, a repeated run would draw a second sample of its noise, \
-             so remove it only if no run under this root will be continued or repeated",
+             help: {RESTORE}",
             root.url(),
             stored.len()
         ))
     })
 }
+
+/// The error of a private root whose noise key is gone.
+pub(crate) fn lost(root: &PrivateRoot) -> LedgerError {
+    LedgerError::Malformed(format!(
+        "{}/{PATH}: is missing, though mechanisms were reserved under this root\nhelp: {RESTORE}",
+        root.url()
+    ))
+}
+
+/// The way out where the key that reservations were made under is not there.
+const RESTORE: &str = "restore it from the store's versions or a backup. With another key a repeated run would draw a \
+                       second sample of its noise, so none is drawn in its place; if it is lost for good, begin a new \
+                       private root, with a budget that is smaller by what was spent";
 
 fn draw() -> Result<Bytes, LedgerError> {
     let mut secret = [0u8; 32];
@@ -74,7 +97,8 @@ mod tests {
     use std::path::Path;
 
     use super::noise_key;
-    use crate::tests::Fixture;
+    use crate::tests::{Fixture, votes};
+    use crate::{read, reserve};
 
     #[tokio::test]
     async fn the_noise_key_is_drawn_once_and_kept_from_other_users() {
@@ -99,6 +123,45 @@ mod tests {
         let keys = futures::future::join_all(racers.collect::<Vec<_>>()).await;
         let keys: Vec<_> = keys.into_iter().map(|key| key.unwrap().unwrap()).collect();
         assert!(keys.iter().all(|key| *key == keys[0]));
+    }
+
+    #[tokio::test]
+    async fn a_lost_noise_key_is_not_replaced_once_anything_was_reserved() {
+        let fixture = Fixture::with_budget(8.0).await;
+        let (root, path) = (&fixture.root, fixture.folder.path().join("keys/noise.key"));
+        noise_key(root).await.unwrap();
+        // Nothing was reserved yet, so no noise was drawn from the first key.
+        std::fs::remove_file(&path).unwrap();
+        reserve(root, &votes("a")).await.unwrap();
+        let original = std::fs::read(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let refusals = [
+            noise_key(root).await.map(|_| ()),
+            reserve(root, &votes("a")).await.map(|_| ()),
+            reserve(root, &votes("b")).await.map(|_| ()),
+            read(root, "chats").await.map(|_| ()),
+        ];
+        for refusal in refusals {
+            let error = refusal.unwrap_err();
+            assert_eq!(error.exit_code(), 3);
+            let text = error.to_string();
+            assert!(text.contains("keys/noise.key: is missing") && text.contains("help: restore it"), "{text}");
+        }
+        assert!(!path.exists(), "a new key was drawn");
+        std::fs::write(&path, original).unwrap();
+        reserve(root, &votes("a")).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn another_noise_key_does_not_open_a_ledger_with_reservations() {
+        let (fixture, other) = (Fixture::with_budget(8.0).await, Fixture::with_budget(8.0).await);
+        reserve(&fixture.root, &votes("a")).await.unwrap();
+        reserve(&other.root, &votes("a")).await.unwrap();
+        let key = |fixture: &Fixture| fixture.folder.path().join("keys/noise.key");
+        std::fs::copy(key(&other), key(&fixture)).unwrap();
+        let error = reserve(&fixture.root, &votes("a")).await.unwrap_err();
+        assert_eq!(error.exit_code(), 3);
+        assert!(error.to_string().contains("or the noise key is not the one it was written under"), "{error}");
     }
 
     #[tokio::test]

@@ -48,12 +48,23 @@ pub async fn reserve(root: &PrivateRoot, request: &Request) -> Result<Reservatio
         if let Some(sequence) = standing(ledger, request)? {
             return Ok(Decision::Done(sequence));
         }
-        let budget = ledger.budget().ok_or_else(|| no_budget(&request.corpus))?;
-        afford(ledger, budget, request)?;
+        afford(ledger, &request.run, &request.stage, &request.event)?;
         Ok(Decision::Append(entry(request), |sequence| sequence))
     })
     .await?;
     Ok(Reservation { sequence, corpus: request.corpus.clone() })
+}
+
+/// Refuses early what [`reserve`] would refuse for want of budget; where (run, stage) has a reservation, nothing is missing.
+///
+/// It reads the ledger alone: a stage calls it before it binds its run id and takes the digests that a reservation needs.
+pub async fn check(root: &PrivateRoot, corpus: &str, run: &str, stage: &str, event: &Event) -> Result<(), LedgerError> {
+    let (ledger, _) = chain::load(root, corpus).await?;
+    let reserved = ledger.entries.iter().any(|entry| match &entry.body {
+        Body::Reserve { run: other, stage: of, .. } => (other.as_str(), of.as_str()) == (run, stage),
+        _ => false,
+    });
+    if reserved { Ok(()) } else { afford(&ledger, run, stage, event) }
 }
 
 /// Marks a reservation as used. Settling twice is fine.
@@ -78,19 +89,23 @@ pub async fn settle(root: &PrivateRoot, reservation: &Reservation) -> Result<(),
 
 /// Sets the budget of `corpus`. It applies from now on and may be below what was spent: then nothing more fits.
 pub async fn set_budget(root: &PrivateRoot, corpus: &str, epsilon: f64, delta: f64) -> Result<(), LedgerError> {
-    if !(epsilon.is_finite() && epsilon > 0.0) {
-        return Err(LedgerError::Usage(format!("budget: ε is {epsilon}; expected a number above 0")));
-    }
-    if !(delta > 0.0 && delta < 1.0) {
-        return Err(LedgerError::Usage(format!(
-            "budget: δ is {delta}; expected a number between 0 and 1, such as 1e-6"
-        )));
-    }
+    check_budget(epsilon, delta).map_err(LedgerError::Usage)?;
     chain::update(root, corpus, |ledger| match ledger.budget() {
         Some(budget) if budget == (Budget { epsilon, delta }) => Ok(Decision::Done(())),
         _ => Ok(Decision::Append(Body::Budget { epsilon, delta }, |_| ())),
     })
     .await
+}
+
+/// What a budget may be; the error says what is wrong.
+pub(crate) fn check_budget(epsilon: f64, delta: f64) -> Result<(), String> {
+    if !(epsilon.is_finite() && epsilon > 0.0) {
+        return Err(format!("budget: ε is {epsilon}; expected a number above 0"));
+    }
+    if !(delta > 0.0 && delta < 1.0) {
+        return Err(format!("budget: δ is {delta}; expected a number between 0 and 1, such as 1e-6"));
+    }
+    Ok(())
 }
 
 fn entry(request: &Request) -> Body {
@@ -125,7 +140,7 @@ fn standing(ledger: &Ledger, request: &Request) -> Result<Option<u64>, LedgerErr
         if *conditions != request.conditions {
             differs.push("the conditions of the corpus changed".to_string());
         }
-        if !same(event, &request.event)? {
+        if *event != request.event {
             differs.push(format!("the mechanism was {}, now it is {}", describe(event), describe(&request.event)));
         }
         // PRIVACY: the fingerprint itself depends on the records and is not told.
@@ -147,13 +162,6 @@ fn standing(ledger: &Ledger, request: &Request) -> Result<Option<u64>, LedgerErr
     Ok(None)
 }
 
-/// Compares by what storage keeps of an event: reading a float back from JSON may move its last bit.
-fn same(stored: &Event, asked: &Event) -> Result<bool, LedgerError> {
-    let broken = |error: serde_json::Error| LedgerError::Usage(format!("mechanism: {error}"));
-    let kept: Event = serde_json::from_slice(&serde_json::to_vec(asked).map_err(broken)?).map_err(broken)?;
-    Ok(*stored == kept)
-}
-
 fn no_budget(corpus: &str) -> LedgerError {
     LedgerError::Usage(format!(
         "corpus `{corpus}` has no privacy budget, so nothing may be spent on it\n\
@@ -162,16 +170,17 @@ fn no_budget(corpus: &str) -> LedgerError {
 }
 
 /// Refuses what the budget cannot pay.
-fn afford(ledger: &Ledger, budget: Budget, request: &Request) -> Result<(), LedgerError> {
+fn afford(ledger: &Ledger, run: &str, stage: &str, event: &Event) -> Result<(), LedgerError> {
+    let budget = ledger.budget().ok_or_else(|| no_budget(&ledger.corpus))?;
     let spent = ledger.spent();
-    let all: Vec<Event> = spent.iter().chain([&request.event]).cloned().collect();
+    let all: Vec<Event> = spent.iter().chain([event]).cloned().collect();
     let total = epsilon(&all, budget.delta)?.pld;
     // Written so that a total that is not a number is refused too.
     if total <= budget.epsilon {
         return Ok(());
     }
     let before = epsilon(&spent, budget.delta)?.pld;
-    let alone = epsilon(std::slice::from_ref(&request.event), budget.delta)?.pld;
+    let alone = epsilon(std::slice::from_ref(event), budget.delta)?.pld;
     let corpus = &ledger.corpus;
     Err(LedgerError::OverBudget(format!(
         "{corpus}: this run would bring ε to {} at δ = {:e}; the budget is {}\n\
@@ -186,10 +195,10 @@ fn afford(ledger: &Ledger, budget: Budget, request: &Request) -> Result<(), Ledg
         up(before),
         spent.len(),
         if spent.len() == 1 { "" } else { "s" },
-        describe(&request.event),
+        describe(event),
         up(alone),
-        request.stage,
-        request.run,
+        stage,
+        run,
         up(total),
         budget.epsilon,
     )))

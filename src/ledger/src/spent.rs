@@ -83,6 +83,11 @@ impl Ledger {
         self.settled().contains(&sequence)
     }
 
+    /// Whether anything was ever reserved: then there is a noise key, which no other may replace.
+    pub(crate) fn has_reservation(&self) -> bool {
+        self.reservations().next().is_some()
+    }
+
     fn settled(&self) -> HashSet<u64> {
         let settled = self.entries.iter().filter_map(|entry| match entry.body {
             Body::Settle { reservation } => Some(reservation),

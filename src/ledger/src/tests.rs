@@ -7,6 +7,7 @@ use lake::{PrivateRoot, StorageOptions};
 use privacy::event::Event;
 use tempfile::TempDir;
 
+use crate::entry::Seal;
 use crate::*;
 
 const CORPUS: &str = "chats";
@@ -25,7 +26,7 @@ impl Fixture {
         Self { folder, root }
     }
 
-    async fn with_budget(epsilon: f64) -> Self {
+    pub(crate) async fn with_budget(epsilon: f64) -> Self {
         let fixture = Self::new().await;
         set_budget(&fixture.root, CORPUS, epsilon, DELTA).await.unwrap();
         fixture
@@ -49,8 +50,12 @@ impl Fixture {
     }
 }
 
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
 /// One histogram as in the paper: ε = 0.4125 at δ = 5e-7 by design.md.
-fn votes(run: &str) -> Request {
+pub(crate) fn votes(run: &str) -> Request {
     Request {
         corpus: CORPUS.into(),
         version: 3,
@@ -147,6 +152,7 @@ async fn a_run_id_reserved_for_something_else_is_refused_naming_what_differs() {
 
 #[tokio::test]
 async fn parameters_without_a_short_decimal_are_recognised_when_resumed() {
+    // That any float is read back as it was written is a property test of `privacy::event`.
     let fixture = Fixture::with_budget(8.0).await;
     for (run, sampling_probability) in [("a", 4096.0 / 180_000.0), ("b", 1.0 / 3.0), ("c", 0.1 + 0.2)] {
         let noise_multiplier = 10.0 + 1.0 / 7.0;
@@ -215,6 +221,28 @@ async fn of_many_stages_that_race_for_the_last_of_a_budget_exactly_one_wins() {
     assert_eq!(read(&fixture.root, CORPUS).await.unwrap().entries.len(), 2);
 }
 
+/// Writers that share nothing but the store: each has its own thread, runtime and connection, as processes have.
+#[test]
+fn of_writers_that_share_only_the_store_exactly_one_wins_the_last_of_a_budget() {
+    let fixture = runtime().block_on(Fixture::with_budget(0.45));
+    let url = fixture.folder.path().to_str().unwrap().to_string();
+    let start = std::sync::Arc::new(std::sync::Barrier::new(8));
+    let racers = (0..8).map(|number| {
+        let (url, start) = (url.clone(), start.clone());
+        std::thread::spawn(move || {
+            runtime().block_on(async {
+                let root = PrivateRoot::open(&url, &StorageOptions::default()).await.unwrap();
+                start.wait();
+                reserve(&root, &votes(&format!("run-{number}"))).await
+            })
+        })
+    });
+    let results = racers.collect::<Vec<_>>().into_iter().map(|racer| racer.join().unwrap());
+    let (won, lost): (Vec<_>, Vec<_>) = results.partition(Result::is_ok);
+    assert_eq!((won.len(), lost.len()), (1, 7), "{lost:?}");
+    assert!(lost.iter().all(|error| matches!(error, Err(LedgerError::OverBudget(_)))), "{lost:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn copies_of_one_stage_that_race_share_one_reservation() {
     let fixture = Fixture::with_budget(0.45).await;
@@ -240,6 +268,69 @@ async fn a_changed_entry_shows_even_if_it_is_the_last() {
     assert!(error.contains("00000000.json: its content does not match its digest"), "{error}");
     // Nothing is spent on a ledger that cannot be trusted.
     assert_eq!(reserve(&fixture.root, &votes("a")).await.unwrap_err().exit_code(), 3);
+}
+
+/// Writes the entry at `sequence` anew, with `change` made and sealed by `seal`.
+fn rewrite(fixture: &Fixture, sequence: u64, seal: &Seal, change: impl Fn(&mut Body)) {
+    let mut entry = Entry::parse(&std::fs::read(fixture.object(sequence)).unwrap()).unwrap();
+    change(&mut entry.body);
+    let sealed = Entry::seal(seal, CORPUS, sequence, entry.previous, entry.body).unwrap();
+    std::fs::write(fixture.object(sequence), sealed).unwrap();
+}
+
+fn other_noise(noise: f64) -> impl Fn(&mut Body) {
+    move |body| match body {
+        Body::Reserve { event: Event::DiscreteGaussian { noise_multiplier }, .. } => *noise_multiplier = noise,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn the_newest_entry_cannot_be_sealed_anew_without_the_noise_key() {
+    let fixture = Fixture::with_budget(8.0).await;
+    reserve(&fixture.root, &votes("a")).await.unwrap();
+    for seal in [Seal::Plain, Seal::keyed(&privacy::keyed::NoiseKey::new([7; 32]))] {
+        rewrite(&fixture, 1, &seal, other_noise(1e3));
+        let error = fixture.read_error().await;
+        assert!(error.contains("00000001.json: its content does not match its digest"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_budget_cannot_be_raised_without_the_noise_key_once_anything_was_reserved() {
+    let fixture = Fixture::with_budget(8.0).await;
+    reserve(&fixture.root, &votes("a")).await.unwrap();
+    let (_, previous) = chain::load(&fixture.root, CORPUS).await.unwrap();
+    let raised = Body::Budget { epsilon: 80.0, delta: DELTA };
+    std::fs::write(fixture.object(2), Entry::seal(&Seal::Plain, CORPUS, 2, previous, raised).unwrap()).unwrap();
+    assert!(fixture.read_error().await.contains("00000002.json: its content does not match its digest"));
+}
+
+#[tokio::test]
+async fn an_entry_with_parameters_without_meaning_is_malformed() {
+    let fixture = Fixture::with_budget(8.0).await;
+    reserve(&fixture.root, &votes("a")).await.unwrap();
+    let seal = Seal::keyed(&noise_key(&fixture.root).await.unwrap());
+    rewrite(&fixture, 1, &seal, other_noise(-1.0));
+    let error = fixture.read_error().await;
+    assert!(error.contains("00000001.json: noise_multiplier: expected a positive number"), "{error}");
+    let negative = |body: &mut Body| *body = Body::Budget { epsilon: -1.0, delta: DELTA };
+    rewrite(&fixture, 0, &Seal::Plain, negative);
+    assert!(fixture.read_error().await.contains("00000000.json: budget: ε is -1"));
+}
+
+#[tokio::test]
+async fn who_may_not_read_the_noise_key_may_read_the_ledger_but_not_write() {
+    use std::os::unix::fs::PermissionsExt;
+    let fixture = Fixture::with_budget(8.0).await;
+    reserve(&fixture.root, &votes("a")).await.unwrap();
+    let key = fixture.folder.path().join("keys/noise.key");
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o0)).unwrap();
+    if std::fs::read(&key).is_ok() {
+        return; // Permissions do not bind the administrator.
+    }
+    assert_eq!(read(&fixture.root, CORPUS).await.unwrap().entries.len(), 2);
+    assert_eq!(reserve(&fixture.root, &votes("b")).await.unwrap_err().exit_code(), 3);
 }
 
 #[tokio::test]
