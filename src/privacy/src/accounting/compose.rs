@@ -7,7 +7,8 @@
 //! instead of to 1. δ(ε) = Σ_{s > ε} e^{K − λs} · tilted(s) · (1 − e^{ε−s}).
 //!
 //! What is left out is bounded and added to δ: infinite losses, tilted mass outside the window (by Chernoff's bound at
-//! several exponents), and rounding errors of the FFT (per entry, from the spectrum's own size).
+//! several exponents), and rounding errors. Those of the transforms are bounded value by value ([`transform_error`]), and
+//! so is what becomes of them in a power and a product ([`Power`]).
 
 use std::sync::{Arc, LazyLock, Mutex};
 
@@ -26,6 +27,8 @@ const MAX_WINDOW: f64 = (1u64 << 22) as f64;
 
 /// Most losses that are summed.
 const MAX_COMPOSITIONS: f64 = 1e9;
+/// A power below e^this is taken for 0.
+const FAINT: f64 = -50.0;
 /// Longest transform whose plan is kept; there are four sizes to an octave.
 const KEPT_PLANS: usize = 1 << 18;
 
@@ -91,6 +94,26 @@ impl Part {
 
     fn loss(&self, j: usize, interval: f64) -> f64 {
         (self.pmf.start + j as i64) as f64 * interval
+    }
+
+    /// One copy's tilted masses modulo `size`, and a bound on the error that any value of their computed transform has.
+    fn tilted(&self, lambda: f64, interval: f64, size: usize) -> (Vec<f64>, f64) {
+        let k = cumulants_of(self.points(interval), lambda, 1.0).k;
+        let mut mass = vec![0.0; size];
+        let mut error = transform_error(size);
+        for (j, log_mass) in self.log_mass.iter().enumerate() {
+            let shift = lambda * self.loss(j, interval);
+            let exponent = log_mass + shift - k;
+            // What is left out is below e^−100 each.
+            if exponent > -100.0 {
+                let value = exp(exponent);
+                mass[(self.pmf.start + j as i64).rem_euclid(size as i64) as usize] += value;
+                error += f64::EPSILON * (2.0 * (log_mass.abs() + shift.abs() + k.abs()) + 4.0) * value;
+            }
+        }
+        // Masses that wrap around are added up.
+        let wraps = (self.log_mass.len() / size) as f64;
+        (mass, error + wraps * f64::EPSILON + self.log_mass.len() as f64 * 4e-44)
     }
 
     fn points(&self, interval: f64) -> impl Iterator<Item = (f64, f64)> + Clone + '_ {
@@ -243,46 +266,52 @@ impl Sum {
         (bound(best(-1.0)), bound(best(1.0)))
     }
 
-    /// The tilted sum modulo the window, and a bound on the rounding error of one entry.
+    /// The tilted sum modulo the window, and a bound on the rounding error of every entry.
     fn convolve(&self, lambda: f64, start: i64, size: usize) -> (Vec<f64>, f64) {
         let (forward, backward) = plans(size);
         let mut product = vec![Complex::new(1.0, 0.0); size / 2 + 1];
+        // Bounds on the modulus of the true product, and on that of the computed one plus the distance of the two.
+        let mut ceiling = vec![1.0; size / 2 + 1];
         let mut spectrum = forward.make_output_vec();
-        let mut compositions = 0.0;
         for part in &self.parts {
-            let k = cumulants_of(part.points(self.interval), lambda, 1.0).k;
-            let mut mass = vec![0.0; size];
-            for (j, log_mass) in part.log_mass.iter().enumerate() {
-                let exponent = log_mass + lambda * part.loss(j, self.interval) - k;
-                if exponent > -100.0 {
-                    mass[(part.pmf.start + j as i64).rem_euclid(size as i64) as usize] += exp(exponent);
-                }
-            }
+            let (mut mass, error) = part.tilted(lambda, self.interval, size);
             // The lengths are the planner's own, so the transform cannot refuse them.
             let transformed = forward.process(&mut mass, &mut spectrum);
             debug_assert!(transformed.is_ok());
-            product.iter_mut().zip(&spectrum).for_each(|(product, z)| *product *= power(*z, part.count));
-            compositions += part.count;
+            let power = Power::new(part.count, error);
+            for ((product, ceiling), z) in product.iter_mut().zip(&mut ceiling).zip(&spectrum) {
+                let (value, bound) = power.of(*z);
+                *product *= value;
+                *ceiling *= bound;
+            }
         }
         // The values at frequency 0 and at the highest of an even transform are real; rounding must not say otherwise.
         product[0].im = 0.0;
         product[size / 2].im = 0.0;
-        let average = 2.0 * product.iter().map(|z| z.norm()).sum::<f64>() / size as f64;
+        let length = size as f64;
+        // Frequencies but the two count twice. |Π w − Π z| ≤ Π (|w| + |w − z|) − Π |w|; the multiplications' own rounding
+        // is in the bounds.
+        let (mut total, mut apart) = (0.0, 0.0);
+        for (z, ceiling) in product.iter().zip(&ceiling) {
+            let modulus = sqrt(z.norm_sqr());
+            total += 2.0 * modulus;
+            apart += 2.0 * (ceiling - modulus);
+        }
         let mut sum = vec![0.0; size];
         let transformed = backward.process(&mut product, &mut sum);
         debug_assert!(transformed.is_ok());
         // Entry j of the transform is the mass at indices ≡ j; turn it so that entry 0 is the window's first index.
         sum.rotate_left(start.rem_euclid(size as i64) as usize);
-        sum.iter_mut().for_each(|x| *x /= size as f64);
-        let rounding = 4.0 * f64::EPSILON * log(size as f64 + 2.0) * (compositions + 1.0);
-        (sum, rounding * average)
+        sum.iter_mut().for_each(|x| *x /= length);
+        // A sum of positive terms is off by an epsilon for each at most.
+        (sum, (apart + transform_error(size) * total) / length * (1.0 + length * f64::EPSILON))
     }
 
     /// The largest ε in the window with δ(ε) > e^−`target`, exactly interpolated between grid points.
     fn crossing(&self, tilted: &Tilted, target: f64, side: Side) -> Option<f64> {
         let upper = self.descend(tilted, target, side, |tail, _, _| tail > 1.0)?;
         if side == Side::Upper {
-            return Some(upper.crossing(self.interval, 1.0));
+            return Some(upper.crossing(self.interval, 1.0) * (1.0 + 4.0 * f64::EPSILON));
         }
         // Mass that wrapped around may have raised δ by this much, anywhere above the cell's lower end.
         let loss = upper.loss - self.interval;
@@ -315,8 +344,14 @@ impl Sum {
     fn descend(&self, tilted: &Tilted, scale: f64, side: Side, stop: impl Fn(f64, f64, f64) -> bool) -> Option<Point> {
         let Self { interval, .. } = *self;
         let (decay, step) = (exp(-interval), -expm1(-interval));
+        // Rounding errors of the walk, whose terms are all positive, and of the exponents.
+        let walked = 4.0 * tilted.mass.len() as f64 + 2.0 * (tilted.k.abs() + scale.abs());
+        let sign = if side == Side::Upper { f64::EPSILON } else { -f64::EPSILON };
         let loss = |j: usize| (tilted.start + j as i64) as f64 * interval;
-        let untilt = |loss: f64| exp((tilted.k - tilted.lambda * loss + scale).min(700.0));
+        let untilt = |loss: f64| {
+            let shift = tilted.lambda * loss;
+            exp((tilted.k - shift + scale + sign * (walked + 2.0 * shift.abs())).min(700.0))
+        };
         let top = loss(tilted.mass.len());
         let mut tail = match side {
             Side::Upper => self.infinity * exp(scale.min(700.0)) + OUTSIDE * untilt(top),
@@ -366,18 +401,56 @@ fn plans(size: usize) -> Plans {
     }
 }
 
-/// `z^count`, by logarithm: the cost does not grow with the count.
-fn power(z: Complex<f64>, count: f64) -> Complex<f64> {
-    if count == 1.0 {
-        return z;
+/// Bound on the error of any value of a transform of this size, relative to the sum of its inputs' moduli.
+///
+/// Every output is a sum of all inputs, each of which came through log₂ n additions and a multiplication with a twiddle
+/// factor for each level of the transform, and each of these errs relative to what it is made of: with u half an epsilon,
+/// an addition by u, a product by √5·u, a factor by at most 22 u, its angle being up to 2π after three roundings. A level
+/// has radix 4 at least, but for one of them and for the step between a real and a complex transform: so at most
+/// (22 + √5 + 2)·u, to first order, for every two of log₂ n, and for these two once more.
+fn transform_error(size: usize) -> f64 {
+    8.0 * f64::EPSILON * ((size as f64).log2() + 4.0)
+}
+
+/// `z^count` of values that are known to within `error`.
+struct Power {
+    count: f64,
+    error: f64,
+    /// Relative rounding error of a computed power and of its multiplication with others.
+    rounding: f64,
+    /// Bound on the power's error where |z| ≤ `count` · `error`, so that nothing is known of it but that it is small.
+    unknown: f64,
+}
+
+impl Power {
+    fn new(count: f64, error: f64) -> Self {
+        // count · error · (|z| + error)^(count − 1), as below.
+        let unknown = count * error * ((count + 1.0) * error).powf(count - 1.0);
+        // The logarithm's error counts `count` times, the angle's (at most π) likewise; exponents go down to FAINT.
+        Self { count, error, rounding: f64::EPSILON * (5.0 * count + 100.0), unknown: unknown * 1.001 }
     }
-    let exponent = 0.5 * count * log(z.norm_sqr());
-    // Below e^−50 it is less than the rounding error that is reckoned with.
-    if exponent.is_nan() || exponent < -50.0 {
-        return Complex::new(0.0, 0.0);
+
+    /// The power, by logarithm, so that the cost does not grow with the count, and a bound on its modulus plus its distance
+    /// from the true one. By the mean value theorem that distance is at most count · error · (|z| + error)^(count − 1).
+    fn of(&self, z: Complex<f64>) -> (Complex<f64>, f64) {
+        let square = z.norm_sqr();
+        let modulus = sqrt(square);
+        if self.count == 1.0 {
+            return (z, (modulus + self.error) * (1.0 + self.rounding));
+        }
+        let exponent = 0.5 * self.count * log(square);
+        let (value, size) = if exponent >= FAINT {
+            let (sin, cos) = (self.count * z.im.atan2(z.re)).sin_cos();
+            let size = exp(exponent);
+            (Complex::new(cos, sin) * size, size)
+        } else {
+            (Complex::new(0.0, 0.0), exp(FAINT))
+        };
+        // With g = count · error / |z| ≤ 1 the distance is at most |z|^count · g·e^g, and e^g ≤ 1 + 2g.
+        let growth = self.count * self.error / modulus;
+        let bound = if growth <= 1.0 { size * (1.0 + growth * (1.0 + 2.0 * growth)) } else { size + self.unknown };
+        (value, bound * (1.0 + self.rounding))
     }
-    let (sin, cos) = (count * z.im.atan2(z.re)).sin_cos();
-    Complex::new(cos, sin) * exp(exponent)
 }
 
 /// Smallest even 2^a · 3^b · 5^c (b, c ≤ 1) that is at least `size`.
@@ -389,6 +462,7 @@ fn fast_size(size: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::accounting::math::exp2;
 
     fn coin() -> Pmf {
         Pmf { start: -1, mass: vec![0.3, 0.0, 0.7], infinity: 0.0 }
@@ -438,6 +512,47 @@ mod tests {
             assert!(lower <= upper && upper - lower < apart, "{delta}: {lower} {upper}");
             if upper > 0.0 && upper < 4.1 {
                 assert!((exact(42, 0.1, upper) / delta - 1.0).abs() < 1e-4, "{delta} {upper}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_entry_is_within_its_stated_error() {
+        // A fair coin: the probabilities of its sums are binomials over a power of two, exact in f64 up to 2⁵³.
+        let coin = Pmf { start: 0, mass: vec![0.5, 0.5], infinity: 0.0 };
+        for count in [1u64, 2, 3, 20, 50] {
+            for size in [64, 240, 4096] {
+                let sum = Sum::new(1.0, vec![(coin.clone(), count)]);
+                let (mass, error) = sum.convolve(0.0, 0, size);
+                let mut binomial = 1.0;
+                for (k, &mass) in mass.iter().enumerate() {
+                    let expected = binomial * exp2(-(count as f64));
+                    assert!(
+                        (mass - expected).abs() <= error,
+                        "{count} of {size} at {k}: {mass:e}, {expected:e}, {error:e}"
+                    );
+                    binomial = binomial * (count as f64 - k as f64).max(0.0) / (k as f64 + 1.0);
+                }
+                assert!(error < 1e-11 * count as f64, "{count} of {size}: {error:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_power_is_within_its_stated_error_of_every_value_that_it_may_be_of() {
+        for count in [1.0, 2.0, 3.0, 40.0, 1e5] {
+            for modulus in [1.0, 0.9, 1e-3, 1e-12, 0.0] {
+                for error in [1e-15, 1e-9, 1e-4] {
+                    let power = Power::new(count, error);
+                    let (value, bound) = power.of(Complex::from_polar(modulus, 0.7));
+                    for angle in [0.0, 1.6, 3.1] {
+                        let truth = Complex::from_polar(modulus, 0.7) + Complex::from_polar(error, angle);
+                        let (log_modulus, angle) = (log(truth.norm()), truth.arg());
+                        let truth = Complex::from_polar(exp(count * log_modulus), count * angle);
+                        let distance = (value - truth).norm();
+                        assert!(value.norm() + distance <= bound * (1.0 + 1e-9), "{count} {modulus} {error} {bound:e}");
+                    }
+                }
             }
         }
     }

@@ -10,6 +10,11 @@
 //!   the profile is never above the truth.
 //!
 //! Either error is of second order in the interval, so a coarse grid goes a long way.
+//!
+//! *Rounding errors*. Above, how a cell's mass is split follows from a difference of tail probabilities, whose error does
+//! not shrink with the cell: it is bounded for every cell, and as much as it can amount to goes to the upper point in
+//! addition. That also pays for errors of the masses themselves, which are errors of a cell's edges: what one cell has
+//! too little the next one has too much, one interval away. Below, rounding is not bounded; it moves ε by some 1e-12.
 
 use super::math::{exp, expm1, floor, log, log1p};
 
@@ -17,9 +22,6 @@ use super::normal::{Cdf, density, reach};
 
 /// Longest distribution of one step; a finer grid than that is not tried.
 pub const MAX_ATOMS: f64 = 3e6;
-/// Relative increase of the upper of two neighbouring masses, against the rounding errors of their computation.
-const ROUNDING_GUARD: f64 = 1e-12;
-
 /// Distribution of a privacy loss on the grid `interval · ℤ`.
 #[derive(Clone, Debug)]
 pub struct Pmf {
@@ -163,6 +165,12 @@ impl Cells {
         (zero, self.q * (from.one.mass(&to.one) - zero))
     }
 
+    /// Bound on the rounding error of `weight · more − ratio · zero` between two edges.
+    fn excess_error(&self, from: &Edge, to: &Edge, weight: f64, ratio: f64) -> f64 {
+        let zero = from.zero.mass_error(&to.zero);
+        weight * self.q * (from.one.mass_error(&to.one) + zero) + ratio.abs() * zero
+    }
+
     /// Both neighbours see the same cells, from opposite sides: a loss `l` to one is `−l` to the other.
     fn upper(&self) -> Pair {
         let cells = self.edges.len() - 1;
@@ -171,15 +179,20 @@ impl Cells {
         let mut add = vec![0.0; cells + 1];
         for (j, pair) in self.edges.windows(2).enumerate() {
             let (zero, more) = self.between(&pair[0], &pair[1]);
+            let mixture = (zero + more).max(0.0);
             let low = (self.start + j as i64) as f64 * self.interval;
             // P − e^low · Q is (1 − e^−interval) times the mass that goes to the upper point.
-            let mixture = (zero + more).max(0.0);
-            let up = share_above(more - expm1(low) * zero, step, mixture, zero);
+            let ratio = expm1(low);
+            let error = self.excess_error(&pair[0], &pair[1], 1.0, ratio) + f64::EPSILON * low.abs() * exp(low) * zero;
+            let up = share_above(more - ratio * zero, error, step, mixture, zero);
             remove[j + 1] += up;
             remove[j] += mixture - up;
-            // For the other neighbour the cell runs from −high to −low.
+            // For the other neighbour the cell runs from −high to −low: P and Q change places.
             let high = low + self.interval;
-            let up = share_above(-expm1(-high) * zero - exp(-high) * more, step, zero, f64::INFINITY);
+            let (weight, ratio) = (exp(-high), expm1(-high));
+            let error =
+                self.excess_error(&pair[0], &pair[1], weight, ratio) + f64::EPSILON * high.abs() * weight * mixture;
+            let up = share_above(-ratio * zero - weight * more, error, step, zero, f64::INFINITY);
             add[cells - j] += up;
             add[cells - j - 1] += zero - up;
         }
@@ -266,15 +279,15 @@ impl Cells {
     }
 }
 
-/// Mass that goes to the upper of two grid points, of `mass` in all, given P − e^low · Q = `excess`.
+/// Mass that goes to the upper of two grid points, of `mass` in all, given P − e^low · Q = `excess` to within `error`.
 ///
 /// `other` is Q's mass: where it has underflowed, `excess` means nothing and everything goes up.
-fn share_above(excess: f64, step: f64, mass: f64, other: f64) -> f64 {
-    let share = excess / step;
+fn share_above(excess: f64, error: f64, step: f64, mass: f64, other: f64) -> f64 {
+    let share = (excess + error) / step * (1.0 + 4.0 * f64::EPSILON);
     if other < 1e-290 || !share.is_finite() {
         return mass;
     }
-    (share + ROUNDING_GUARD * mass).clamp(0.0, mass)
+    share.clamp(0.0, mass)
 }
 
 /// Exact losses of the discrete Gaussian: at integer x, (1 − 2x) / 2σ² with probability ∝ exp(−x² / 2σ²).
@@ -290,10 +303,14 @@ fn discrete(sigma: f64, interval: f64, tail: f64, up: bool) -> Pmf {
     let mut mass = vec![0.0; (end - start + 1) as usize];
     let step = -expm1(-interval);
     for x in -last..=last {
-        let probability = weight(x) / total;
+        // The exponent's rounding error, and that of the total, whose terms number 2 · last + 1.
+        let error = f64::EPSILON * (4.0 * (x * x) as f64 / variance + 2.0 * last as f64 + 8.0);
+        let probability = weight(x) / total * if up { 1.0 + error } else { 1.0 - error };
+        let loss = (1 - 2 * x) as f64 / variance;
         let low = index(x);
-        let above = (1 - 2 * x) as f64 / variance - low * interval;
-        let share = if up { share_above(-expm1(-above) * probability, step, probability, 1.0) } else { 0.0 };
+        let above = loss - low * interval;
+        let error = 4.0 * f64::EPSILON * (loss.abs() + interval) * probability;
+        let share = if up { share_above(-expm1(-above) * probability, error, step, probability, 1.0) } else { 0.0 };
         let i = (low as i64 - start) as usize;
         mass[i + 1] += share;
         mass[i] += probability - share;

@@ -22,7 +22,7 @@ mod rdp;
 use compose::{Side, Sum};
 use loss::Step;
 
-use crate::event::Event;
+use crate::event::{Event, MAX_NOISE_MULTIPLIER};
 
 /// Change of ε, relative, at which the grid counts as fine enough.
 const TOLERANCE: f64 = 1e-4;
@@ -34,8 +34,6 @@ const FINEST_INTERVAL: f64 = 1e-30;
 const MAX_REFINEMENTS: usize = 40;
 /// Calibrated noise multipliers are multiples of 1 / this.
 const CALIBRATION_STEPS: f64 = 10_000.0;
-/// Largest noise multiplier that calibration tries.
-const MAX_CALIBRATED: f64 = 1e6;
 
 /// Invalid parameters or an ε that cannot be represented.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -56,7 +54,7 @@ pub struct Epsilon {
 pub struct Bounds {
     /// The true ε is at most this: the same value as [`Epsilon::pld`].
     pub upper: f64,
-    /// The true ε is at least this.
+    /// The true ε is at least this, but for rounding errors of some 1e-12, which are bounded only for the other side.
     pub lower: f64,
     /// Discretisation of the losses; 0 where the answer is a closed form.
     pub interval: f64,
@@ -116,14 +114,14 @@ pub fn calibrate(events: impl Fn(f64) -> Vec<Event>, target_epsilon: f64, delta:
             .and_then(|composition| composition.epsilon(delta))
             .is_ok_and(|(epsilon, _)| epsilon <= target_epsilon)
     };
-    let most = (MAX_CALIBRATED * CALIBRATION_STEPS) as u64;
+    let most = (MAX_NOISE_MULTIPLIER * CALIBRATION_STEPS) as u64;
     let (mut fails, mut works) = (0, CALIBRATION_STEPS as u64);
     while !holds(works) {
         fails = works;
         works *= 2;
         if works > most {
             return Err(AccountingError(format!(
-                "no noise multiplier up to {MAX_CALIBRATED:e} brings ε down to {target_epsilon} at δ = {delta:e}\n\
+                "no noise multiplier up to {MAX_NOISE_MULTIPLIER:e} brings ε down to {target_epsilon} at δ = {delta:e}\n\
                  help: lower the steps or the sampling probability, or raise the target; what other mechanisms \
                  spend counts too"
             )));
