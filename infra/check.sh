@@ -7,5 +7,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 infra/setup.sh python
-packages=$DOPPEL_CACHE/python-$(sha256sum infra/downloads-python.txt | cut -c1-12)
+cache=${DOPPEL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/doppel}
+packages=$cache/python-$(sha256sum infra/downloads-python.txt | cut -c1-12)
 PYTHONPATH=$packages python3 infra/check_workflows.py ${1:+--schema "$1"} workflows/*.yaml

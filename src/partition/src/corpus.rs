@@ -1,9 +1,12 @@
-//! Second pass: the records that stay become the corpus table, chunk by chunk, each exactly once.
+//! Second pass: the records that stay become the corpus table, in one commit: a corpus is there whole or not at all.
+//!
+//! PRIVACY: a commit for each chunk would make the table's version, which releases name, tell how many records there
+//! are.
 
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, RecordBatch, StringArray};
-use lake::{AppTransaction, Table};
+use lake::{AppTransaction, Table, Uploaded};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -92,24 +95,22 @@ pub fn changed(object: &str) -> PartitionError {
     }
 }
 
-/// Appends rows to the corpus table in chunks whose borders depend on the rows alone, so that a repeated attempt
-/// cuts the same ones and skips those that are there.
+/// Writes rows to the corpus table, chunk by chunk, and commits them together at the end.
 pub struct Writer {
     table: Table,
-    application: String,
-    written: Option<i64>,
-    chunk: i64,
+    transaction: AppTransaction,
+    files: Vec<Uploaded>,
     rows: Vec<Row>,
     bytes: usize,
     counts: SplitCounts,
 }
 
 impl Writer {
-    /// A writer that continues what `application` wrote before.
+    /// A writer of `table` under the application id `application`.
     pub async fn open(table: Table, application: String) -> Result<Self, PartitionError> {
         table.create(lake::schema::corpus()).await?;
-        let written = table.last_chunk(&application).await?;
-        Ok(Self { table, application, written, chunk: 0, rows: Vec::new(), bytes: 0, counts: SplitCounts::default() })
+        let transaction = AppTransaction { id: application, version: 0 };
+        Ok(Self { table, transaction, files: Vec::new(), rows: Vec::new(), bytes: 0, counts: SplitCounts::default() })
     }
 
     /// Takes rows in the order of the input.
@@ -123,30 +124,26 @@ impl Writer {
             }
             self.rows.push(row);
             if self.rows.len() >= CHUNK_ROWS || self.bytes >= CHUNK_BYTES {
-                self.flush().await?;
+                self.upload().await?;
             }
         }
         Ok(())
     }
 
-    /// Writes what is left; the table and how many records each split has.
+    /// Commits everything, unless an earlier attempt did; the table and how many records each split has.
     pub async fn finish(mut self) -> Result<(Table, SplitCounts), PartitionError> {
         if !self.rows.is_empty() {
-            self.flush().await?;
+            self.upload().await?;
         }
+        self.table.append_uploaded(self.files, self.transaction).await?;
         Ok((self.table, self.counts))
     }
 
-    async fn flush(&mut self) -> Result<(), PartitionError> {
+    async fn upload(&mut self) -> Result<(), PartitionError> {
         let rows = std::mem::take(&mut self.rows);
-        let version = self.chunk;
-        self.chunk += 1;
         self.bytes = 0;
-        if self.written.is_some_and(|written| version <= written) {
-            return Ok(());
-        }
-        let transaction = AppTransaction { id: self.application.clone(), version };
-        self.table.append(vec![batch(&rows)?], transaction).await?;
+        let part = AppTransaction { id: self.transaction.id.clone(), version: self.files.len() as i64 };
+        self.files.push(self.table.upload(vec![batch(&rows)?], &part).await?);
         Ok(())
     }
 }

@@ -14,17 +14,19 @@ pub mod dedup;
 pub mod error;
 pub mod input;
 pub mod language;
+pub mod owner;
 pub mod record;
 pub mod select;
 
 use std::sync::Arc;
 
 use chrono::Utc;
-use lake::{Begin, Claim, CorpusTerms, Input, Manifest, Output, Private, PrivateRoot, RunHandle, Zone};
-use serde::{Deserialize, Serialize};
+use lake::{Begin, Claim, CorpusTerms, Input, Manifest, Output, Private, PrivateRoot, RunHandle, StorageOptions, Zone};
+use serde::Serialize;
 use stage::progress::PrivateProgress;
 use stage::{Failure, Summary};
 use tokio::sync::mpsc;
+use tokio::task::block_in_place;
 
 pub use config::{Args, Config};
 pub use error::PartitionError;
@@ -32,7 +34,8 @@ pub use error::PartitionError;
 use crate::bound::{Choice, Keys};
 use crate::config::{Dedup, UnitRule};
 use crate::corpus::{Extraction, SplitCounts, Writer, changed};
-use crate::input::{Event, Identity, Object, QUEUE};
+use crate::input::{Event, Object, QUEUE};
+use crate::owner::Owner;
 use crate::select::{Counts, Selected, Selection};
 
 const STAGE: &str = "partition";
@@ -41,29 +44,31 @@ const STAGE: &str = "partition";
 pub async fn run(args: Args) -> Result<Summary, Failure> {
     let config = Arc::new(Config::new(&args)?);
     let root = args.common.private_root().await?;
+    let storage = args.common.storage();
     let claim = claim(&args.common.run, &config);
-    let corpus = &config.corpus;
     if lake::manifest::find(&root, &claim.run, STAGE, None).await?.is_some() {
         // Done already, or a conflict with what was done: `begin` tells which.
         if let Begin::Done(manifest) = lake::manifest::begin(&root, claim.clone()).await? {
-            return Ok(summary(corpus, None, &manifest));
+            owner::refuse_changed(&root, &config.corpus, &storage).await?;
+            return Ok(already_done(&config.corpus, &manifest));
         }
     }
-    let report = partition(&root, &config, claim, &args.common.storage()).await?;
-    Ok(report)
+    partition(&root, &config, claim, &storage).await
 }
 
 async fn partition(
     root: &PrivateRoot,
     config: &Arc<Config>,
     claim: Claim,
-    storage: &lake::StorageOptions,
+    storage: &StorageOptions,
 ) -> Result<Summary, Failure> {
     let run = claim.run.clone();
     let mut objects = Vec::new();
     for url in &config.inputs {
         objects.push(Object::open(url, storage).await?);
     }
+    let owner = Owner { run: run.clone(), inputs: objects.iter().map(|object| object.identity.clone()).collect() };
+    owner.refuse_other_run(root, &config.corpus).await?;
     let objects = Arc::new(objects);
     let key = ledger::noise_key(root).await.map_err(PartitionError::from)?;
     let keys = Arc::new(Keys::new(&key, &config.corpus));
@@ -72,13 +77,13 @@ async fn partition(
 
     let handle = match lake::manifest::begin(root, claim).await? {
         Begin::Fresh(handle) | Begin::Resumed(handle) => handle,
-        Begin::Done(manifest) => return Ok(summary(&config.corpus, None, &manifest)),
+        Begin::Done(manifest) => return Ok(already_done(&config.corpus, &manifest)),
     };
-    own(root, config, &run, &objects).await?;
+    owner.take(root, &config.corpus).await?;
     let (table, splits) = second_pass(root, config, keys, &objects, selected.choices, &run).await?;
     let counts = Private::new(AllCounts { steps: selected.counts, splits });
-    let manifest = finish(root, config, handle, &table, &terms, &counts).await?;
-    Ok(summary(&config.corpus, config.public_counts.then(|| counts.expose()), &manifest))
+    finish(root, config, handle, &table, &terms, &counts).await?;
+    Ok(summary(&config.corpus, &run, config.public_counts.then(|| counts.expose())))
 }
 
 fn claim(run: &str, config: &Config) -> Claim {
@@ -108,17 +113,15 @@ async fn first_pass(
 ) -> Result<Selected, PartitionError> {
     let progress = PrivateProgress::new("choosing records");
     let mut selection = Selection::new(config.clone(), keys.clone());
-    let (mut events, reader) = read(config, objects);
-    while let Some(event) = events.recv().await {
+    read(config, objects, async |event| {
         match event {
             Event::CutOff { object, records } => cut_off(config, &object, records)?,
-            Event::Batch(batch) => {
-                selection = on_worker(move || selection.add(&batch).map(|()| selection)).await?;
-                progress.tick();
-            }
+            Event::Batch(batch) => block_in_place(|| selection.add(&batch))?,
         }
-    }
-    joined(reader.await)?;
+        progress.tick();
+        Ok(())
+    })
+    .await?;
     selection.finish()
 }
 
@@ -135,16 +138,14 @@ async fn second_pass(
     let table = root.table(&format!("corpora/{}", config.corpus));
     let mut writer = Writer::open(table, format!("{run}/{STAGE}")).await?;
     let mut extraction = Extraction::new(config.clone(), keys, selection);
-    let (mut events, reader) = read(config, objects);
-    while let Some(event) = events.recv().await {
+    read(config, objects, async |event| {
         if let Event::Batch(batch) = event {
-            let rows;
-            (extraction, rows) = on_worker(move || extraction.rows(&batch).map(|rows| (extraction, rows))).await?;
-            writer.add(rows).await?;
-            progress.tick();
+            writer.add(block_in_place(|| extraction.rows(&batch))?).await?;
         }
-    }
-    joined(reader.await)?;
+        progress.tick();
+        Ok(())
+    })
+    .await?;
     if !extraction.is_complete() {
         let last = objects.last().map_or("the input", |object| object.identity.url.as_str());
         return Err(changed(last));
@@ -152,29 +153,30 @@ async fn second_pass(
     writer.finish().await
 }
 
-type Reader = tokio::task::JoinHandle<Result<(), PartitionError>>;
-
-/// Starts reading all inputs in order; the reader ends when the receiver is dropped.
-fn read(config: &Arc<Config>, objects: &Arc<Vec<Object>>) -> (mpsc::Receiver<Event>, Reader) {
-    let (sender, receiver) = mpsc::channel(QUEUE);
+/// Reads all inputs in order and hands over what they hold; when `take` fails, the reader ends before this does.
+async fn read(
+    config: &Arc<Config>,
+    objects: &Arc<Vec<Object>>,
+    mut take: impl AsyncFnMut(Event) -> Result<(), PartitionError>,
+) -> Result<(), PartitionError> {
+    let (sender, mut events) = mpsc::channel(QUEUE);
     let (config, objects) = (config.clone(), objects.clone());
     let reader = tokio::spawn(async move {
         for object in objects.iter() {
             object.feed(&config, &sender).await?;
         }
-        Ok(())
+        Ok::<(), PartitionError>(())
     });
-    (receiver, reader)
-}
-
-async fn on_worker<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, PartitionError> + Send + 'static,
-) -> Result<T, PartitionError> {
-    joined(tokio::task::spawn_blocking(work).await)
-}
-
-fn joined<T>(outcome: Result<Result<T, PartitionError>, tokio::task::JoinError>) -> Result<T, PartitionError> {
-    outcome.unwrap_or(Err(PartitionError::Bug("a worker of partition panicked")))
+    let taken = async {
+        while let Some(event) = events.recv().await {
+            take(event).await?;
+        }
+        Ok::<(), PartitionError>(())
+    };
+    let taken = taken.await;
+    drop(events);
+    let fed = reader.await.unwrap_or(Err(PartitionError::Bug("the reader of partition panicked")));
+    taken.and(fed)
 }
 
 fn cut_off(config: &Config, object: &str, records: u64) -> Result<(), PartitionError> {
@@ -197,42 +199,6 @@ fn cut_off(config: &Config, object: &str, records: u64) -> Result<(), PartitionE
     Ok(())
 }
 
-/// Who writes a corpus, and from what: one run, and the same inputs at every attempt.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Owner {
-    run: String,
-    inputs: Vec<Identity>,
-}
-
-/// Makes this run the only one that writes to the corpus, before its first row.
-async fn own(root: &PrivateRoot, config: &Config, run: &str, objects: &[Object]) -> Result<(), Failure> {
-    let path = format!("corpora/{}.owner.json", config.corpus);
-    let owner = Owner { run: run.to_owned(), inputs: objects.iter().map(|object| object.identity.clone()).collect() };
-    let body = serde_json::to_vec_pretty(&owner).map_err(|error| Failure::Bug(error.to_string()))?;
-    if root.put_if_absent(&path, body.into()).await? {
-        return Ok(());
-    }
-    let place = format!("{}/{path}", root.url());
-    let earlier: Owner = serde_json::from_slice(&root.get(&path).await?)
-        .map_err(|_| Failure::Input(format!("{place}: not an owner record\nhelp: restore it from a backup")))?;
-    if earlier.run != owner.run {
-        return Err(Failure::Usage(format!(
-            "corpus `{}` exists already: run `{}` wrote it\n\
-             help: choose another --corpus; a corpus never changes, since ledger entries refer to it",
-            config.corpus, earlier.run
-        )));
-    }
-    if earlier.inputs != owner.inputs {
-        return Err(Failure::Input(format!(
-            "corpus `{}`: an input changed since an earlier attempt of run `{run}` began to write\n\
-             help: partition it under a new --run and --corpus",
-            config.corpus
-        )));
-    }
-    Ok(())
-}
-
 /// Everything counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 struct AllCounts {
@@ -247,7 +213,7 @@ async fn finish(
     table: &lake::Table,
     terms: &CorpusTerms,
     counts: &Private<AllCounts>,
-) -> Result<Manifest, Failure> {
+) -> Result<(), Failure> {
     terms.write(root, &config.corpus).await?;
     let body = serde_json::to_vec_pretty(counts.expose()).map_err(|error| Failure::Bug(error.to_string()))?;
     root.put(&format!("runs/{}/partition-counts.json", handle.claim.run), body.into()).await?;
@@ -258,7 +224,8 @@ async fn finish(
         "dedup": config.dedup,
         "terms": terms,
     });
-    Ok(handle.finish(outputs, facts).await?)
+    handle.finish(outputs, facts).await?;
+    Ok(())
 }
 
 /// The terms under which a guarantee about this corpus holds.
@@ -284,12 +251,18 @@ fn condition(compared: &str) -> String {
     )
 }
 
-fn summary(corpus: &str, counts: Option<&AllCounts>, manifest: &Manifest) -> Summary {
-    let version = manifest.outputs.first().and_then(|output| output.version);
-    let mut json = serde_json::json!({
-        "stage": STAGE, "run": manifest.claim.run, "corpus": corpus, "version": version,
-    });
-    let mut text = format!("corpus `{corpus}` is there (run {}, version {})", manifest.claim.run, version.unwrap_or(0));
+fn already_done(corpus: &str, manifest: &Manifest) -> Summary {
+    Summary {
+        text: format!("partition: done already; corpus `{corpus}` is in the private zone"),
+        json: serde_json::json!({
+            "stage": STAGE, "run": manifest.claim.run, "already_done": true, "corpus": corpus,
+        }),
+    }
+}
+
+fn summary(corpus: &str, run: &str, counts: Option<&AllCounts>) -> Summary {
+    let mut json = serde_json::json!({ "stage": STAGE, "run": run, "already_done": false, "corpus": corpus });
+    let mut text = format!("partition: corpus `{corpus}` is in the private zone");
     if let Some(AllCounts { steps, splits }) = counts {
         json["counts"] = serde_json::json!({ "steps": steps, "splits": splits });
         text.push_str(&format!(

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    stage::main("partition", doppel_partition::run)
+    stage::main("partition", doppel_partition::Config::new, doppel_partition::run)
 }

@@ -1,17 +1,25 @@
 //! The command line contract of doppel-partition: exit codes, messages, and what is in the private root afterwards.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::{ErrorKind, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
+use arrow::array::builder::{BooleanBuilder, LargeListBuilder, ListBuilder, StringBuilder, StructBuilder};
 use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, Int64Array, ListArray, RecordBatch, StringArray, StructArray,
+    Array, ArrayRef, AsArray, BooleanArray, Int64Array, LargeStringArray, ListArray, RecordBatch, StringArray,
+    StructArray,
 };
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field};
 use lake::{PrivateRoot, StorageOptions, Zone};
+use parquet::arrow::ArrowWriter;
+use parquet::file::properties::WriterProperties;
 use tempfile::TempDir;
 
 /// A private root and inputs in a temporary folder.
@@ -49,29 +57,23 @@ impl Setting {
     }
 
     fn run_as(&self, run: &str, corpus: &str, flags: &[&str]) -> Ran {
+        let output = self.command(run, corpus, flags).output().expect("the binary runs");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ran { code: output.status.code(), stdout: text(&output.stdout), stderr: text(&output.stderr) }
+    }
+
+    fn command(&self, run: &str, corpus: &str, flags: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_doppel-partition"));
         command.env_clear().args(["--run", run, "--corpus", corpus]);
         if !flags.contains(&"--private") {
             command.arg("--private").arg(self.private());
         }
-        let output = command.args(flags).output().expect("the binary runs");
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Ran { code: output.status.code(), stdout: text(&output.stdout), stderr: text(&output.stderr) }
+        command.args(flags);
+        command
     }
 
     fn rows(&self, corpus: &str) -> Vec<Row> {
-        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-        let batches = runtime.block_on(async {
-            let root = PrivateRoot::open(&self.private().display().to_string(), &StorageOptions::default()).await?;
-            let table = root.table(&format!("corpora/{corpus}"));
-            table.read(table.pin().await?, &["record_id", "unit", "text", "split"]).await
-        });
-        let mut rows = Vec::new();
-        for batch in batches.expect("a corpus") {
-            let value = |column: usize, row: usize| batch.column(column).as_string::<i32>().value(row).to_owned();
-            rows.extend((0..batch.num_rows()).map(|row| (value(0, row), value(1, row), value(2, row), value(3, row))));
-        }
-        rows
+        rows_below(&self.private(), corpus)
     }
 
     fn texts(&self) -> Vec<String> {
@@ -89,8 +91,24 @@ impl Setting {
         let mut found = Vec::new();
         walk(&self.private(), &mut found);
         found.retain(|path| !path.ends_with("noise.key"));
+        found.sort();
         found
     }
+}
+
+fn rows_below(private: &Path, corpus: &str) -> Vec<Row> {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let batches = runtime.block_on(async {
+        let root = PrivateRoot::open(&private.display().to_string(), &StorageOptions::default()).await?;
+        let table = root.table(&format!("corpora/{corpus}"));
+        table.read(table.pin().await?, &["record_id", "unit", "text", "split"]).await
+    });
+    let mut rows = Vec::new();
+    for batch in batches.expect("a corpus") {
+        let value = |column: usize, row: usize| batch.column(column).as_string::<i32>().value(row).to_owned();
+        rows.extend((0..batch.num_rows()).map(|row| (value(0, row), value(1, row), value(2, row), value(3, row))));
+    }
+    rows
 }
 
 impl Ran {
@@ -195,7 +213,72 @@ fn first_user_turns_of_sharegpt_with_a_prefix_as_unit() {
     let rows = setting.rows("c");
     let of = |unit: &str| rows.iter().filter(|row| row.1 == unit).collect::<Vec<_>>();
     assert_eq!((of("a").len(), of("c").len(), rows.len()), (2, 1, 3));
-    assert_eq!(of("a")[0].3, of("a")[1].3, "a unit lies in one split");
+}
+
+/// 50 units of three records each.
+fn three_records_each(setting: &Setting) -> String {
+    let record = |i: usize| sharegpt(&format!("u{}_{}", i / 3, i % 3), &[("human", &sentence(i))]);
+    setting.input("in.json", serde_json::json!((0..150).map(record).collect::<Vec<_>>()).to_string())
+}
+
+#[test]
+fn a_unit_never_straddles_splits() {
+    let setting = Setting::new();
+    let input = three_records_each(&setting);
+    let flags = ["--input", &input, "--unit-rule", "prefix:_", "--max-per-unit", "3", "--split", "0.5,0.25,0.25"];
+    setting.run(&flags).check(0, &[]);
+    let mut splits: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (_, unit, _, split) in setting.rows("c") {
+        splits.entry(unit).or_default().push(split);
+    }
+    assert!(splits.len() == 50 && splits.values().all(|splits| splits.len() == 3));
+    assert!(splits.values().all(|splits| splits.iter().all(|split| *split == splits[0])));
+    let seen: BTreeSet<&String> = splits.values().flatten().collect();
+    assert!(seen.len() >= 2, "{seen:?}");
+}
+
+#[test]
+fn a_unit_keeps_one_record_unless_told_otherwise() {
+    let setting = Setting::new();
+    let input = three_records_each(&setting);
+    setting.run(&["--input", &input, "--unit-rule", "prefix:_"]).check(0, &[]);
+    let rows = setting.rows("c");
+    let units: BTreeSet<&String> = rows.iter().map(|row| &row.1).collect();
+    assert_eq!((rows.len(), units.len()), (50, 50));
+}
+
+#[test]
+fn a_detector_judges_what_no_column_does() {
+    let (english, german) = (sentence(0), "Schreibe bitte eine kurze Geschichte über einen Drachen, der malen lernt.");
+    let with = |id: &str, text: &str, fields: serde_json::Value| {
+        let mut record = sharegpt(id, &[("human", text)]);
+        fields.as_object().expect("fields").iter().for_each(|(name, value)| record[name] = value.clone());
+        record.to_string()
+    };
+    let check = |records: &[String], flags: &[&str], expected: &[&str]| {
+        let setting = Setting::new();
+        let input = setting.input("in.jsonl", records.join("\n"));
+        setting.run(&[&["--input", &input], flags].concat()).check(0, &[]);
+        assert_eq!(setting.texts(), expected, "{flags:?}");
+    };
+    let (none, null) = (serde_json::json!({}), serde_json::json!({"language": null}));
+    let named = |language: &str| serde_json::json!({"language": language, "lang": language});
+    check(&[with("a", &english, none.clone()), with("b", german, none.clone())], &[], &[&english]);
+    check(&[with("a", &english, null.clone()), with("b", german, null)], &[], &[&english]);
+    check(&[with("a", &english, named("German")), with("b", german, named("English"))], &[], &[german]);
+    let by_name = ["--language-column", "lang"];
+    check(&[with("a", &english, named("de")), with("b", german, named("en"))], &by_name, &[german]);
+    check(
+        &[with("a", &english, none.clone()), with("b", german, none.clone())],
+        &["--language", "any"],
+        &[&english, german],
+    );
+
+    let setting = Setting::new();
+    let input = setting.input("in.jsonl", [with("a", &english, named("en")), with("b", german, none)].join("\n"));
+    let missing = ["--input", &input, "--language-column", "lang"];
+    setting.run(&missing).check(3, &["row 1", "field `lang` is missing", "help:"]);
+    assert!(setting.left_behind().is_empty());
 }
 
 #[test]
@@ -228,12 +311,217 @@ fn write_parquet(setting: &Setting, name: &str, rows: usize) -> String {
         ("messages", Arc::new(ListArray::new(item, offsets, Arc::new(turns), None)) as ArrayRef),
         ("redacted", Arc::new(BooleanArray::from(vec![false; rows])) as ArrayRef),
     ]);
-    let batch = batch.expect("a batch");
-    let mut bytes = Vec::new();
-    let mut writer = parquet::arrow::ArrowWriter::try_new(&mut bytes, batch.schema(), None).expect("a writer");
-    writer.write(&batch).expect("rows");
-    writer.close().expect("a file");
-    setting.input(name, bytes)
+    setting.input(name, parquet_of(&batch.expect("a batch")))
+}
+
+/// Plain pages, so that what a test looks for in the bytes stands there as it is.
+fn parquet_of(batch: &RecordBatch) -> Vec<u8> {
+    let properties = WriterProperties::builder().set_dictionary_enabled(false).build();
+    let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties)).expect("a writer");
+    writer.write(batch).expect("rows");
+    writer.into_inner().expect("a file")
+}
+
+/// Turns as (content, role), with offsets of 64 bits as LMSYS-Chat-1M comes.
+type Turn<'a> = Option<(&'a str, &'a str)>;
+
+fn turns(rows: &[Option<&[Turn]>]) -> ArrayRef {
+    let field = |name: &str| Field::new(name, DataType::Utf8, true);
+    let mut lists = LargeListBuilder::new(StructBuilder::from_fields(vec![field("content"), field("role")], 0));
+    for row in rows {
+        for turn in row.iter().copied().flatten() {
+            let (content, role) = turn.unzip();
+            for (index, value) in [content, role].into_iter().enumerate() {
+                lists.values().field_builder::<StringBuilder>(index).expect("a string").append_option(value);
+            }
+            lists.values().append(turn.is_some());
+        }
+        lists.append(row.is_some());
+    }
+    Arc::new(lists.finish())
+}
+
+fn moderation(rows: &[&[bool]]) -> ArrayRef {
+    let flagged = Field::new("flagged", DataType::Boolean, true);
+    let mut lists = ListBuilder::new(StructBuilder::from_fields(vec![flagged], 0));
+    for row in rows {
+        for &flagged in *row {
+            lists.values().field_builder::<BooleanBuilder>(0).expect("a truth value").append_value(flagged);
+            lists.values().append(true);
+        }
+        lists.append(true);
+    }
+    Arc::new(lists.finish())
+}
+
+fn strings<'a>(values: impl IntoIterator<Item = &'a str>) -> ArrayRef {
+    Arc::new(StringArray::from_iter_values(values))
+}
+
+#[test]
+fn the_marks_of_lmsys_in_parquet() {
+    let setting = Setting::new();
+    let texts: Vec<String> = (0..4).map(sentence).collect();
+    let conversations: Vec<[Turn; 2]> =
+        texts.iter().map(|text| [Some((text.as_str(), "user")), Some(("answer", "assistant"))]).collect();
+    let conversations: Vec<Option<&[Turn]>> = conversations.iter().map(|turns| Some(turns.as_slice())).collect();
+    let batch = RecordBatch::try_from_iter([
+        ("conversation_id", strings(["a", "b", "c", "d"])),
+        ("conversation", turns(&conversations)),
+        ("language", strings(["English", "English", "English", "German"])),
+        ("redacted", Arc::new(BooleanArray::from(vec![false, true, false, false])) as ArrayRef),
+        ("openai_moderation", moderation(&[&[false, false], &[], &[false, true], &[false]])),
+    ]);
+    let input = setting.input("lmsys.parquet", parquet_of(&batch.expect("a batch")));
+    setting.run(&["--input", &input]).check(0, &[]);
+    assert_eq!(setting.texts(), texts[..1]);
+    let counts = fs::read_to_string(setting.private().join("runs/r/partition-counts.json")).expect("counts");
+    let counts: serde_json::Value = serde_json::from_str(&counts).expect("JSON");
+    for step in ["redacted", "flagged", "other_language"] {
+        assert_eq!(counts["steps"][step], 1, "{step} in {counts}");
+    }
+}
+
+#[test]
+fn nulls_in_parquet_are_named_by_row_and_turn() {
+    let setting = Setting::new();
+    let (whole, text) = ([Some(("hush", "user"))], sentence(0));
+    let cases: [(&[Turn], &str); 4] = [
+        (&[None], "`conversation[0]` is null"),
+        (&[Some(("be kind", "system")), None], "`conversation[1]` is null"),
+        (&[], "would be empty"),
+        (&[Some((&text, "assistant"))], "would be empty"),
+    ];
+    let file = |rows: &[Option<&[Turn]>]| {
+        let ids = strings(["a", "b"].into_iter().take(rows.len()));
+        let batch = RecordBatch::try_from_iter([("conversation_id", ids), ("conversation", turns(rows))]);
+        setting.input("in.parquet", parquet_of(&batch.expect("a batch")))
+    };
+    for (turns, message) in cases {
+        setting.run(&["--input", &file(&[Some(turns)])]).check(3, &["help:", message]).lacks("hush");
+    }
+    let input = file(&[Some(&whole), None]);
+    setting.run(&["--input", &input]).check(3, &["row 1", "`conversation` is null", "help:"]).lacks("hush");
+    assert!(setting.left_behind().is_empty(), "{:?}", setting.left_behind());
+}
+
+#[test]
+fn a_text_column_in_parquet() {
+    let setting = Setting::new();
+    let texts: Vec<String> = (0..3).map(sentence).collect();
+    let batch = RecordBatch::try_from_iter([
+        ("id", strings(["a", "b", "c"])),
+        ("prompt", Arc::new(LargeStringArray::from(texts.clone())) as ArrayRef),
+    ]);
+    let bytes = parquet_of(&batch.expect("a batch"));
+    let input = setting.input("in.parquet", &bytes);
+    setting.run(&["--input", &input, "--text-column", "prompt"]).check(0, &[]);
+    assert_eq!(setting.texts(), texts);
+}
+
+#[test]
+fn invalid_utf8_in_parquet_is_corrupt() {
+    let setting = Setting::new();
+    let batch = RecordBatch::try_from_iter([("id", strings(["a"])), ("text", strings(["hush, a zebra sleeps"]))]);
+    let mut bytes = parquet_of(&batch.expect("a batch"));
+    while let Some(at) = bytes.windows(5).position(|window| window == b"zebra") {
+        bytes[at] = 0xFF;
+    }
+    let input = setting.input("in.parquet", bytes);
+    setting.run(&["--input", &input]).check(3, &["in.parquet", "corrupt", "help:"]).lacks("hush");
+    assert!(setting.left_behind().is_empty());
+}
+
+#[test]
+fn no_damage_to_a_parquet_file_is_taken_for_a_bug() {
+    let setting = Setting::new();
+    let bytes = fs::read(write_parquet(&setting, "good.parquet", 6)).expect("a file");
+    let step = bytes.len().div_ceil(160);
+    let mut seen = BTreeSet::new();
+    for (index, at) in (4..bytes.len()).step_by(step).enumerate() {
+        let mut damaged = bytes.clone();
+        damaged[at] ^= [0xFF, 0x80, 0x01][index % 3];
+        let input = setting.input("damaged.parquet", damaged);
+        let ran = setting.run_as(&format!("r{at}"), &format!("c{at}"), &["--input", &input]);
+        assert!(matches!(ran.code, Some(0 | 3)), "byte {at}: {:?}\n{}", ran.code, ran.stderr);
+        seen.insert(ran.code);
+    }
+    assert!(seen.contains(&Some(3)), "no damage was noticed");
+}
+
+/// The peak of resident memory of a run, in KiB. The process waits to be measured, since the one pipe that it writes to
+/// at its end is full.
+fn peak_memory(setting: &Setting, run: &str, input: &str) -> u64 {
+    let (mut reader, writer) = UnixStream::pair().expect("a pair of sockets");
+    writer.set_nonblocking(true).expect("a flag");
+    let full = (&writer).write_all(&vec![0; 64 << 20]).expect_err("no socket takes so much");
+    assert_eq!(full.kind(), ErrorKind::WouldBlock);
+    writer.set_nonblocking(false).expect("a flag");
+    let flags = ["--input", input, "--dedup", "none", "--language", "any"];
+    let mut command = setting.command(run, run, &flags);
+    let mut child = command.stdout(OwnedFd::from(writer)).stderr(Stdio::null()).spawn().expect("the binary runs");
+    let manifest = setting.private().join(format!("runs/{run}/stages/partition.json"));
+    while !manifest.exists() {
+        assert!(child.try_wait().expect("a child").is_none(), "partition ended early");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).expect("a running process");
+    // Now it may write; the socket ends with the last of its owners.
+    drop(command);
+    std::io::copy(&mut reader, &mut std::io::sink()).expect("a summary");
+    assert!(child.wait().expect("a child").success());
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
+    peak.trim().trim_end_matches("kB").trim().parse().expect("a number")
+}
+
+/// Records whose first turn is short and whose answer has ten thousand bytes.
+const LONG: usize = 10_000;
+
+fn write_long_json(path: &Path, records: usize) {
+    let mut file = std::io::BufWriter::new(fs::File::create(path).expect("a file"));
+    let answer = "x".repeat(LONG);
+    for index in 0..records {
+        let turns = [("human", sentence(index)), ("gpt", answer.clone())]
+            .map(|(from, value)| serde_json::json!({"from": from, "value": value}));
+        let record = serde_json::json!({"id": index, "conversations": turns});
+        writeln!(file, "{record}").expect("a record");
+    }
+    file.flush().expect("a file");
+}
+
+/// One row group, however many rows there are.
+fn write_long_parquet(path: &Path, records: usize) {
+    let (answer, texts) = ("x".repeat(LONG), (0..records).map(sentence).collect::<Vec<_>>());
+    let batch = |rows: std::ops::Range<usize>| {
+        let conversations: Vec<[Turn; 2]> = texts[rows.clone()]
+            .iter()
+            .map(|text| [Some((text.as_str(), "user")), Some((answer.as_str(), "x"))])
+            .collect();
+        let conversations: Vec<Option<&[Turn]>> = conversations.iter().map(|turns| Some(turns.as_slice())).collect();
+        let ids = Arc::new(Int64Array::from_iter_values(rows.map(|row| row as i64))) as ArrayRef;
+        RecordBatch::try_from_iter([("id", ids), ("messages", turns(&conversations))]).expect("a batch")
+    };
+    let properties = WriterProperties::builder().set_dictionary_enabled(false).build();
+    let file = fs::File::create(path).expect("a file");
+    let mut writer = ArrowWriter::try_new(file, batch(0..1).schema(), Some(properties)).expect("a writer");
+    for first in (0..records).step_by(500) {
+        writer.write(&batch(first..(first + 500).min(records))).expect("rows");
+    }
+    assert_eq!(writer.close().expect("a file").num_row_groups(), 1);
+}
+
+#[test]
+fn memory_does_not_grow_with_the_input() {
+    type Write = fn(&Path, usize);
+    for (format, write) in [("json", write_long_json as Write), ("parquet", write_long_parquet)] {
+        let setting = Setting::new();
+        let path = setting.folder.path().join(format!("in.{format}"));
+        let peaks = [2_000, 20_000].map(|records| {
+            write(&path, records);
+            peak_memory(&setting, &format!("r{records}"), &path.display().to_string())
+        });
+        assert!(peaks[1] < peaks[0] + (30 << 10), "{format}: {peaks:?} KiB for 20 and 200 MB");
+    }
 }
 
 #[test]
@@ -253,15 +541,60 @@ fn an_array_that_was_cut_off_gives_its_whole_records_and_a_warning() {
 }
 
 #[test]
+fn lines_that_were_cut_off_give_the_whole_ones_and_a_warning() {
+    let setting = Setting::new();
+    let lines: Vec<_> = (0..4).map(|i| lmsys(&format!("u{i}"), &sentence(i), "English", false, false)).collect();
+    let text = lines.join("\n");
+    let input = setting.input("in.jsonl", &text[..text.len() - 40]);
+    setting.run(&["--input", &input, "--strict"]).check(3, &["in.jsonl", "cut off", "--strict"]);
+    assert!(setting.left_behind().is_empty(), "{:?}", setting.left_behind());
+    setting.run(&["--input", &input]).check(0, &["cut off"]);
+    assert_eq!(setting.texts(), (0..3).map(sentence).collect::<Vec<_>>());
+    // A last line without a line break is whole.
+    let whole = setting.input("whole.jsonl", &text);
+    setting.run_as("s", "d", &["--input", &whole, "--strict"]).check(0, &[]).lacks("cut off");
+    assert_eq!(setting.rows("d").len(), 4);
+}
+
+#[test]
 fn a_second_run_finds_it_done_and_other_settings_are_refused() {
     let setting = Setting::new();
     let input = setting.input("in.jsonl", lmsys("a", "Tell me about whales.", "English", false, false));
     setting.run(&["--input", &input]).check(0, &[]);
     let before = setting.left_behind();
-    setting.run(&["--input", &input]).check(0, &["corpus `c`"]);
+    setting.run(&["--input", &input]).check(0, &["done already", "corpus `c`"]);
     assert_eq!(setting.left_behind(), before);
     setting.run(&["--input", &input, "--dedup", "none"]).check(2, &["dedup"]);
-    setting.run_as("other", "c", &["--input", &input]).check(2, &["exists already", "run `r`", "help:"]);
+    let same = format!("file://{input}");
+    setting.run(&["--input", &same, "--format", "json"]).check(0, &["\"already_done\":true"]);
+}
+
+#[test]
+fn a_corpus_of_another_run_is_refused_before_anything_is_left_behind() {
+    let setting = Setting::new();
+    let input = setting.input("in.jsonl", lmsys("a", "Tell me about whales.", "English", false, false));
+    setting.run(&["--input", &input]).check(0, &[]);
+    let before = setting.left_behind();
+    let refused = ["exists already", "run `r`", "choose another --corpus"];
+    setting.run_as("other", "c", &["--input", &input]).check(2, &refused);
+    assert_eq!(setting.left_behind(), before);
+    setting.run_as("other", "d", &["--input", &input]).check(0, &[]);
+}
+
+#[test]
+fn an_input_that_holds_something_else_by_now_is_not_done_already() {
+    let setting = Setting::new();
+    let input = setting.input("in.jsonl", lmsys("a", "Tell me about whales.", "English", false, false));
+    setting.run(&["--input", &input]).check(0, &[]);
+    let before = setting.left_behind();
+    setting.input("in.jsonl", lmsys("a", "Tell me about hush.", "English", false, false));
+    setting.run(&["--input", &input]).check(2, &["in.jsonl changed", "run `r`", "help:"]).lacks("hush");
+    setting.input("in.jsonl", "");
+    setting.run(&["--input", &input]).check(2, &["in.jsonl changed"]);
+    assert_eq!(setting.left_behind(), before);
+    // What was made of an input does not go with it.
+    fs::remove_file(&input).expect("an input");
+    setting.run(&["--input", &input]).check(0, &["done already"]);
 }
 
 #[test]
@@ -284,7 +617,7 @@ fn killed_before_the_manifest_then_rerun_gives_the_same_corpus() {
     // An input that changed in between must not be mixed with what was written.
     fs::remove_file(&manifest).expect("a manifest");
     setting.input("in.jsonl", lines[..29].join("\n"));
-    setting.run(&["--input", &input]).check(3, &["changed since an earlier attempt"]);
+    setting.run(&["--input", &input]).check(2, &["in.jsonl changed", "help:"]);
 }
 
 #[test]
@@ -316,17 +649,17 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
     let mut damaged = bytes.clone();
     damaged[8..60].fill(0xA5);
     let damaged = setting.input("damaged.parquet", damaged);
-    let good = lmsys("a", "secret", "English", false, false);
-    let invalid = setting.input("invalid.jsonl", [good.as_bytes(), b"\n{\"text\":\"secret\xFF\"}"].concat());
+    let good = lmsys("hush-1", "Please hush.", "English", false, false);
+    let invalid = setting.input("invalid.jsonl", [good.as_bytes(), b"\n{\"text\":\"hush\xFF\"}"].concat());
     let typed =
-        setting.input("typed.jsonl", r#"{"conversation_id":"secret","conversation":[{"role":"user","content":7}]}"#);
-    let no_unit = setting.input("unit.jsonl", r#"{"text":"secret is what this text says"}"#);
-    let german = setting.input("german.jsonl", lmsys("a", "secret", "German", false, false));
+        setting.input("typed.jsonl", r#"{"conversation_id":"hush-2","conversation":[{"role":"user","content":7}]}"#);
+    let no_unit = setting.input("unit.jsonl", r#"{"text":"hush is what this text says"}"#);
+    let german = setting.input("german.jsonl", lmsys("hush-1", "Please hush.", "German", false, false));
     let cases: &[(&[&str], i32, &[&str])] = &[
         (&["--input", "/no/such/file.json"], 3, &["/no/such/file.json"]),
         (&["--input", &setting.input("empty.json", "")], 3, &["empty.json", "empty"]),
         (&["--input", &setting.input("none.json", "[ ]")], 3, &["would be empty", "no record"]),
-        (&["--input", &setting.input("words.txt", "hello secret")], 3, &["words.txt", "JSON"]),
+        (&["--input", &setting.input("words.txt", "hello hush")], 3, &["words.txt", "JSON"]),
         (&["--input", &invalid], 3, &["row 1", "invalid UTF-8", "byte"]),
         (&["--input", &typed], 3, &["row 0", "conversation[0].content", "an integer", "a string", "help:"]),
         (&["--input", &no_unit], 3, &["field `id` is missing", "--unit-rule record"]),
@@ -340,12 +673,65 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
         (&["--input", &parquet, "--split", "0.5,0.6,0"], 2, &["--split"]),
         (&["--input", &parquet, "--unit-rule", "suffix:_"], 2, &["--unit-rule"]),
         (&["--input", &parquet, "--private", ""], 2, &["private root"]),
+        (&["--input", &parquet, "--private", "/sys/doppel"], 3, &["/sys/doppel", "help:"]),
+        (&["--input", "ftp://host/file"], 2, &["ftp://", "help:"]),
         (&[], 2, &["--input"]),
     ];
     for (flags, code, messages) in cases {
-        setting.run(flags).check(*code, messages).lacks("secret is").lacks("\"secret");
+        setting.run(flags).check(*code, messages).lacks("hush");
         assert!(setting.left_behind().is_empty(), "{flags:?}: {:?}", setting.left_behind());
     }
+}
+
+/// Runs partition twice below a disk of 256 KiB, the second time with more room; returns what the script says and what
+/// the private root holds afterwards. `None` where this user may not have a disk of its own.
+fn on_a_small_disk(setting: &Setting, flags: &[&str]) -> Option<(String, PathBuf)> {
+    let allowed = Command::new("unshare").args(["-Urm", "true"]).status();
+    if !allowed.is_ok_and(|status| status.success()) {
+        return None;
+    }
+    let kept = setting.folder.path().join("kept");
+    fs::create_dir(setting.private()).expect("a folder");
+    let script = r#"
+        private=$1 kept=$2; shift 2
+        mount -t tmpfs -o size=256k tmpfs "$private" || exit 99
+        "$@"; echo "full: $?"
+        find "$private" -name '*.terms.json' -o -name partition.json
+        mount -o remount,size=64m "$private" || exit 99
+        "$@"; echo "roomy: $?"
+        cp -a "$private" "$kept""#;
+    let command = setting.command("r", "c", flags);
+    let output = Command::new("unshare")
+        .args(["-Urm", "sh", "-c", script, "sh"])
+        .args([&setting.private(), &kept])
+        .arg(command.get_program())
+        .args(command.get_args())
+        .output()
+        .expect("unshare runs");
+    let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    assert_ne!(output.status.code(), Some(99), "{text}");
+    Some((text, kept))
+}
+
+#[test]
+#[allow(clippy::print_stderr)]
+fn a_disk_that_is_full_may_be_tried_again_with_more_room() {
+    let setting = Setting::new();
+    // Digits of a hash, so that Parquet cannot make them small.
+    let digits = |i: usize| {
+        (0..20).map(|j| format!("{:016x}", (i * 20 + j).wrapping_mul(0x9E37_79B9_7F4A_7C15))).collect::<String>()
+    };
+    let record = |i: usize| serde_json::json!({"id": i, "text": format!("{} {}", sentence(i), digits(i))}).to_string();
+    let input = setting.input("in.jsonl", (0..3000).map(record).collect::<Vec<_>>().join("\n"));
+    let Some((told, kept)) = on_a_small_disk(&setting, &["--input", &input, "--language", "any"]) else {
+        eprintln!("skipped: this user may not mount a disk of its own (unshare -Urm)");
+        return;
+    };
+    for expected in ["disk is full", "help:", "full: 5", "roomy: 0"] {
+        assert!(told.contains(expected), "no `{expected}` in\n{told}");
+    }
+    assert!(!told.contains("terms.json") && !told.contains("partition.json"), "{told}");
+    assert_eq!(rows_below(&kept, "c").len(), 3000);
 }
 
 #[test]

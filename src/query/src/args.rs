@@ -10,7 +10,7 @@ use lake::{ReleaseRoot, StorageOptions};
 use stage::Failure;
 
 use crate::output::{Format, Target};
-use crate::session::{Options, Pin};
+use crate::session::{Options, Pins};
 
 const EXAMPLES: &str = "\
 Tables:
@@ -44,7 +44,7 @@ pub struct Args {
     /// Run whose tables have short names; without it, tables are written "RUN".TABLE.
     #[arg(long, env = "DOPPEL_RUN", value_name = "ID", value_parser = stage::common::run_id)]
     pub run: Option<String>,
-    /// Read TABLE, or RUN.TABLE, at an older version; repeatable. Without it: the latest.
+    /// Read TABLE, or RUN.TABLE, at an older version instead of the latest; the query must name it. Repeatable.
     #[arg(long, value_name = "TABLE=VERSION", value_parser = pin)]
     pub at: Vec<Pin>,
     /// Call the tables of RUN NAME.synthetic and so on, so that one SQL file can compare any two runs; repeatable.
@@ -99,7 +99,27 @@ impl Args {
                 return Err(Failure::Usage(format!("--alias {name}: given twice\nhelp: one run per name")));
             }
         }
-        Ok(Options { run: self.run.clone(), pins: self.at.clone(), aliases })
+        let pins = self.pins(&aliases)?;
+        Ok(Options { run: self.run.clone(), pins, aliases })
+    }
+
+    /// The pins by run and table, however the run was named.
+    fn pins(&self, aliases: &HashMap<String, String>) -> Result<Pins, Failure> {
+        let mut pins = Pins::new();
+        for Pin { run, table, version } in &self.at {
+            let run = match run {
+                Some(name) => aliases.get(name).unwrap_or(name),
+                None => self.run.as_ref().ok_or_else(|| {
+                    Failure::Usage(format!(
+                        "--at {table}={version}: of which run?\nhelp: pass --run ID, or write --at ID.{table}={version}"
+                    ))
+                })?,
+            };
+            if pins.insert((run.clone(), table.clone()), *version).is_some() {
+                return Err(Failure::Usage(format!("--at {run}.{table}: given twice\nhelp: one version per table")));
+            }
+        }
+        Ok(pins)
     }
 
     /// Opens the release root.
@@ -110,6 +130,15 @@ impl Args {
         let options = StorageOptions { timeout: Duration::from_secs(self.storage_timeout) };
         Ok(ReleaseRoot::open(url, &options).await?)
     }
+}
+
+/// One table held at a version, as typed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pin {
+    /// Run id or alias; `None` for the run whose tables have short names.
+    run: Option<String>,
+    table: String,
+    version: i64,
 }
 
 fn pin(text: &str) -> Result<Pin, String> {

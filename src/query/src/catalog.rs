@@ -5,7 +5,7 @@
 //! what there is, to suggest what may have been meant.
 
 use std::collections::{BTreeSet, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use datafusion::catalog::{CatalogProvider, SchemaProvider, TableProvider};
@@ -32,7 +32,19 @@ impl ReleaseCatalog {
     /// The catalog of `root`; touches no storage. The engine looks up its table `functions` as tables first; these are
     /// left to it.
     pub fn new(root: ReleaseRoot, options: Options, functions: HashSet<String>) -> Self {
-        Self(Arc::new(Released { root, options, functions, audit: OnceCell::new() }))
+        Self(Arc::new(Released { root, options, functions, pins_used: Mutex::default(), audit: OnceCell::new() }))
+    }
+
+    /// Refuses pins of tables that nothing has resolved so far.
+    pub fn refuse_unused_pins(&self) -> std::result::Result<(), QueryError> {
+        let used = self.0.pins_used.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.0.options.pins.iter().find(|(table, _)| !used.contains(*table)) {
+            None => Ok(()),
+            Some(((run, table), version)) => Err(QueryError::Sql(format!(
+                "--at {run}.{table}={version}: the query does not read that table\n\
+                 help: leave it out, or correct its name; SHOW TABLES lists tables"
+            ))),
+        }
     }
 }
 
@@ -53,6 +65,7 @@ struct Released {
     root: ReleaseRoot,
     options: Options,
     functions: HashSet<String>,
+    pins_used: Mutex<BTreeSet<(String, String)>>,
     audit: OnceCell<Audit>,
 }
 
@@ -62,11 +75,10 @@ impl Released {
     }
 
     fn pinned(&self, run: &str, table: &str) -> Option<i64> {
-        let is_run = |pin: &Option<String>| match pin {
-            Some(name) => self.run_of(name) == run,
-            None => self.options.run.as_deref() == Some(run),
-        };
-        self.options.pins.iter().find(|pin| pin.table == table && is_run(&pin.run)).map(|pin| pin.version)
+        let table = (run.to_owned(), table.to_owned());
+        let version = *self.options.pins.get(&table)?;
+        self.pins_used.lock().unwrap_or_else(PoisonError::into_inner).insert(table);
+        Some(version)
     }
 
     async fn audit(&self, table: &str) -> std::result::Result<Arc<dyn TableProvider>, QueryError> {

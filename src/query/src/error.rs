@@ -1,5 +1,7 @@
 //! What can go wrong with a query, by what the caller can do about it.
 
+use std::io::{self, ErrorKind};
+
 use datafusion::error::DataFusionError;
 use datafusion::sql::sqlparser::parser::ParserError;
 use lake::LakeError;
@@ -24,13 +26,13 @@ pub enum QueryError {
     /// Storage.
     #[error(transparent)]
     Lake(#[from] LakeError),
-    /// The rows could not be written where they should go: exit code 5.
-    #[error("{target}: {reason}\nhelp: is the folder there and writable, and the disk not full?")]
+    /// The rows could not be written where they should go: exit code 2, 3 or 5 by the kind of fault.
+    #[error("{target}: {fault}\nhelp: is the folder there and writable, and the disk not full?")]
     Output {
         /// The file, or standard output.
         target: String,
         /// What the operating system says.
-        reason: String,
+        fault: io::Error,
     },
     /// A broken invariant, ours or the engine's: exit code 1.
     #[error("{0}")]
@@ -44,7 +46,13 @@ impl From<QueryError> for Failure {
             QueryError::Sql(_) | QueryError::ReadOnly(_) => Failure::Usage(message),
             QueryError::Missing(_) | QueryError::Data(_) => Failure::Input(message),
             QueryError::Lake(error) => error.into(),
-            QueryError::Output { .. } => Failure::Transient(message),
+            QueryError::Output { fault, .. } => match fault.kind() {
+                ErrorKind::NotADirectory | ErrorKind::IsADirectory => Failure::Usage(message),
+                ErrorKind::NotFound | ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+                    Failure::Input(message)
+                }
+                _ => Failure::Transient(message),
+            },
             QueryError::Bug(_) => Failure::Bug(message),
         }
     }

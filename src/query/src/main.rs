@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    stage::main::<doppel_query::Args, _>("query", doppel_query::run)
+    stage::main("query", doppel_query::Args::options, doppel_query::run)
 }

@@ -51,19 +51,15 @@ pub async fn write(rows: SendableRecordBatchStream, target: &Target) -> Result<(
     };
     let name = file.display().to_string();
     let partial = partial(file);
-    let failed = |error: io::Error| QueryError::Output { target: name.clone(), reason: error.to_string() };
-    let written = match File::create(&partial) {
-        Ok(sink) => write_to(rows, target.format, &name, Box::new(sink)).await,
-        Err(error) => Err(failed(error)),
-    };
-    match written {
-        Ok(()) => std::fs::rename(&partial, file).map_err(failed),
-        Err(error) => {
-            // The first error is the one to tell; what is left of the file is of no use either way.
-            let _ = std::fs::remove_file(&partial);
-            Err(error)
-        }
+    let failed = |fault: io::Error| QueryError::Output { target: name.clone(), fault };
+    let sink = File::create(&partial).map_err(failed)?;
+    let written = write_to(rows, target.format, &name, Box::new(sink)).await;
+    let published = written.and_then(|()| std::fs::rename(&partial, file).map_err(failed));
+    if published.is_err() {
+        // The first error is the one to tell; what is left of the file is of no use either way.
+        let _ = std::fs::remove_file(&partial);
     }
+    published
 }
 
 fn partial(file: &Path) -> PathBuf {
@@ -88,7 +84,7 @@ async fn write_to(
     };
     match fault.take() {
         Some(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        Some(error) => Err(QueryError::Output { target: name.into(), reason: error.to_string() }),
+        Some(fault) => Err(QueryError::Output { target: name.into(), fault }),
         None => written,
     }
 }
@@ -135,6 +131,13 @@ async fn json(mut rows: SendableRecordBatchStream, mut sink: Sink) -> Result<(),
 }
 
 async fn parquet(mut rows: SendableRecordBatchStream, sink: Sink) -> Result<(), QueryError> {
+    if let Some(field) = rows.schema().fields().iter().find(|field| holds_interval(field.data_type())) {
+        return Err(QueryError::Sql(format!(
+            "column {} is an interval, which Parquet cannot hold\n\
+             help: use --output csv or json, or cast it: CAST({0} AS VARCHAR)",
+            field.name(),
+        )));
+    }
     let properties = WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::default())).build();
     let unwritable = |error: parquet::errors::ParquetError| QueryError::Bug(error.to_string());
     let mut writer = ArrowWriter::try_new(sink, rows.schema(), Some(properties)).map_err(unwritable)?;
@@ -142,6 +145,18 @@ async fn parquet(mut rows: SendableRecordBatchStream, sink: Sink) -> Result<(), 
         writer.write(&batch?).map_err(unwritable)?;
     }
     writer.close().map(|_| ()).map_err(unwritable)
+}
+
+fn holds_interval(data_type: &DataType) -> bool {
+    match data_type {
+        DataType::Interval(_) => true,
+        DataType::List(item)
+        | DataType::LargeList(item)
+        | DataType::FixedSizeList(item, _)
+        | DataType::Map(item, _) => holds_interval(item.data_type()),
+        DataType::Struct(fields) => fields.iter().any(|field| holds_interval(field.data_type())),
+        _ => false,
+    }
 }
 
 fn plain(data_type: &DataType) -> &'static str {

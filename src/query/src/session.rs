@@ -3,14 +3,14 @@
 //! The gate has two parts: an allow-list over the parsed statement, which gives a message that helps, and DataFusion's
 //! check of the plan, which would also stop a writing node that hides inside a query.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::context::SQLOptions;
 use datafusion::prelude::{SessionConfig, SessionContext};
 use datafusion::sql::parser::Statement;
-use datafusion::sql::sqlparser::ast::Statement as SqlStatement;
+use datafusion::sql::sqlparser::ast::{Query, SetExpr, Statement as SqlStatement};
 use lake::ReleaseRoot;
 
 use crate::catalog::{CATALOG, NO_RUN, ReleaseCatalog};
@@ -26,25 +26,18 @@ pub struct Options {
     /// Run whose tables have short names.
     pub run: Option<String>,
     /// Older versions to read.
-    pub pins: Vec<Pin>,
+    pub pins: Pins,
     /// Other names of runs.
     pub aliases: HashMap<String, String>,
 }
 
-/// One table held at a version.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pin {
-    /// Run id or alias; `None` for the run whose tables have short names.
-    pub run: Option<String>,
-    /// Table name.
-    pub table: String,
-    /// Version.
-    pub version: i64,
-}
+/// Versions by run and table.
+pub type Pins = BTreeMap<(String, String), i64>;
 
 /// A session over one release root.
 pub struct Session {
     context: SessionContext,
+    catalog: Arc<ReleaseCatalog>,
 }
 
 impl Session {
@@ -56,13 +49,14 @@ impl Session {
             .with_default_catalog_and_schema(CATALOG, schema);
         let context = SessionContext::new_with_config(config);
         let table_functions = context.state().table_functions().keys().cloned().collect();
-        let catalog = ReleaseCatalog::new(root, options, table_functions);
-        context.register_catalog(CATALOG, Arc::new(catalog));
+        let catalog = Arc::new(ReleaseCatalog::new(root, options, table_functions));
+        context.register_catalog(CATALOG, catalog.clone());
         functions::register(&context);
-        Self { context }
+        Self { context, catalog }
     }
 
-    /// Plans and starts one query. Anything but a query is [`QueryError::ReadOnly`].
+    /// Plans and starts one query. Anything but a query is [`QueryError::ReadOnly`]; a pin of a table that the query
+    /// does not read is refused, since whoever gave it believes that it holds.
     pub async fn query(&self, sql: &str) -> Result<SendableRecordBatchStream, QueryError> {
         let state = self.context.state();
         let dialect = state.config().options().sql_parser.dialect;
@@ -77,6 +71,7 @@ impl Session {
             .with_allow_dml(false)
             .with_allow_statements(false)
             .verify_plan(&plan)?;
+        self.catalog.refuse_unused_pins()?;
         Ok(self.context.execute_logical_plan(plan).await?.execute_stream().await?)
     }
 }
@@ -91,10 +86,15 @@ fn check_read_only(statement: &Statement) -> Result<(), QueryError> {
 
 fn check_sql_read_only(statement: &SqlStatement) -> Result<(), QueryError> {
     match statement {
+        SqlStatement::Query(query) if makes_a_table(query) => Err(QueryError::ReadOnly("SELECT INTO".into())),
         SqlStatement::Query(_) | SqlStatement::ExplainTable { .. } => Ok(()),
         SqlStatement::Explain { statement, .. } => check_sql_read_only(statement),
         other => Err(refused(&other.to_string())),
     }
+}
+
+fn makes_a_table(query: &Query) -> bool {
+    matches!(&*query.body, SetExpr::Select(select) if select.into.is_some())
 }
 
 fn refused(statement: &str) -> QueryError {

@@ -9,6 +9,7 @@ use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Schema};
 use assert_cmd::Command;
 use lake::{AppTransaction, ReleaseRoot, StorageOptions, Zone};
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 /// A release root with run `demo`: table `synthetic` in two versions, and `embeddings`.
 fn release() -> tempfile::TempDir {
@@ -87,8 +88,25 @@ fn every_form_of_output_carries_the_same_rows() {
         "[{\"id\":\"a\",\"text\":\"one, \\\"two\\\"\",\"tokens\":3},{\"id\":\"b\",\"text\":\"three\\nfour\",\"tokens\":5}]\n"
     );
     assert!(rows("table").contains("| a  | one, \"two\" | 3      |"), "{}", rows("table"));
-    let output = query(release.path(), &["--run", "demo", "--output", "parquet", sql]).output().unwrap();
-    assert!(output.stdout.starts_with(b"PAR1") && output.stdout.ends_with(b"PAR1"));
+    let file = release.path().join("rows.parquet");
+    std::fs::write(
+        &file,
+        query(release.path(), &["--run", "demo", "--output", "parquet", sql]).output().unwrap().stdout,
+    )
+    .unwrap();
+    let reader = ParquetRecordBatchReaderBuilder::try_new(std::fs::File::open(&file).unwrap()).unwrap();
+    let batches: Vec<RecordBatch> = reader.build().unwrap().map(Result::unwrap).collect();
+    let shown = arrow::util::pretty::pretty_format_batches(&batches).unwrap().to_string();
+    assert_eq!(format!("{shown}\n"), rows("table"));
+}
+
+#[test]
+fn an_interval_is_refused_where_parquet_cannot_hold_it() {
+    let release = release();
+    let sql = "SELECT INTERVAL '1 day' AS wait";
+    fails(release.path(), &["--output", "parquet", sql], 2, &["column wait is an interval", "help:"]);
+    fails(release.path(), &["--output", "parquet", "SELECT [INTERVAL '1 day'] AS w"], 2, &["column w", "help:"]);
+    assert_eq!(succeeds(release.path(), &["--output", "csv", sql]), "wait\n1 days\n");
 }
 
 #[test]
@@ -117,7 +135,32 @@ fn rows_go_to_a_file_that_appears_whole() {
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "tokens\n3\n5\n", "a failed query leaves the file alone");
     assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 1, "and nothing beside it");
 
-    fails(release.path(), &["--run", "demo", "--to", "/nowhere/rows", sql], 5, &["/nowhere/rows", "help:"]);
+    for (to, code) in [("/nowhere/rows", 3), ("/sys/rows", 3), ("/dev/null/rows", 2), (out.path().to_str().unwrap(), 2)]
+    {
+        fails(release.path(), &["--run", "demo", "--to", to, sql], code, &[to, "help:"]);
+    }
+    assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 1, "a folder as target leaves nothing in it");
+    let siblings = std::fs::read_dir(out.path().parent().unwrap()).unwrap().flatten();
+    let partial =
+        |name: &str| name.starts_with(out.path().file_name().unwrap().to_str().unwrap()) && name.ends_with(".partial");
+    assert!(!siblings.into_iter().any(|entry| partial(&entry.file_name().to_string_lossy())), "nor beside it");
+}
+
+#[test]
+fn a_full_disk_behind_standard_output_may_be_tried_again() {
+    let release = release();
+    for output in ["table", "csv", "json", "parquet"] {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let ran = std::process::Command::new(env!("CARGO_BIN_EXE_doppel-query"))
+            .args(["--run", "demo", "--output", output, "SELECT * FROM synthetic", "--release"])
+            .arg(release.path())
+            .stdout(full)
+            .output()
+            .unwrap();
+        let error = String::from_utf8_lossy(&ran.stderr);
+        assert_eq!(ran.status.code(), Some(5), "{output}: {error}");
+        assert!(error.contains("standard output") && error.contains("help:"), "{output}: {error}");
+    }
 }
 
 #[test]
@@ -155,6 +198,22 @@ fn older_versions_and_other_runs_have_names() {
 }
 
 #[test]
+fn a_pin_that_would_not_hold_is_refused() {
+    let release = release();
+    let fails = |flags: &[&str], expected: &[&str]| {
+        fails(release.path(), &[flags, &["SELECT count(*) FROM demo.synthetic"]].concat(), 2, expected);
+    };
+    fails(&["--run", "demo", "--at", "embeddings=1"], &["--at demo.embeddings=1", "does not read that table", "help:"]);
+    fails(&["--run", "demo", "--at", "sinthetic=1"], &["demo.sinthetic=1", "help:"]);
+    fails(&["--at", "dmeo.synthetic=1"], &["dmeo.synthetic=1", "help:"]);
+    fails(&["--run", "demo", "--at", "runs=1"], &["demo.runs=1", "help:"]);
+    fails(&["--at", "synthetic=1"], &["of which run", "help:"]);
+    fails(&["--run", "demo", "--at", "synthetic=1", "--at", "synthetic=2"], &["demo.synthetic", "twice", "help:"]);
+    let alias = ["--run", "demo", "--alias", "base=demo", "--at", "synthetic=1", "--at", "base.synthetic=1"];
+    fails(&alias, &["demo.synthetic", "twice"]);
+}
+
+#[test]
 fn embeddings_can_be_compared() {
     let release = release();
     let sql = "SELECT round(cosine_similarity(a.embedding, b.embedding), 4) AS similarity \
@@ -180,6 +239,8 @@ fn only_queries_pass() {
         &format!("CREATE EXTERNAL TABLE t STORED AS CSV LOCATION '{target}'"),
         "CREATE TABLE t AS SELECT 1",
         "CREATE VIEW v AS SELECT 1",
+        "SELECT * INTO t FROM synthetic",
+        "EXPLAIN SELECT * INTO t FROM synthetic",
         "INSERT INTO synthetic SELECT * FROM synthetic",
         "DELETE FROM synthetic",
         "UPDATE synthetic SET tokens = 0",

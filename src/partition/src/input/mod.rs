@@ -10,26 +10,27 @@ pub mod split;
 use std::ops::Range;
 use std::sync::Arc;
 
-use ::parquet::arrow::ParquetRecordBatchStreamBuilder;
-use ::parquet::errors::ParquetError;
 use futures::{StreamExt, TryStreamExt};
-use object_store::{ObjectStore, ObjectStoreExt};
+use lake::{ByteStream, LakeError, StorageOptions};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::config::Config;
+use crate::corpus::changed;
 use crate::error::PartitionError;
 use crate::input::json::JsonProblem;
-use crate::input::parquet::{ObjectReader, Rows};
+use crate::input::parquet::Rows;
 use crate::input::split::{End, Framing, FramingProblem, Splitter};
 use crate::record::{FieldProblem, Layout, Record};
 
 /// Batches that may wait between the reader and the workers.
 pub const QUEUE: usize = 2;
+/// Bytes of JSON that are fetched at a time, and how many such pieces at once. Threads fetch them, each with a heap that
+/// keeps some of what it once held: with larger pieces, that would be most of the memory that partition takes.
+const PIECE: u64 = 1 << 20;
+const IN_FLIGHT: usize = 8;
 /// Bytes of JSON in a batch, about.
-const BATCH_BYTES: usize = 4 << 20;
-/// Rows of Parquet in a batch.
-const BATCH_ROWS: usize = 4096;
+const BATCH_BYTES: usize = 1 << 20;
 
 /// How an object holds its records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,11 +41,11 @@ pub enum Format {
     Parquet,
 }
 
-/// What identifies the content of an input; written down so that a resumed run notices that it changed.
+/// What identifies the content of an input; written down so that a later run notices that it changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Identity {
-    /// URL as given.
+    /// Canonical URL.
     pub url: String,
     /// Size in bytes.
     pub size: u64,
@@ -52,11 +53,21 @@ pub struct Identity {
     pub etag: Option<String>,
 }
 
+impl Identity {
+    /// That of the object at `url` as it is now.
+    pub async fn of(url: &str, storage: &StorageOptions) -> Result<Self, LakeError> {
+        Ok(Self::new(url, &lake::read_stream(url, storage).await?))
+    }
+
+    fn new(url: &str, content: &ByteStream) -> Self {
+        Self { url: url.to_owned(), size: content.size, etag: content.etag.clone() }
+    }
+}
+
 /// An input that was found.
 #[derive(Clone, Debug)]
 pub struct Object {
-    store: Arc<dyn ObjectStore>,
-    path: object_store::path::Path,
+    storage: StorageOptions,
     /// What identifies its content.
     pub identity: Identity,
     /// How it holds records.
@@ -65,27 +76,22 @@ pub struct Object {
 
 impl Object {
     /// Finds the object at `url` and looks at its first bytes.
-    pub async fn open(url: &str, options: &lake::StorageOptions) -> Result<Self, PartitionError> {
-        let (store, path) = lake::open_url(url, options)?;
-        let meta = store.head(&path).await.map_err(|error| lake::explain(url, &error))?;
-        let identity = Identity { url: url.to_owned(), size: meta.size, etag: meta.e_tag };
-        let head = match meta.size {
+    pub async fn open(url: &str, storage: &StorageOptions) -> Result<Self, PartitionError> {
+        let content = lake::read_stream(url, storage).await?;
+        let head = match content.size {
             0 => Default::default(),
-            size => {
-                let range = 0..size.min(4096);
-                store.get_range(&path, range).await.map_err(|error| lake::explain(url, &error))?
-            }
+            size => (content.range)(0..size.min(4096)).await?,
         };
         let format = sniff(&head).ok_or_else(|| PartitionError::Object {
             object: url.to_owned(),
-            problem: if meta.size == 0 { "the object is empty".into() } else { UNKNOWN_FORMAT.into() },
+            problem: if content.size == 0 { "the object is empty".into() } else { UNKNOWN_FORMAT.into() },
             help: "give a JSON array, JSON Lines or Parquet".into(),
         })?;
-        Ok(Self { store, path, identity, format })
+        Ok(Self { storage: storage.clone(), identity: Identity::new(url, &content), format })
     }
 
     /// Sends the records of this object, batch by batch; ends early, without error, when nobody receives.
-    pub async fn feed(&self, config: &Config, sender: &mpsc::Sender<Event>) -> Result<(), PartitionError> {
+    pub async fn feed(&self, config: &Arc<Config>, sender: &mpsc::Sender<Event>) -> Result<(), PartitionError> {
         let fed = match self.format {
             Format::Json(framing) => self.feed_json(framing, config, sender).await,
             Format::Parquet => self.feed_parquet(config, sender).await,
@@ -96,15 +102,22 @@ impl Object {
         }
     }
 
+    /// The content, which is still what it was when the object was found.
+    async fn content(&self) -> Result<ByteStream, PartitionError> {
+        let url = &self.identity.url;
+        let content = lake::read_stream(url, &self.storage).await?;
+        if Identity::new(url, &content) == self.identity { Ok(content) } else { Err(changed(url)) }
+    }
+
     async fn feed_json(&self, framing: Framing, config: &Config, sender: &mpsc::Sender<Event>) -> Result<(), Stop> {
         let url = &self.identity.url;
-        let storage = |error| PartitionError::Lake(lake::explain(url, &error));
-        let mut stream = self.store.get(&self.path).await.map_err(storage)?.into_stream();
+        let ByteStream { size, range, .. } = self.content().await?;
+        let ranges = (0..size).step_by(PIECE as usize).map(|from| from..(from + PIECE).min(size));
+        let mut pieces = futures::stream::iter(ranges.map(|piece| range(piece))).buffered(IN_FLIGHT);
         let mut splitter = Splitter::new(framing);
         let mut builder = JsonBuilder::new(url, config);
         let mut start = true;
-        while let Some(bytes) = stream.next().await {
-            let bytes = bytes.map_err(storage)?;
+        while let Some(bytes) = pieces.try_next().await.map_err(PartitionError::Lake)? {
             splitter.push(if start { without_byte_order_mark(&bytes) } else { &bytes });
             start = false;
             while let Some(record) =
@@ -136,31 +149,11 @@ impl Object {
         Ok(())
     }
 
-    async fn feed_parquet(&self, config: &Config, sender: &mpsc::Sender<Event>) -> Result<(), Stop> {
-        let url = &self.identity.url;
-        let corrupt = |error: ParquetError| corrupt_parquet(url, &error);
-        let reader = ObjectReader { store: self.store.clone(), path: self.path.clone(), size: self.identity.size };
-        let builder = ParquetRecordBatchStreamBuilder::new(reader).await.map_err(corrupt)?;
-        let schema = builder.schema().clone();
-        let layout = Layout::resolve(config, |name| schema.field_with_name(name).is_ok());
-        let layout = Arc::new(layout.map_err(|problem| no_layout(url, problem))?);
-        for column in [Some(&layout.body), layout.unit.as_ref()].into_iter().flatten() {
-            if schema.field_with_name(column).is_err() {
-                let names = schema.fields().iter().map(|field| field.name().as_str()).collect::<Vec<_>>().join(", ");
-                let problem = format!("there is no column `{column}`; its columns are {names}");
-                return Err(no_layout(url, problem).into());
-            }
-        }
-        let mask = parquet::projection(builder.parquet_schema(), &layout);
-        let mut stream = builder.with_projection(mask).with_batch_size(BATCH_ROWS).build().map_err(corrupt)?;
-        let mut first_row = 0;
-        while let Some(batch) = stream.try_next().await.map_err(corrupt)? {
-            let rows = Rows::new(&batch, layout.clone()).map_err(|problem| field(url, first_row, problem))?;
-            let batch = Batch { object: Arc::from(url.as_str()), first_row, content: Content::Rows(rows) };
-            first_row += batch.len() as u64;
-            send(sender, Event::Batch(batch)).await?;
-        }
-        Ok(())
+    async fn feed_parquet(&self, config: &Arc<Config>, sender: &mpsc::Sender<Event>) -> Result<(), Stop> {
+        let content = self.content().await?;
+        let (url, config, sender) = (self.identity.url.clone(), config.clone(), sender.clone());
+        let decoding = tokio::task::spawn_blocking(move || parquet::feed(&url, content, &config, &sender));
+        decoding.await.unwrap_or(Err(Stop::Error(PartitionError::Bug("the reader of Parquet panicked"))))
     }
 }
 
@@ -328,19 +321,5 @@ fn no_layout(url: &str, problem: String) -> PartitionError {
         problem,
         help: "name the layout with --shape, the text with --text-column, the unit with --unit-column or --unit-rule record"
             .into(),
-    }
-}
-
-/// PRIVACY: what the parser says is not repeated, since it may quote what it could not read.
-fn corrupt_parquet(url: &str, error: &ParquetError) -> PartitionError {
-    if let ParquetError::External(source) = error
-        && let Some(error) = source.downcast_ref::<object_store::Error>()
-    {
-        return lake::explain(url, error).into();
-    }
-    PartitionError::Object {
-        object: url.to_owned(),
-        problem: "corrupt or cut off: it begins like Parquet but cannot be decoded".into(),
-        help: "export it again, or check it with another Parquet reader".into(),
     }
 }

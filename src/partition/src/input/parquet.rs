@@ -1,58 +1,196 @@
-//! Records from Parquet: only the columns and leaves that a layout reads, one batch of rows at a time.
+//! Records from Parquet: only the columns and leaves that a layout reads, page by page.
+//!
+//! The decoder that fetches by itself takes the columns of a whole row group, and other programs write row groups of a
+//! million rows. This one is handed [`Blocks`], so that memory depends on how many columns are read, not on how long
+//! they are.
 
+use std::collections::VecDeque;
+use std::io::{self, Read};
 use std::ops::Range;
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray, StructArray};
 use arrow::buffer::NullBuffer;
 use arrow::compute::cast;
-use arrow::datatypes::DataType;
+use arrow::datatypes::{DataType, Schema};
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use futures::{FutureExt, TryFutureExt};
-use object_store::{ObjectStore, ObjectStoreExt};
+use lake::{ByteStream, LakeError};
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::ArrowReaderOptions;
-use parquet::arrow::async_reader::AsyncFileReader;
-use parquet::errors::ParquetError;
-use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::errors::{ParquetError, Result as ParquetResult};
+use parquet::file::reader::{ChunkReader, Length};
 use parquet::schema::types::SchemaDescriptor;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
 
+use super::{Batch, Content, Event, Stop, field, no_layout};
+use crate::config::Config;
+use crate::error::PartitionError;
 use crate::record::{FieldProblem, Layout, MODERATION, REDACTED, Record, Speaker};
 
-/// A Parquet object in storage: its footer first, then the ranges that a projection needs.
-pub struct ObjectReader {
-    /// Store.
-    pub store: Arc<dyn ObjectStore>,
-    /// Path in the store.
-    pub path: object_store::path::Path,
-    /// Size of the object.
-    pub size: u64,
+/// Rows of a batch: with long conversations, some megabytes.
+const BATCH_ROWS: usize = 256;
+/// Bytes that are fetched at a time.
+const BLOCK: u64 = 2 << 20;
+/// Blocks that are held: one for each leaf that a layout may read.
+const BLOCKS_HELD: usize = 6;
+
+/// Sends the records of a Parquet object, batch by batch. Blocks, so it needs a thread of its own.
+pub(super) fn feed(url: &str, content: ByteStream, config: &Config, sender: &mpsc::Sender<Event>) -> Result<(), Stop> {
+    let blocks = Blocks::new(content);
+    let builder = blocks.decode(url, || ParquetRecordBatchReaderBuilder::try_new(blocks.clone()))?;
+    let layout = Arc::new(find_layout(builder.schema(), config).map_err(|problem| no_layout(url, problem))?);
+    let mask = projection(builder.parquet_schema(), &layout);
+    let mut batches = blocks.decode(url, || builder.with_projection(mask).with_batch_size(BATCH_ROWS).build())?;
+    let mut first_row = 0;
+    while let Some(batch) = blocks.decode(url, || batches.next().transpose())? {
+        let rows = Rows::new(&batch, layout.clone()).map_err(|problem| field(url, first_row, problem))?;
+        let batch = Batch { object: Arc::from(url), first_row, content: Content::Rows(rows) };
+        first_row += batch.len() as u64;
+        sender.blocking_send(Event::Batch(batch)).map_err(|_| Stop::NobodyListens)?;
+    }
+    Ok(())
 }
 
-fn external(error: object_store::Error) -> ParquetError {
-    ParquetError::External(Box::new(error))
+fn find_layout(schema: &Schema, config: &Config) -> Result<Layout, String> {
+    let has = |name: &str| schema.field_with_name(name).is_ok();
+    let layout = Layout::resolve(config, has)?;
+    let needed = [Some(&layout.body), layout.unit.as_ref()];
+    let Some(column) = needed.into_iter().flatten().find(|column| !has(column)).cloned() else {
+        return Ok(layout);
+    };
+    let names = schema.fields().iter().map(|field| field.name().as_str()).collect::<Vec<_>>().join(", ");
+    Err(format!("there is no column `{column}`; its columns are {names}"))
 }
 
-impl AsyncFileReader for ObjectReader {
-    fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, ParquetError>> {
-        self.store.get_range(&self.path, range).map_err(external).boxed()
+/// A Parquet object as its decoder reads it: the blocks where its columns are, and no more.
+#[derive(Clone)]
+struct Blocks(Arc<Inner>);
+
+/// What [`ByteStream`] reads ranges with.
+type ReadRange = Arc<dyn Fn(Range<u64>) -> BoxFuture<'static, Result<Bytes, LakeError>> + Send + Sync>;
+
+struct Inner {
+    size: u64,
+    range: ReadRange,
+    runtime: Handle,
+    /// By their offset, the last one used at the end.
+    held: Mutex<VecDeque<(u64, Bytes)>>,
+    /// Why a block could not be read: the decoder would only tell that it could not.
+    fault: Mutex<Option<LakeError>>,
+}
+
+impl Blocks {
+    fn new(content: ByteStream) -> Self {
+        Self(Arc::new(Inner {
+            size: content.size,
+            range: content.range,
+            runtime: Handle::current(),
+            held: Mutex::default(),
+            fault: Mutex::default(),
+        }))
     }
 
-    fn get_byte_ranges(&mut self, ranges: Vec<Range<u64>>) -> BoxFuture<'_, Result<Vec<Bytes>, ParquetError>> {
-        async move { self.store.get_ranges(&self.path, &ranges).await.map_err(external) }.boxed()
-    }
-
-    fn get_metadata<'a>(
-        &'a mut self,
-        options: Option<&'a ArrowReaderOptions>,
-    ) -> BoxFuture<'a, Result<Arc<ParquetMetaData>, ParquetError>> {
-        async move {
-            let size = self.size;
-            let reader = ParquetMetaDataReader::new().with_arrow_reader_options(options);
-            reader.load_and_finish(self, size).await.map(Arc::new)
+    /// Lets the decoder work on these blocks. It panics on some files that are damaged, which makes them no less so.
+    ///
+    /// PRIVACY: what the decoder says is not repeated, since it may quote what it could not read.
+    fn decode<T, E>(&self, url: &str, work: impl FnOnce() -> Result<T, E>) -> Result<T, PartitionError> {
+        if let Ok(Ok(decoded)) = catch_unwind(AssertUnwindSafe(work)) {
+            return Ok(decoded);
         }
-        .boxed()
+        Err(match locked(&self.0.fault).take() {
+            Some(fault) => fault.into(),
+            None => PartitionError::Object {
+                object: url.to_owned(),
+                problem: "corrupt or cut off: it begins like Parquet but cannot be decoded".into(),
+                help: "export it again, or check it with another Parquet reader".into(),
+            },
+        })
+    }
+
+    /// What stands at `at` and behind it in the same block; nothing at the end of the object.
+    fn rest_of_block(&self, at: u64) -> io::Result<Bytes> {
+        if at >= self.0.size {
+            return Ok(Bytes::new());
+        }
+        let within = at % BLOCK;
+        Ok(self.block(at - within)?.slice(within as usize..))
+    }
+
+    fn block(&self, start: u64) -> io::Result<Bytes> {
+        let mut held = locked(&self.0.held);
+        let found = held.iter().position(|(at, _)| *at == start).and_then(|place| held.remove(place));
+        let block = match found {
+            Some((_, block)) => block,
+            None => self.fetch(start)?,
+        };
+        held.push_back((start, block.clone()));
+        if held.len() > BLOCKS_HELD {
+            held.pop_front();
+        }
+        Ok(block)
+    }
+
+    fn fetch(&self, start: u64) -> io::Result<Bytes> {
+        let range = start..(start + BLOCK).min(self.0.size);
+        self.0.runtime.block_on((self.0.range)(range)).map_err(|fault| {
+            *locked(&self.0.fault) = Some(fault);
+            io::Error::other("storage failed")
+        })
+    }
+}
+
+/// A decoder that panicked leaves nothing half-done here.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Length for Blocks {
+    fn len(&self) -> u64 {
+        self.0.size
+    }
+}
+
+impl ChunkReader for Blocks {
+    type T = Cursor;
+
+    fn get_read(&self, start: u64) -> ParquetResult<Cursor> {
+        Ok(Cursor { blocks: self.clone(), at: start, rest: Bytes::new() })
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> ParquetResult<Bytes> {
+        let rest = self.rest_of_block(start)?;
+        if rest.len() >= length {
+            return Ok(rest.slice(..length));
+        }
+        let mut bytes = Vec::new();
+        self.get_read(start)?.take(length as u64).read_to_end(&mut bytes)?;
+        if bytes.len() < length {
+            return Err(ParquetError::EOF("the object ends before its column does".into()));
+        }
+        Ok(bytes.into())
+    }
+}
+
+/// Reads on from one place of the object.
+struct Cursor {
+    blocks: Blocks,
+    at: u64,
+    /// What is left of the block that `at` is in.
+    rest: Bytes,
+}
+
+impl Read for Cursor {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.rest.is_empty() {
+            self.rest = self.blocks.rest_of_block(self.at)?;
+        }
+        let length = into.len().min(self.rest.len());
+        into[..length].copy_from_slice(&self.rest.split_to(length));
+        self.at += length as u64;
+        Ok(length)
     }
 }
 

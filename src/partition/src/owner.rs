@@ -1,0 +1,92 @@
+//! Who writes a corpus, and from what: one run, and the same inputs at every attempt.
+//!
+//! PRIVACY: sizes and entity tags of the inputs tell about private data; they stay in the private root, and no message
+//! repeats them.
+
+use lake::{LakeError, PrivateRoot, StorageOptions, Zone};
+use serde::{Deserialize, Serialize};
+use stage::Failure;
+
+use crate::input::Identity;
+
+/// The record of it, beside the corpus.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Owner {
+    /// The run that may write.
+    pub run: String,
+    /// What it reads.
+    pub inputs: Vec<Identity>,
+}
+
+impl Owner {
+    /// Refuses a corpus of another run, before this one leaves anything behind.
+    pub async fn refuse_other_run(&self, root: &PrivateRoot, corpus: &str) -> Result<(), Failure> {
+        match read(root, corpus).await? {
+            Some(earlier) if earlier.run != self.run => Err(taken(corpus, &earlier.run)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes this run the only one that writes to the corpus, before its first row.
+    pub async fn take(&self, root: &PrivateRoot, corpus: &str) -> Result<(), Failure> {
+        let body = serde_json::to_vec_pretty(self).map_err(|error| Failure::Bug(error.to_string()))?;
+        if root.put_if_absent(&path(corpus), body.into()).await? {
+            return Ok(());
+        }
+        match read(root, corpus).await? {
+            Some(earlier) if earlier.run != self.run => Err(taken(corpus, &earlier.run)),
+            Some(earlier) => {
+                let mut pairs = earlier.inputs.iter().zip(&self.inputs);
+                pairs
+                    .find(|(earlier, now)| earlier != now)
+                    .map_or(Ok(()), |(_, now)| Err(changed(corpus, &self.run, now)))
+            }
+            None => Err(Failure::Transient(format!("{}: removed while it was read", root.url_of(&path(corpus))))),
+        }
+    }
+}
+
+/// Refuses to call a corpus done whose inputs hold something else by now. An input that is gone, or may no longer be
+/// read, says nothing against what was made of it.
+pub async fn refuse_changed(root: &PrivateRoot, corpus: &str, storage: &StorageOptions) -> Result<(), Failure> {
+    let Some(owner) = read(root, corpus).await? else { return Ok(()) };
+    for earlier in &owner.inputs {
+        match Identity::of(&earlier.url, storage).await {
+            Ok(now) if now != *earlier => return Err(changed(corpus, &owner.run, &now)),
+            Ok(_) | Err(LakeError::NotFound(_) | LakeError::Forbidden(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn path(corpus: &str) -> String {
+    format!("corpora/{corpus}.owner.json")
+}
+
+async fn read(root: &PrivateRoot, corpus: &str) -> Result<Option<Owner>, Failure> {
+    let body = match root.get(&path(corpus)).await {
+        Err(LakeError::NotFound(_)) => return Ok(None),
+        found => found?,
+    };
+    serde_json::from_slice(&body).map(Some).map_err(|_| {
+        let place = root.url_of(&path(corpus));
+        Failure::Input(format!("{place}: not an owner record\nhelp: restore it from a backup"))
+    })
+}
+
+fn taken(corpus: &str, run: &str) -> Failure {
+    Failure::Usage(format!(
+        "corpus `{corpus}` exists already: run `{run}` wrote it\n\
+         help: choose another --corpus; a corpus never changes, since ledger entries refer to it"
+    ))
+}
+
+fn changed(corpus: &str, run: &str, input: &Identity) -> Failure {
+    Failure::Usage(format!(
+        "corpus `{corpus}`: {} changed since run `{run}` began to write\n\
+         help: partition it under a new --run and --corpus",
+        input.url
+    ))
+}
