@@ -85,6 +85,32 @@ fn load_cuda_part() {
     ONCE.call_once(|| {});
 }
 
+/// Bytes that are free on the CUDA device in use; `None` where no CUDA runtime answers.
+///
+/// `cudaError_t cudaMemGetInfo(size_t *free, size_t *total)` of CUDA's `cuda_runtime_api.h`, which libtorch's CUDA part has
+/// loaded and tch does not pass on.
+pub(crate) fn free_cuda_memory() -> Option<usize> {
+    type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> libc::c_int;
+    // SAFETY: the name is a C string.
+    let symbol = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"cudaMemGetInfo".as_ptr()) };
+    if symbol.is_null() {
+        return None;
+    }
+    // SAFETY: the function of this name has this signature.
+    let mem_get_info = unsafe { std::mem::transmute::<*mut libc::c_void, MemGetInfo>(symbol) };
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: both pointers are to live values of the type that the call fills.
+    let status = unsafe { mem_get_info(&mut free, &mut total) };
+    (status == 0).then_some(free)
+}
+
+/// Bytes of memory in this machine; `None` where the system does not tell.
+pub(crate) fn physical_memory() -> Option<usize> {
+    // SAFETY: both calls take a number and return one.
+    let (pages, bytes) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    usize::try_from(pages).ok()?.checked_mul(usize::try_from(bytes).ok()?)
+}
+
 /// Whether the CPU has instructions for bf16 products. Without them bf16 is slower than f32.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn cpu_multiplies_bf16() -> bool {
@@ -119,5 +145,11 @@ mod tests {
             let error = Compute::resolve(DeviceChoice::Cuda, DtypeChoice::Auto).unwrap_err();
             assert!(matches!(&error, LmError::Usage(message) if message.contains("help:")), "{error}");
         }
+    }
+
+    #[test]
+    fn memory_is_known_of_what_is_there() {
+        assert!(physical_memory().is_some_and(|bytes| bytes > 1 << 28));
+        assert_eq!(free_cuda_memory().is_some(), cuda_is_available());
     }
 }

@@ -3,13 +3,15 @@
 //! A sequence depends on its prompt, its seed and the sampling parameters, never on its company. Its random numbers are
 //! its own, and on a CPU with AVX-512 its logits are computed by [`native`], which sums every row in the same order
 //! whatever rows are beside it: on one machine a sequence is the same bit for bit for every batch size and number of
-//! threads. Elsewhere [`cache`] computes with libtorch in batches of one fixed shape; there, a row's place in the batch may
-//! show in the last bit of a logit. On another machine, or in another precision, logits differ by rounding and a sequence
-//! may take another turn.
+//! threads. Elsewhere, on CUDA above all, [`cache`] computes with libtorch: there, the shape of the batch (which follows
+//! the batch size and what memory there is) and a row's place in it may show in the last bits of a logit. Independence of
+//! the batch size then holds to rounding, as it does of the machine and of the precision: where two tokens are nearly
+//! equal, a sequence may take another turn.
 
 mod cache;
 pub(crate) mod native;
 mod pool;
+mod room;
 mod sampler;
 
 use std::collections::HashSet;
@@ -64,35 +66,56 @@ pub struct Completion {
 }
 
 /// Samples every request with at most `batch` sequences at a time, calling `done` as each finishes.
+///
+/// Fewer at a time where their caches would not fit into memory, by the length of the first.
 pub fn generate(
     decoder: &Decoder,
     sampling: &Sampling,
-    requests: impl Iterator<Item = Request>,
+    mut requests: impl Iterator<Item = Request>,
     batch: usize,
     mut done: impl FnMut(Completion) -> Result<(), LmError>,
+) -> Result<(), LmError> {
+    draw(decoder, sampling, &mut requests, batch, &mut done)
+}
+
+/// [`generate`] for any caller. Generic code is compiled where it is called, with the caller's optimisation; the inner loops
+/// must have this crate's.
+fn draw(
+    decoder: &Decoder,
+    sampling: &Sampling,
+    requests: &mut dyn Iterator<Item = Request>,
+    batch: usize,
+    mut done: &mut dyn FnMut(Completion) -> Result<(), LmError>,
 ) -> Result<(), LmError> {
     sampling.check()?;
     if batch == 0 {
         return Err(LmError::Usage("batch size 0\nhelp: give a --batch-size of at least 1".into()));
     }
     let mut requests = requests.map(|request| check(decoder, sampling, request)).fuse();
-    match decoder.packed()? {
-        Some(Packed::Bf16(model)) => pool::run(&model, sampling, requests, batch, &mut done),
-        Some(Packed::F32(model)) => pool::run(&model, sampling, requests, batch, &mut done),
-        None => by_libtorch(decoder, sampling, &mut requests, batch, &mut done),
+    let Some(first) = requests.next().transpose()? else { return Ok(()) };
+    let packed = decoder.packed()?;
+    let fit = room::sequences(decoder, first.prompt.len() + sampling.max_new_tokens);
+    let mut requests = std::iter::once(Ok(first)).chain(requests);
+    match packed {
+        Some(Packed::Bf16(model)) => pool::run(&model, sampling, requests, batch.min(fit), &mut done),
+        Some(Packed::F32(model)) => pool::run(&model, sampling, requests, batch.min(fit), &mut done),
+        None => by_libtorch(decoder, sampling, &mut requests, (batch, fit), &mut done),
     }
 }
 
+/// Samples with libtorch: the batch size, and how many sequences fit into memory.
 fn by_libtorch(
     decoder: &Decoder,
     sampling: &Sampling,
     requests: &mut impl Iterator<Item = Result<Request, LmError>>,
-    batch: usize,
+    (batch, fit): (usize, usize),
     done: &mut impl FnMut(Completion) -> Result<(), LmError>,
 ) -> Result<(), LmError> {
     tch::no_grad(|| {
-        let mut run = Run { decoder, sampling, slots: Slots::new(decoder, batch), live: Vec::new() };
-        run.live.resize_with(batch, || None);
+        let slots = Slots::new(decoder, batch, fit);
+        let mut live = Vec::new();
+        live.resize_with(batch.min(slots.count()), || None);
+        let mut run = Run { decoder, sampling, slots, live };
         loop {
             run.fill(requests, done)?;
             if run.live.iter().all(Option::is_none) {
@@ -110,7 +133,7 @@ fn check(decoder: &Decoder, sampling: &Sampling, request: Request) -> Result<Req
         return Err(LmError::Usage("an empty prompt\nhelp: give a --template that begins with a token".into()));
     }
     let limit = decoder.config.max_positions;
-    if (request.prompt.len() + sampling.max_new_tokens) as i64 > limit {
+    if request.prompt.len().saturating_add(sampling.max_new_tokens) > limit as usize {
         return Err(LmError::Usage(format!(
             "a prompt of {} tokens and {} new ones exceed the model's context of {limit}\nhelp: lower --max-new-tokens",
             request.prompt.len(),

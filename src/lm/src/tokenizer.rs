@@ -137,6 +137,19 @@ impl Tokenizer {
         self.parsing.token_to_id(token).map(i64::from)
     }
 
+    /// The id of a text that is one token, special or not.
+    pub fn single_token(&self, text: &str) -> Result<i64, LmError> {
+        match (self.token_id(text), self.encode_template(text)?.as_slice()) {
+            (Some(id), _) => Ok(id),
+            (None, [id]) => Ok(*id),
+            (None, ids) => Err(LmError::Usage(format!(
+                "{text:?} is {} tokens of this model, expected one\n\
+                 help: the tokens of a model are listed in its tokenizer.json; special ones stand in added_tokens",
+                ids.len()
+            ))),
+        }
+    }
+
     /// Special tokens that chat templates call by name.
     pub(crate) fn named(&self) -> &NamedTokens {
         &self.named

@@ -8,9 +8,10 @@ use stage::Failure;
 /// Sample synthetic instructions from a trained model.
 ///
 /// Reads a base model and the adapter that train released; appends the samples to `synthetic` in the release zone,
-/// without any private root. Sample number n has its own seed, made of the run's public --seed and n: which shard
-/// draws it, in which batch and at which attempt, does not change it. An instruction may come out empty; it is kept,
-/// as the model's answer to its own distribution, and counted like any other.
+/// without any private root. Sample number n has its own seed, made of the run's public --seed and n, whichever shard
+/// draws it and at whichever attempt. On a CPU with AVX-512 the sample then is the same bit for bit, on one machine, for
+/// every number of shards and batch size; on CUDA and on other CPUs, to rounding. An instruction may come out empty; it
+/// is kept, as the model's answer to its own distribution, and counted like any other.
 ///
 /// Exit codes: 0 done or already done; 1 a bug; 2 wrong usage; 3 an input is missing or malformed; 5 storage or
 /// network, safe to retry.
@@ -56,13 +57,18 @@ pub struct Args {
     /// Longest sample in tokens.
     #[arg(long, default_value_t = 512)]
     pub max_new_tokens: usize,
+    /// Text that ends a sample beside the model's own end tokens, and is left out of it: one token of the model's
+    /// tokenizer, such as '<|im_start|>'. May be repeated.
+    #[arg(long, value_name = "TOKEN")]
+    pub stop: Vec<String>,
     /// Public seed of the run.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// What stands before an instruction, as in training: nothing, the chat template's user turn, or all of it.
     #[arg(long, value_enum, default_value_t = TemplateName::None)]
     pub template: TemplateName,
-    /// Sequences sampled at a time: bounds memory and does not change the samples.
+    /// Sequences sampled at a time, fewer where their caches would not fit into memory. Does not change the samples on a
+    /// CPU with AVX-512; elsewhere, sums are rounded in other places, and a sample may take another turn.
     #[arg(long, default_value_t = 32)]
     pub batch_size: usize,
     /// Precision of weights and activations.
@@ -145,6 +151,9 @@ pub struct Config {
     pub repetition_penalty: f64,
     /// Longest sample, tokens.
     pub max_new_tokens: usize,
+    /// Additional end tokens, sorted. Left out where there are none: runs from before this setting stay what they were.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stop: Vec<String>,
     /// Prompt template.
     pub template: TemplateName,
     /// Precision as asked for.
@@ -160,6 +169,9 @@ impl Args {
         if !findings.is_empty() {
             return Err(Failure::Usage(findings.join("\n")));
         }
+        let mut stop = self.stop.clone();
+        stop.sort();
+        stop.dedup();
         let adapter_run = (!self.no_adapter).then(|| self.adapter_run.clone().unwrap_or(self.common.run.clone()));
         Ok(Config {
             adapter_run,
@@ -169,6 +181,7 @@ impl Args {
             top_k: self.top_k,
             repetition_penalty: self.repetition_penalty,
             max_new_tokens: self.max_new_tokens,
+            stop,
             template: self.template,
             dtype: self.dtype,
             seed: self.seed,
@@ -207,6 +220,17 @@ impl Args {
         );
         check(self.batch_size >= 1, "--batch-size 0: expected at least 1".into());
         findings
+    }
+}
+
+impl TemplateName {
+    /// As on the command line, and in the manifests of this stage and of train.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::User => "user",
+            Self::Chat => "chat",
+        }
     }
 }
 

@@ -3,5 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    stage::main("synthesize", doppel_synthesize::run)
+    lm::tune_memory();
+    stage::main("synthesize", doppel_synthesize::Args::config, doppel_synthesize::run)
 }

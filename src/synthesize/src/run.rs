@@ -40,6 +40,7 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
         }
     }
     // Before the claim: a run id must not be bound to settings that cannot work.
+    check_template(&config, &release).await?;
     let sampler = sources.load(&args, &config)?;
     let handle = match manifest::begin(&release, claim).await? {
         Begin::Done(manifest) => return Ok(summary(&args, &manifest, true)),
@@ -48,9 +49,7 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
     let path = format!("runs/{}/synthetic", args.common.run);
     let table = release.table(&path);
     table.create(lake::schema::synthetic()).await?;
-    let totals = sample(&args, &config, sampler, &table).await?;
-    tell(Fact::Rows(totals.rows));
-    tell(Fact::Tokens(totals.tokens));
+    tell(Fact::Bytes(sample(&args, &config, sampler, &table).await?));
     let outputs = vec![Output { name: "synthetic".into(), path, version: table.version().await? }];
     let range = plan::range(config.count, args.effective_shard());
     let facts = json!({ "rows": range.end - range.start, "first": range.start });
@@ -125,7 +124,34 @@ impl Sources {
                 decoder.config.max_positions
             )));
         }
-        Ok(Sampler { decoder, tokenizer, prompt })
+        let mut stop = vec![prompt.end];
+        for text in &config.stop {
+            stop.push(tokenizer.single_token(text).map_err(|error| Failure::Usage(format!("--stop {error}")))?);
+        }
+        stop.extend(&decoder.config.eos);
+        let sampling = Sampling {
+            temperature: config.temperature,
+            top_p: config.top_p,
+            top_k: config.top_k,
+            repetition_penalty: config.repetition_penalty,
+            max_new_tokens: config.max_new_tokens,
+            stop,
+        };
+        Ok(Sampler { decoder, tokenizer, prompt, sampling, seed: config.seed })
+    }
+}
+
+/// An error where train says that it showed instructions behind another template than samples are to be drawn behind.
+async fn check_template(config: &Config, release: &ReleaseRoot) -> Result<(), Failure> {
+    let Some(run) = &config.adapter_run else { return Ok(()) };
+    let Some(trained) = manifest::find(release, run, "train", None).await? else { return Ok(()) };
+    let template = config.template.name();
+    match trained.claim.config.get("template").and_then(serde_json::Value::as_str) {
+        Some(other) if other != template => Err(Failure::Usage(format!(
+            "--template {template}: the adapter of run {run} was trained with --template {other}\n\
+             help: give --template {other}"
+        ))),
+        _ => Ok(()),
     }
 }
 
@@ -160,32 +186,24 @@ struct Sampler {
     decoder: Decoder,
     tokenizer: Tokenizer,
     prompt: Prompt,
+    sampling: Sampling,
+    seed: u64,
 }
 
 impl Sampler {
     /// Draws the samples `range`, handing each to `done` as it finishes.
     fn draw(
         &self,
-        config: &Config,
         batch: usize,
         range: Range<u64>,
         mut done: impl FnMut(u64, Sample) -> Result<(), LmError>,
     ) -> Result<(), LmError> {
-        let mut stop = vec![self.prompt.end];
-        stop.extend(self.decoder.config.eos.iter().filter(|id| **id != self.prompt.end));
-        let sampling = Sampling {
-            temperature: config.temperature,
-            top_p: config.top_p,
-            top_k: config.top_k,
-            repetition_penalty: config.repetition_penalty,
-            max_new_tokens: config.max_new_tokens,
-            stop,
-        };
-        let request =
-            |index| Request { index, prompt: self.prompt.prefix.clone(), seed: plan::seed(config.seed, index) };
-        generate(&self.decoder, &sampling, range.map(request), batch, |completion: Completion| {
+        // A slot that no sample can fill would still take memory.
+        let batch = usize::try_from(range.end - range.start).map_or(batch, |count| batch.min(count));
+        let request = |index| Request { index, prompt: self.prompt.prefix.clone(), seed: plan::seed(self.seed, index) };
+        generate(&self.decoder, &self.sampling, range.map(request), batch, |completion: Completion| {
             let sample = Sample {
-                seed: plan::seed(config.seed, completion.index),
+                seed: plan::seed(self.seed, completion.index),
                 text: self.tokenizer.decode(&completion.tokens)?,
                 tokens: completion.tokens.len(),
                 stopped: completion.stopped,
@@ -196,31 +214,25 @@ impl Sampler {
     }
 }
 
-/// What this attempt added.
-#[derive(Default)]
-struct Totals {
-    rows: u64,
-    tokens: u64,
-}
-
-/// Draws what this shard lacks on a thread of its own, and appends whole chunks meanwhile.
-async fn sample(args: &Args, config: &Config, sampler: Sampler, table: &Table) -> Result<Totals, Failure> {
+/// Draws what this shard lacks on a thread of its own, and appends whole chunks meanwhile; the bytes of text that this
+/// attempt added.
+async fn sample(args: &Args, config: &Config, sampler: Sampler, table: &Table) -> Result<u64, Failure> {
     let shard = args.effective_shard();
     let range = plan::range(config.count, shard);
     let transaction = transaction(args);
     let mut chunks = Chunks::new(range.clone(), table.last_chunk(&transaction).await?);
     let remaining = chunks.remaining();
-    let mut totals = Totals::default();
+    let mut bytes = 0;
     if chunks.is_done() {
-        return Ok(totals);
+        return Ok(bytes);
     }
     let rows = Progress::public("synthesize", "rows", range.end - range.start);
     rows.resume(remaining.start - range.start);
     let tokens = Progress::public("sample", "tokens", 0);
     let (sender, mut receiver) = mpsc::channel::<(u64, Sample)>(QUEUE);
-    let (drawn, batch) = (config.clone(), args.batch_size);
+    let batch = args.batch_size;
     let drawing = tokio::task::spawn_blocking(move || {
-        sampler.draw(&drawn, batch, remaining, |index, sample| {
+        sampler.draw(batch, remaining, |index, sample| {
             let gone = |_| LmError::Usage("synthesize: the rows could not be appended".into());
             sender.blocking_send((index, sample)).map_err(gone)
         })
@@ -228,8 +240,7 @@ async fn sample(args: &Args, config: &Config, sampler: Sampler, table: &Table) -
     while let Some((index, sample)) = receiver.recv().await {
         rows.advance(1);
         tokens.advance(sample.tokens as u64);
-        totals.rows += 1;
-        totals.tokens += sample.tokens as u64;
+        bytes += sample.text.len() as u64;
         chunks.add(index, sample);
         while let Some((version, chunk)) = chunks.take() {
             let batch = rows::batch(&args.common.run, shard.index, &chunk)?;
@@ -238,7 +249,7 @@ async fn sample(args: &Args, config: &Config, sampler: Sampler, table: &Table) -
     }
     drawing.await.map_err(|_| Failure::Bug("synthesize: the sampling thread panicked".into()))?.map_err(failure)?;
     match chunks.is_done() {
-        true => Ok(totals),
+        true => Ok(bytes),
         false => Err(Failure::Bug("synthesize: fewer samples came than were asked for".into())),
     }
 }

@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 
 use arrow::array::AsArray;
 use arrow::datatypes::{Float32Type, Int32Type, Int64Type};
+use lake::manifest::{self, Begin, Claim};
 use lake::{ReleaseRoot, StorageOptions, Zone};
 use lm::adapter::{Lora, LoraConfig, Target};
 use lm::checkpoint::Checkpoint;
@@ -128,11 +129,14 @@ fn write_model(folder: &str, hidden: usize) {
     std::fs::write(folder.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
-/// A PEFT folder for the model in `model`, as train releases it.
-fn write_adapter(model: &str, to: &str) {
+/// A PEFT folder for the model in `model`, as train releases it; its factors B are `learned` all over.
+fn write_adapter(model: &str, to: &str, learned: f64) {
     let config = Checkpoint::open(Path::new(model)).unwrap().decoder_config().unwrap();
     let lora = LoraConfig { rank: 2, alpha: 4.0, targets: vec![Target::Q, Target::V], dropout: 0.0 };
-    let lora = Lora::new(lora, &config, tch::Device::Cpu, 1).unwrap();
+    let mut lora = Lora::new(lora, &config, tch::Device::Cpu, 1).unwrap();
+    for (_, b) in lora.tensors.iter_mut().filter(|(name, _)| name.contains("lora_B")) {
+        *b = b.full_like(learned);
+    }
     std::fs::create_dir_all(to).unwrap();
     for (name, body) in lora.to_peft("model").unwrap() {
         std::fs::write(Path::new(to).join(name), body).unwrap();
@@ -176,6 +180,8 @@ fn shards_and_batches_of_any_number_give_the_same_samples() {
         json_of(&place.base("parts", &["--count", "20", "--batch-size", "3", "--shard", shard]));
     }
     assert_eq!(place.samples("parts"), place.samples("whole"));
+    json_of(&place.base("large", &["--count", "20", "--batch-size", "1000000000"]));
+    assert_eq!(place.samples("large"), place.samples("whole"));
     json_of(&place.base("other", &["--count", "20", "--seed", "1"]));
     assert_ne!(place.samples("other"), place.samples("whole"));
 }
@@ -204,7 +210,7 @@ fn killed_while_sampling_then_rerun_gives_what_one_clean_run_gives() {
 fn an_adapter_is_taken_from_its_run() {
     let place = Place::new();
     let model = place.path("model");
-    write_adapter(&model, &place.path("release/runs/trained/adapter"));
+    write_adapter(&model, &place.path("release/runs/trained/adapter"), 0.5);
     let own = place.run(&["--run", "trained", "--model", &model, "--count", "5"]);
     assert_eq!(json_of(&own)["rows"], json!(5));
     let other = place.run(&["--run", "later", "--adapter-run", "trained", "--model", &model, "--count", "5"]);
@@ -214,10 +220,102 @@ fn an_adapter_is_taken_from_its_run() {
 }
 
 #[test]
+fn what_an_adapter_learned_changes_the_samples() {
+    let place = Place::new();
+    let model = place.path("model");
+    for (run, learned) in [("untouched", 0.0), ("trained", 0.5)] {
+        write_adapter(&model, &place.path(&format!("release/runs/{run}/adapter")), learned);
+        json_of(&place.run(&["--run", run, "--model", &model, "--count", "20"]));
+    }
+    json_of(&place.base("base", &["--count", "20"]));
+    assert_eq!(place.samples("untouched"), place.samples("base"));
+    let texts = |run: &str| place.samples(run).into_values().map(|sample| sample.1).collect::<Vec<_>>();
+    assert_ne!(texts("trained"), texts("base"));
+}
+
+/// Gives the model's tokenizer a chat template with a system turn.
+fn write_chat_template(model: &str) {
+    let template = "{% for message in messages %}{% if loop.first %}sys</s>{% endif %}\
+                    {{ message['role'] }}:{{ message['content'] }}</s>{% endfor %}";
+    let config = json!({ "chat_template": template, "eos_token": "</s>" });
+    std::fs::write(Path::new(model).join("tokenizer_config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn samples_are_drawn_behind_the_template_that_is_asked_for() {
+    let place = Place::new();
+    write_chat_template(&place.path("model"));
+    for template in ["none", "user", "chat"] {
+        assert_eq!(json_of(&place.base(template, &["--count", "10", "--template", template]))["rows"], json!(10));
+    }
+    let logprobs = |run: &str| place.samples(run).into_values().map(|sample| sample.4).collect::<Vec<_>>();
+    assert_ne!(logprobs("none"), logprobs("user"));
+    assert_ne!(logprobs("user"), logprobs("chat"));
+}
+
+/// Leaves the manifest of a finished train that had this template.
+fn settle_train(release: &str, run: &str, template: &str) {
+    let claim = Claim {
+        run: run.into(),
+        stage: "train".into(),
+        shard: None,
+        inputs: vec![],
+        config: json!({ "template": template }),
+        seeds: vec![],
+        binary: "doppel-train".into(),
+        started: chrono::Utc::now(),
+    };
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let release = ReleaseRoot::open(release, &StorageOptions::default()).await.unwrap();
+        let Begin::Fresh(handle) = manifest::begin(&release, claim).await.unwrap() else { panic!("{run} was there") };
+        handle.finish(vec![], json!({})).await.unwrap();
+    });
+}
+
+#[test]
+fn another_template_than_the_adapter_was_trained_with_is_refused() {
+    let place = Place::new();
+    let model = place.path("model");
+    write_chat_template(&model);
+    write_adapter(&model, &place.path("release/runs/trained/adapter"), 0.5);
+    settle_train(&place.path("release"), "trained", "user");
+    let sample =
+        |template: &str| place.run(&["--run", "trained", "--model", &model, "--count", "5", "--template", template]);
+    fails(&sample("none"), 2, "--template none: the adapter of run trained was trained with --template user");
+    assert!(!Path::new(&place.path("release/runs/trained/synthetic")).exists());
+    assert_eq!(json_of(&sample("user"))["rows"], json!(5));
+}
+
+#[test]
+fn a_sample_ends_before_a_token_that_stops_it() {
+    let place = Place::new();
+    json_of(&place.base("free", &["--count", "40"]));
+    let letters: Vec<String> = ('a'..='z').map(String::from).collect();
+    let mut stopping = vec!["--count", "40"];
+    stopping.extend(letters.iter().flat_map(|letter| ["--stop", letter]));
+    json_of(&place.base("stopped", &stopping));
+    let has_letter = |text: &str| text.contains(|letter: char| letter.is_ascii_lowercase());
+    let (free, stopped) = (place.samples("free"), place.samples("stopped"));
+    assert!(free.values().any(|sample| has_letter(&sample.1)));
+    for (number, sample) in &stopped {
+        assert!(!has_letter(&sample.1));
+        let expected = if has_letter(&free[number].1) { "stop" } else { &free[number].3 };
+        assert_eq!(sample.3, expected, "sample {number}");
+    }
+    fails(&place.base("free", &["--count", "40", "--stop", "a"]), 2, "stop");
+    fails(
+        &place.base("other", &["--count", "5", "--stop", "ab"]),
+        2,
+        "--stop \"ab\" is 2 tokens of this model, expected one",
+    );
+    assert!(!Path::new(&place.path("release/runs/other/synthetic")).exists());
+}
+
+#[test]
 fn an_adapter_for_another_model_is_an_input_error() {
     let place = Place::new();
     write_model(&place.path("wide"), 32);
-    write_adapter(&place.path("wide"), &place.path("release/runs/wide/adapter"));
+    write_adapter(&place.path("wide"), &place.path("release/runs/wide/adapter"), 0.5);
     let model = place.path("model");
     let output = place.run(&["--run", "wide", "--model", &model, "--count", "5"]);
     fails(&output, 3, "help:");

@@ -1,5 +1,8 @@
+mod gguf;
+
 use std::path::{Path, PathBuf};
 
+use safetensors::SafeTensors;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -21,6 +24,15 @@ pub(crate) fn json(path: &Path) -> Value {
 
 pub(crate) fn cpu(dtype: DtypeChoice) -> Compute {
     Compute::resolve(DeviceChoice::Cpu, dtype).unwrap()
+}
+
+/// SmolLM2-135M-Instruct in the cache of `make setup`, `DOPPEL_CACHE` or the default.
+pub(crate) fn real_model() -> PathBuf {
+    let set = std::env::var_os("DOPPEL_CACHE").map(PathBuf::from);
+    let cache = set.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache/doppel"));
+    let folder = cache.join("models/smollm2-135m-instruct");
+    assert!(folder.is_dir(), "{}: not there\nhelp: run `make setup`", folder.display());
+    folder
 }
 
 pub(crate) fn tiny(name: &str) -> Decoder {
@@ -108,6 +120,50 @@ fn a_merged_adapter_does_what_a_separate_one_does() {
         assert!(largest_difference(&separate, &before) > 0.01, "{name}: the adapter does something");
         assert!(largest_difference(&separate, &merged) < 1e-4, "{name}");
     }
+}
+
+/// The adapter of `tests/golden/llama3-adapter` is [`adapter`]'s, as [`Lora::to_peft`] writes it; its logits are those of
+/// peft, by tests/golden/peft.py, which prints the versions.
+#[test]
+fn logits_with_an_adapter_are_those_of_peft() {
+    let mut decoder = tiny("llama3");
+    let lora = Lora::load(&golden("llama3-adapter"), &decoder.config, Device::Cpu).unwrap();
+    let written = adapter(&decoder, 0.0);
+    assert_eq!(lora.config, written.config);
+    for ((name, tensor), (_, expected)) in lora.tensors.iter().zip(&written.tensors) {
+        assert!(largest_difference(tensor, expected) < 1e-6, "{name}");
+    }
+    let (ids, expected) = golden_values("llama3-adapter");
+    let before = decoder.logits(&ids).unwrap();
+    decoder.merge(&lora).unwrap();
+    let found = decoder.logits(&ids).unwrap();
+    assert!(largest_difference(&found, &before) > 0.1, "the adapter does something");
+    assert!(largest_difference(&found, &expected) < 1e-4, "{}", largest_difference(&found, &expected));
+}
+
+#[test]
+fn weights_in_two_files_are_those_in_one() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(golden("llama2").join("config.json"), folder.path().join("config.json")).unwrap();
+    let bytes = std::fs::read(golden("llama2").join("model.safetensors")).unwrap();
+    let mut tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+    tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let mut places = serde_json::Map::new();
+    for (number, part) in tensors.chunks(tensors.len().div_ceil(2)).enumerate() {
+        let file = format!("model-0000{}-of-00002.safetensors", number + 1);
+        places.extend(part.iter().map(|(name, _)| (name.clone(), file.clone().into())));
+        let body = safetensors::serialize(part.iter().map(|(name, view)| (name, view)), None).unwrap();
+        std::fs::write(folder.path().join(file), body).unwrap();
+    }
+    let index = serde_json::json!({ "weight_map": places });
+    std::fs::write(folder.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
+    let load = || Decoder::load(&Checkpoint::open(folder.path())?, cpu(DtypeChoice::F32));
+    let (ids, expected) = golden_values("llama2");
+    let found = load().unwrap().logits(&ids).unwrap();
+    assert!(largest_difference(&found, &expected) < 1e-4);
+    std::fs::remove_file(folder.path().join("model-00002-of-00002.safetensors")).unwrap();
+    let message = load().err().unwrap().to_string();
+    assert!(message.contains("model-00002-of-00002.safetensors"), "{message}");
 }
 
 #[test]

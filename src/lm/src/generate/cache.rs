@@ -1,7 +1,8 @@
 //! The KV cache of all slots, and one step of the decoder for them.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
+use super::room::{STRIDE, tiles};
 use crate::LmError;
 use crate::decoder::layer::{join_heads, split_heads};
 use crate::decoder::rope::rotate;
@@ -9,18 +10,11 @@ use crate::decoder::{Decoder, Layer};
 use crate::ops;
 use crate::ops::{rms_norm, swiglu};
 
-/// Rows that are computed together on CPU, whatever the batch size.
-const ROWS: usize = 32;
-/// The same on CUDA, where a product of few rows costs as much as one of many.
-const CUDA_ROWS: usize = 256;
-/// Attention reads the filled part of the cache, rounded up to this many positions.
-const STRIDE: i64 = 64;
-
 /// Cached keys and values of `[layer]`, each `[rows, capacity, kv_heads, head_dim]`.
 struct Tile {
     keys: Vec<Tensor>,
     values: Vec<Tensor>,
-    capacity: i64,
+    capacity: usize,
     /// Filled positions of each row; 0 for a free one.
     filled: Vec<i64>,
 }
@@ -44,10 +38,15 @@ pub(super) struct Slots<'a> {
 }
 
 impl<'a> Slots<'a> {
-    pub(super) fn new(decoder: &'a Decoder, batch: usize) -> Self {
-        let rows = if decoder.compute.device == Device::Cpu { ROWS } else { CUDA_ROWS };
+    /// Slots for `batch` sequences, or for as many as memory has room for if that is fewer.
+    pub(super) fn new(decoder: &'a Decoder, batch: usize, fit: usize) -> Self {
+        let (rows, count) = tiles(decoder.compute.device, batch, fit);
         let tile = || Tile { keys: Vec::new(), values: Vec::new(), capacity: 0, filled: vec![0; rows] };
-        Self { decoder, rows, tiles: (0..batch.div_ceil(rows)).map(|_| tile()).collect(), prompt: None }
+        Self { decoder, rows, tiles: (0..count).map(|_| tile()).collect(), prompt: None }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.rows * self.tiles.len()
     }
 
     /// Puts `prompt` into `slot`, with room for `room` tokens in all; logits `[1, vocab]` of its last position.
@@ -57,7 +56,7 @@ impl<'a> Slots<'a> {
         }
         let (tile, row) = (slot / self.rows, (slot % self.rows) as i64);
         let tile = &mut self.tiles[tile];
-        tile.reserve(self.decoder, room as i64)?;
+        tile.reserve(self.decoder, room)?;
         let Some(known) = &self.prompt else { return Err(LmError::Usage("an empty prompt".into())) };
         let length = prompt.len() as i64;
         let both = tile.keys.iter().zip(&known.keys).chain(tile.values.iter().zip(&known.values));
@@ -90,25 +89,25 @@ impl<'a> Slots<'a> {
 
 impl Tile {
     /// Makes room for sequences of `room` tokens; what is cached is copied only where the room was less.
-    fn reserve(&mut self, decoder: &Decoder, room: i64) -> Result<(), LmError> {
+    fn reserve(&mut self, decoder: &Decoder, room: usize) -> Result<(), LmError> {
         if room <= self.capacity {
             return Ok(());
         }
-        let capacity = room.div_euclid(STRIDE) * STRIDE + STRIDE;
-        let config = &decoder.config;
-        let shape = [self.filled.len() as i64, capacity, config.kv_heads, config.head_dim];
-        let grow = |old: Option<&Tensor>| -> Result<Tensor, LmError> {
+        let capacity = room.next_multiple_of(STRIDE);
+        let (config, compute) = (&decoder.config, decoder.compute);
+        let shape = [self.filled.len() as i64, capacity as i64, config.kv_heads, config.head_dim];
+        self.keys.resize_with(decoder.layers.len(), Tensor::new);
+        self.values.resize_with(decoder.layers.len(), Tensor::new);
+        // One after the other, so that no more than one is there twice.
+        for cache in self.keys.iter_mut().chain(&mut self.values) {
             // Zeros rather than what was in memory: a masked value still enters a product, and 0 · NaN is NaN.
-            let new = Tensor::f_zeros(shape, (decoder.compute.kind, decoder.compute.device))?;
-            if let Some(old) = old {
-                new.f_narrow(1, 0, old.size()[1])?.f_copy_(old)?;
+            let new = Tensor::f_zeros(shape, (compute.kind, compute.device))?;
+            if self.capacity > 0 {
+                new.f_narrow(1, 0, self.capacity as i64)?.f_copy_(cache)?;
             }
-            Ok(new)
-        };
-        let layers = 0..decoder.layers.len();
-        let keys = layers.clone().map(|layer| grow(self.keys.get(layer))).collect::<Result<_, _>>()?;
-        let values = layers.map(|layer| grow(self.values.get(layer))).collect::<Result<_, _>>()?;
-        (self.keys, self.values, self.capacity) = (keys, values, capacity);
+            *cache = new;
+        }
+        self.capacity = capacity;
         Ok(())
     }
 
@@ -124,8 +123,8 @@ impl Tile {
         for (row, _) in fed {
             self.filled[*row] = positions[*row] + 1;
         }
-        let longest = self.filled.iter().copied().max().unwrap_or(1);
-        let reach = ((longest + STRIDE - 1) / STRIDE * STRIDE).min(self.capacity);
+        let longest = self.filled.iter().copied().max().unwrap_or(1) as usize;
+        let reach = longest.next_multiple_of(STRIDE).min(self.capacity) as i64;
         let tensor = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
         let place = Place {
             rows: Tensor::f_arange(rows as i64, (Kind::Int64, device))?,

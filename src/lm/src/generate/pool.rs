@@ -39,7 +39,7 @@ pub(super) fn run<E: Factor>(
         // Dropping the feeds at the end, on an error too, lets the workers go.
         let feeds = feeds;
         let result = hand_out(&mut requests, &feeds, &completions, done);
-        stop.store(result.is_err(), Ordering::Relaxed);
+        stop.fetch_or(result.is_err(), Ordering::Relaxed);
         result
     })
 }
@@ -48,7 +48,7 @@ pub(super) fn run<E: Factor>(
 fn hand_out(
     requests: &mut impl Iterator<Item = Result<Request, LmError>>,
     feeds: &[(Sender<Request>, usize)],
-    completions: &Receiver<(usize, Completion)>,
+    completions: &Receiver<Finished>,
     done: &mut impl FnMut(Completion) -> Result<(), LmError>,
 ) -> Result<(), LmError> {
     let mut outstanding = 0usize;
@@ -61,8 +61,8 @@ fn hand_out(
         }
     }
     while outstanding > 0 {
-        // A closed channel means that a worker panicked; the scope passes that on.
-        let Ok((number, completion)) = completions.recv() else { break };
+        // Nothing means that a worker panicked; the scope passes that on.
+        let Ok(Some((number, completion))) = completions.recv() else { break };
         outstanding -= 1;
         if let (Some(request), Some((feed, _))) = (requests.next().transpose()?, feeds.get(number)) {
             outstanding += usize::from(feed.send(request).is_ok());
@@ -70,6 +70,24 @@ fn hand_out(
         done(completion)?;
     }
     Ok(())
+}
+
+/// A worker's number and what it finished; nothing from one that panics.
+type Finished = Option<(usize, Completion)>;
+
+/// Tells of a panic. The channel alone would not: the other workers hold it open while they wait for requests.
+struct Alarm<'a> {
+    finished: &'a Sender<Finished>,
+    stop: &'a AtomicBool,
+}
+
+impl Drop for Alarm<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.stop.store(true, Ordering::Relaxed);
+            let _ = self.finished.send(None);
+        }
+    }
 }
 
 struct Worker<'a, E> {
@@ -81,11 +99,12 @@ struct Worker<'a, E> {
 }
 
 impl<E: Factor> Worker<'_, E> {
-    fn run(&self, waiting: &Receiver<Request>, finished: &Sender<(usize, Completion)>) {
+    fn run(&self, waiting: &Receiver<Request>, finished: &Sender<Finished>) {
+        let _alarm = Alarm { finished, stop: self.stop };
         let mut engine = Engine::new(self.model.clone(), self.slots);
         let mut live: Vec<Option<(Sequence, usize)>> = Vec::new();
         live.resize_with(self.slots, || None);
-        let send = |completion: Completion| finished.send((self.number, completion)).is_ok();
+        let send = |completion: Completion| finished.send(Some((self.number, completion))).is_ok();
         while !self.stop.load(Ordering::Relaxed) {
             if !self.fill(&mut engine, &mut live, waiting, &send) {
                 return;

@@ -1,7 +1,5 @@
-use std::path::PathBuf;
-
 use super::*;
-use crate::decoder::tests::{SHAPES, cpu, golden, json, tiny};
+use crate::decoder::tests::{SHAPES, cpu, golden, json, real_model, tiny};
 use crate::{checkpoint::Checkpoint, device::DtypeChoice};
 
 fn sampling(temperature: f64, max_new_tokens: usize) -> Sampling {
@@ -60,11 +58,11 @@ fn the_cache_changes_nothing() {
     }
 }
 
-/// The way of GPUs, and of CPUs without AVX-512.
-fn run_by_libtorch(decoder: &Decoder, sampling: &Sampling, count: u64, batch: usize) -> Vec<Completion> {
+/// The way of GPUs, and of CPUs without AVX-512: the batch size, and how many sequences fit into memory.
+fn run_by_libtorch(decoder: &Decoder, sampling: &Sampling, count: u64, sizes: (usize, usize)) -> Vec<Completion> {
     let mut found = Vec::new();
     let mut checked = requests(count).map(|request| check(decoder, sampling, request)).fuse();
-    by_libtorch(decoder, sampling, &mut checked, batch, &mut |completion| {
+    by_libtorch(decoder, sampling, &mut checked, sizes, &mut |completion| {
         found.push(completion);
         Ok(())
     })
@@ -82,10 +80,10 @@ fn libtorch_gives_what_the_cpu_kernels_give() {
         let mut sampling = sampling(0.0, 20);
         sampling.stop = vec![3];
         let expected = run(&decoder, &sampling, requests(10), 8);
-        for batch in [3, 33] {
-            let found = run_by_libtorch(&decoder, &sampling, 10, batch);
+        for sizes in [(3, 100), (33, 100), (33, 5)] {
+            let found = run_by_libtorch(&decoder, &sampling, 10, sizes);
             for (found, expected) in found.iter().zip(&expected) {
-                assert_eq!(found.tokens, expected.tokens, "{name}, batch {batch}, {}", found.index);
+                assert_eq!(found.tokens, expected.tokens, "{name}, {sizes:?}, {}", found.index);
                 assert!((found.mean_logprob - expected.mean_logprob).abs() < 1e-4);
             }
             assert_eq!(found.len(), expected.len());
@@ -108,6 +106,23 @@ fn a_sequence_does_not_depend_on_the_batch_size() {
     let alone: Vec<Completion> =
         requests(40).flat_map(|request| run(&decoder, &sampling, [request].into_iter(), 8)).collect();
     assert!(alone == expected);
+}
+
+/// To rounding: on CPU the shape is one for all batch sizes, and only a row's place in it differs.
+#[test]
+fn by_libtorch_a_sequence_depends_on_the_batch_size_by_rounding_alone() {
+    tch::set_num_threads(1);
+    let decoder = tiny("smollm2");
+    let mut sampling = sampling(1.0, 60);
+    sampling.stop = vec![3, 17];
+    let expected = run_by_libtorch(&decoder, &sampling, 40, (1, 100));
+    assert!(expected.iter().any(|completion| completion.stopped) && expected.len() == 40);
+    for batch in [7, 33] {
+        for (found, expected) in run_by_libtorch(&decoder, &sampling, 40, (batch, 100)).iter().zip(&expected) {
+            assert_eq!(found.tokens, expected.tokens, "batch {batch}, {}", found.index);
+            assert!((found.mean_logprob - expected.mean_logprob).abs() < 1e-5);
+        }
+    }
 }
 
 #[test]
@@ -133,6 +148,21 @@ fn an_error_of_the_receiver_ends_the_run() {
     });
     assert!(result.is_err_and(|error| error.to_string() == "enough"));
     assert_eq!(seen, 3);
+}
+
+#[test]
+fn a_worker_that_panics_ends_the_run() {
+    let decoder = tiny("smollm2");
+    let Some(Packed::F32(model)) = decoder.packed().unwrap() else { return };
+    let (ended, end) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // Past the check that refuses it, an id of no token stops the worker that gets it; the others wait for requests.
+        let wrong = Request { index: 0, prompt: vec![1 << 31], seed: 0 };
+        let run = || pool::run(&model, &sampling(1.0, 5), [Ok(wrong)].into_iter(), 8, &mut |_| Ok(()));
+        ended.send(std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err()).unwrap();
+    });
+    let panicked = end.recv_timeout(std::time::Duration::from_secs(60));
+    assert_eq!(panicked, Ok(true), "the run ends, by passing the panic on");
 }
 
 #[test]
@@ -192,16 +222,9 @@ fn what_cannot_be_sampled_is_refused() {
     assert!(refused(&Sampling { repetition_penalty: 0.0, ..good }, vec![1], 1).contains("--repetition-penalty"));
 }
 
-/// SmolLM2-135M-Instruct in the cache of `make setup`, `DOPPEL_CACHE` or the default.
-fn real_model() -> Option<PathBuf> {
-    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/doppel"));
-    let cache = std::env::var_os("DOPPEL_CACHE").map(PathBuf::from).or_else(home)?;
-    Some(cache.join("models/smollm2-135m-instruct")).filter(|folder| folder.is_dir())
-}
-
 #[test]
 fn greedy_continuations_of_the_real_model_are_those_of_transformers() {
-    let Some(folder) = real_model() else { return };
+    let folder = real_model();
     let decoder = Decoder::load(&Checkpoint::open(&folder).unwrap(), cpu(DtypeChoice::F32)).unwrap();
     let rows = json(&golden("greedy.json"));
     let ids = |value: &serde_json::Value| -> Vec<i64> {

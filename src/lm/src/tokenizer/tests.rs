@@ -115,6 +115,18 @@ fn a_record_cannot_speak_as_a_control_token() {
 }
 
 #[test]
+fn a_text_that_is_one_token_has_its_id() {
+    let tokenizer = smollm2();
+    assert_eq!(tokenizer.single_token("<|im_start|>").ok(), tokenizer.token_id("<|im_start|>"));
+    // Byte-level BPE writes a line's end as Ċ.
+    assert_eq!(tokenizer.single_token("\n").ok(), tokenizer.token_id("\u{10a}"));
+    for text in ["", "two words"] {
+        let error = tokenizer.single_token(text).unwrap_err();
+        assert!(matches!(&error, LmError::Usage(message) if message.contains("expected one")), "{error}");
+    }
+}
+
+#[test]
 fn a_folder_without_a_tokenizer_says_so() {
     let folder = tempfile::tempdir().unwrap();
     let message = Tokenizer::from_folder(folder.path()).err().unwrap().to_string();
