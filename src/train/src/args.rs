@@ -8,11 +8,15 @@ use privacy::training::TrainingMechanism;
 use serde::Serialize;
 use stage::Failure;
 
+/// Largest rank that an adapter may have.
+const MAX_RANK: i64 = 4096;
+
 /// Fine-tune a language model on the private corpus with DP-Adam and LoRA.
 ///
 /// Reads the train split of a corpus and a base model; writes a PEFT adapter to the release zone, checkpoints and
-/// validation losses to the private zone. The privacy cost is reserved in the corpus's ledger before any record is
-/// read. Killed anywhere, it goes on where it was when run again, and spends nothing twice.
+/// validation losses to the private zone. The privacy cost is reserved in the corpus's ledger before anything is
+/// computed from a record, but for the digest that the reservation is bound to. Killed anywhere, it goes on where it was
+/// when run again, and spends nothing twice.
 ///
 /// Exit codes: 0 done or already done; 1 a bug; 2 wrong usage; 3 an input is missing or malformed; 4 refused by the
 /// privacy budget; 5 storage or network, safe to retry.
@@ -28,7 +32,7 @@ pub struct Args {
     /// Base model: URL or path of a Hugging Face folder or a GGUF file.
     #[arg(long)]
     pub model: String,
-    /// LoRA rank r.
+    /// LoRA rank r, at most 4096.
     #[arg(long, default_value_t = 8)]
     pub rank: i64,
     /// LoRA alpha; the adapter's product is scaled by alpha / rank.
@@ -77,19 +81,21 @@ pub struct Args {
     /// Calibrate the noise to this ε (never exceeded) at --delta, instead of --noise-multiplier.
     #[arg(long, conflicts_with = "noise_multiplier", requires = "delta")]
     pub target_epsilon: Option<f64>,
-    /// The δ of --target-epsilon; the ledger's budget has its own.
+    /// The δ of --target-epsilon, and of the ε in the manifest; the ledger's budget has its own.
     #[arg(long)]
     pub delta: Option<f64>,
     /// Leave room in --target-epsilon for a later vote with this σ.
     #[arg(long, requires = "target_epsilon")]
     pub vote_sigma: Option<f64>,
-    /// Longest example in tokens, prompt and end token included; longer ones are cut.
+    /// Longest example in tokens, prompt and end token included; longer ones are cut. At most the model's positions.
     #[arg(long, default_value_t = 1024)]
     pub block_length: usize,
     /// What stands before an instruction: nothing (as in the paper), the chat template's user turn, or all of it.
     #[arg(long, value_enum, default_value_t = TemplateName::None)]
     pub template: TemplateName,
     /// Precision of weights and activations; the adapter and its gradients are always float32.
+    ///
+    /// A run goes on in the precision and on the kind of device it began with: name both where machines differ.
     #[arg(long, value_enum, default_value_t = DtypeName::Auto)]
     pub dtype: DtypeName,
     /// Where to compute.
@@ -222,6 +228,14 @@ pub enum Mechanism {
 }
 
 impl Mechanism {
+    /// Name of the stage in claims, ledger, folders and noise contexts: a baseline shares none with private training.
+    pub fn stage(&self) -> &'static str {
+        match self {
+            Mechanism::Private(_) => "train",
+            Mechanism::Baseline { .. } => "train-baseline",
+        }
+    }
+
     /// Number of steps.
     pub fn steps(&self) -> u64 {
         match self {
@@ -304,7 +318,11 @@ impl Args {
             }
         };
         let probability = self.sampling_probability();
-        check(self.rank >= 1, format!("--rank {}: expected at least 1", self.rank));
+        check((1..=MAX_RANK).contains(&self.rank), format!("--rank {}: expected 1 to {MAX_RANK}", self.rank));
+        check(
+            self.alpha.is_finite() && self.alpha > 0.0,
+            format!("--alpha {}: expected a positive number", self.alpha),
+        );
         check(
             self.expected_batch_size.is_finite() && self.expected_batch_size > 0.0,
             format!("--expected-batch-size {}: expected a positive number", self.expected_batch_size),
@@ -326,6 +344,13 @@ impl Args {
             self.learning_rate.is_finite() && self.learning_rate > 0.0,
             format!("--learning-rate {}: expected a positive number", self.learning_rate),
         );
+        check(
+            self.weight_decay.is_finite() && self.weight_decay >= 0.0,
+            format!("--weight-decay {}: expected a number of at least 0", self.weight_decay),
+        );
+        if let Some(delta) = self.delta {
+            check(delta > 0.0 && delta < 1.0, format!("--delta {delta}: expected a number between 0 and 1"));
+        }
         check(self.block_length >= 8, format!("--block-length {}: expected at least 8 tokens", self.block_length));
         check(self.checkpoint_every >= 1, "--checkpoint-every 0: expected at least 1".into());
         check(self.micro_batch_tokens >= 1, "--micro-batch-tokens 0: expected at least 1".into());
@@ -393,5 +418,98 @@ impl From<DeviceName> for DeviceChoice {
             DeviceName::Cpu => Self::Cpu,
             DeviceName::Cuda => Self::Cuda,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Flags of a run with forty units, ten of them expected in a batch; `more` comes last.
+    fn args(more: &str) -> Args {
+        let flags = "doppel-train --run one --corpus chats --model llama --records 40 --expected-batch-size 10";
+        Args::try_parse_from(flags.split_whitespace().chain(more.split_whitespace())).unwrap()
+    }
+
+    fn config(more: &str) -> Config {
+        args(more).config().unwrap()
+    }
+
+    #[track_caller]
+    fn rates(more: &str, expected: &[f64]) {
+        let config = config(&format!("--steps {} --noise-multiplier 1 --learning-rate 2 {more}", expected.len()));
+        for (step, expected) in (0..).zip(expected) {
+            let found = config.learning_rate(step);
+            assert!((found - expected).abs() < 1e-12, "step {step}: found {found}, expected {expected}");
+        }
+    }
+
+    #[test]
+    fn schedules_fall_from_the_peak() {
+        rates("--schedule constant", &[2.0, 2.0, 2.0, 2.0]);
+        rates("--schedule linear", &[2.0, 1.5, 1.0, 0.5]);
+        let cosine = std::f64::consts::FRAC_1_SQRT_2;
+        rates("--schedule cosine", &[2.0, 1.0 + cosine, 1.0, 1.0 - cosine]);
+    }
+
+    #[test]
+    fn the_rate_warms_up_to_the_peak_and_falls_over_the_other_steps() {
+        rates("--warmup-steps 2 --schedule constant", &[1.0, 2.0, 2.0, 2.0]);
+        rates("--warmup-steps 2 --schedule linear", &[1.0, 2.0, 2.0, 1.5, 1.0, 0.5]);
+        rates("--warmup-steps 8 --schedule cosine", &[0.25, 0.5, 0.75, 1.0]);
+    }
+
+    #[test]
+    fn epochs_become_steps_rounded_up() {
+        // One step draws a quarter of the units.
+        for (epochs, steps) in [("1", 4), ("2.5", 10), ("2.51", 11), ("0.01", 1)] {
+            assert_eq!(config(&format!("--epochs {epochs} --noise-multiplier 1")).mechanism.steps(), steps, "{epochs}");
+        }
+        // In floating point 0.2 / (1 / 35) is a little more than 7.
+        let edge = Args { records: Some(35), expected_batch_size: 1.0, ..args("--epochs 0.2 --no-dp") };
+        assert_eq!(edge.config().unwrap().mechanism.steps(), 7);
+    }
+
+    #[test]
+    fn a_target_leaves_room_for_the_vote() {
+        let spent = |more: &str| {
+            let config = config(&format!("--steps 6 --target-epsilon 3 --delta 1e-5 {more}"));
+            let Mechanism::Private(mechanism) = config.mechanism else { panic!("a baseline") };
+            let vote = Event::DiscreteGaussian { noise_multiplier: 2.0 };
+            let alone = privacy::epsilon(&[mechanism.event()], 1e-5).unwrap().pld;
+            (alone, privacy::epsilon(&[mechanism.event(), vote], 1e-5).unwrap().pld)
+        };
+        let (alone, with_vote) = spent("--vote-sigma 2");
+        assert!(alone < with_vote && with_vote <= 3.0 && with_vote > 2.99, "{with_vote}");
+        let (alone, with_vote) = spent("");
+        assert!(alone <= 3.0 && alone > 2.99 && with_vote > 3.0, "{alone}, {with_vote}");
+    }
+
+    #[test]
+    fn values_that_cannot_work_are_found_before_anything_is_read() {
+        for (more, expected) in [
+            ("--alpha 0", "--alpha 0: expected a positive number"),
+            ("--alpha nan", "--alpha NaN"),
+            ("--alpha inf", "--alpha inf"),
+            ("--rank 0", "--rank 0: expected 1 to 4096"),
+            ("--rank 4097", "--rank 4097"),
+            ("--weight-decay -0.1", "--weight-decay -0.1"),
+            ("--weight-decay nan", "--weight-decay NaN"),
+            ("--delta 0", "--delta 0: expected a number between 0 and 1"),
+            ("--delta 1", "--delta 1"),
+            ("--delta nan", "--delta NaN"),
+            ("--dropout 1", "--dropout 1"),
+            ("--learning-rate inf", "--learning-rate inf"),
+        ] {
+            let more = more.replacen(' ', "=", 1);
+            let failure = args(&format!("--steps 1 --noise-multiplier 1 {more}")).config().unwrap_err();
+            assert!(matches!(&failure, Failure::Usage(told) if told.contains(expected)), "{more}: {failure}");
+        }
+    }
+
+    #[test]
+    fn a_baseline_shares_no_name_with_private_training() {
+        assert_eq!(config("--steps 1 --noise-multiplier 1").mechanism.stage(), "train");
+        assert_eq!(config("--steps 1 --no-dp").mechanism.stage(), "train-baseline");
     }
 }

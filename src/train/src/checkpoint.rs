@@ -6,31 +6,33 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
-use lake::{LakeError, PrivateRoot, Zone};
+use lake::{PrivateRoot, Zone};
+use lm::LmError;
 use lm::adapter::Lora;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use stage::Failure;
 use tch::{Kind, Tensor};
 
 use crate::adapter::Training;
+use crate::run::failure;
 
 /// Where a run keeps its checkpoints.
 pub struct Checkpoints<'a> {
     root: &'a PrivateRoot,
     folder: String,
-    fingerprint: &'a str,
+    fingerprint: String,
 }
 
 impl<'a> Checkpoints<'a> {
-    /// Checkpoints of `run` under the plan that `fingerprint` names.
-    pub fn new(root: &'a PrivateRoot, run: &str, fingerprint: &'a str) -> Self {
-        Self { root, folder: format!("runs/{run}/train/checkpoints"), fingerprint }
+    /// Checkpoints of `stage` of `run` under the plan that `fingerprint` names.
+    pub fn new(root: &'a PrivateRoot, run: &str, stage: &str, fingerprint: String) -> Self {
+        Self { root, folder: format!("runs/{run}/{stage}/checkpoints"), fingerprint }
     }
 
     /// Writes the state after `training.steps` steps, then drops older checkpoints.
     pub async fn save(&self, training: &Training) -> Result<(), Failure> {
         let path = format!("{}/step-{:08}.safetensors", self.folder, training.steps);
-        let body = encode(training, self.fingerprint)?;
+        let body = encode(training, &self.fingerprint)?;
         self.root.put(&path, body).await?;
         for older in self.root.list(&self.folder).await?.into_iter().filter(|other| *other < path) {
             self.root.delete(&older).await?;
@@ -44,11 +46,12 @@ impl<'a> Checkpoints<'a> {
             None => Ok(fresh),
             Some(path) => {
                 let body = self.root.get(&path).await?;
-                decode(&body, fresh.lora, self.fingerprint).map_err(|found| {
-                    Failure::from(LakeError::Malformed(format!(
-                        "{}/{path}: {found}\nhelp: remove the object to train from the start under the same reservation",
-                        self.root.url()
-                    )))
+                decode(&body, fresh.lora, &self.fingerprint).map_err(|error| match error {
+                    LmError::Malformed(found) => Failure::Input(format!(
+                        "{}: {found}\nhelp: remove the object to train from the start under the same reservation",
+                        self.root.url_of(&path)
+                    )),
+                    other => failure(&other),
                 })
             }
         }
@@ -67,9 +70,7 @@ fn encode(training: &Training, fingerprint: &str) -> Result<Bytes, Failure> {
     let bug = |error: String| Failure::Bug(format!("checkpoint: {error}"));
     let mut bodies = Vec::new();
     for (name, tensor) in groups(training) {
-        let values = Vec::<f32>::try_from(tensor.to_device(tch::Device::Cpu).flatten(0, -1))
-            .map_err(|error| bug(error.to_string()))?;
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let bytes = to_bytes(tensor).map_err(|error| failure(&error))?;
         let shape: Vec<usize> = tensor.size().iter().map(|&size| size as usize).collect();
         bodies.push((name, shape, bytes));
     }
@@ -86,31 +87,118 @@ fn encode(training: &Training, fingerprint: &str) -> Result<Bytes, Failure> {
     Ok(body.into())
 }
 
-fn decode(body: &[u8], lora: Lora, fingerprint: &str) -> Result<Training, String> {
-    let (_, header) = SafeTensors::read_metadata(body).map_err(|error| error.to_string())?;
+fn to_bytes(tensor: &Tensor) -> Result<Vec<u8>, LmError> {
+    let values = Vec::<f32>::try_from(tensor.f_to_device(tch::Device::Cpu)?.f_flatten(0, -1)?)?;
+    Ok(values.iter().flat_map(|value| value.to_le_bytes()).collect())
+}
+
+fn decode(body: &[u8], lora: Lora, fingerprint: &str) -> Result<Training, LmError> {
+    let malformed = |found: String| LmError::Malformed(found);
+    let (_, header) = SafeTensors::read_metadata(body).map_err(|error| malformed(error.to_string()))?;
     let metadata = header.metadata().clone().unwrap_or_default();
     if metadata.get("fingerprint").map(String::as_str) != Some(fingerprint) {
-        return Err("the checkpoint belongs to another plan; resuming it would change ε".into());
+        return Err(malformed("the checkpoint belongs to another plan; resuming it would change ε".into()));
     }
-    let steps = metadata.get("steps").and_then(|steps| steps.parse().ok()).ok_or("no step count")?;
-    let file = SafeTensors::deserialize(body).map_err(|error| error.to_string())?;
-    let mut training = Training::new(lora);
-    training.steps = steps;
-    let names: Vec<String> = training.lora.tensors.iter().map(|(name, _)| name.clone()).collect();
-    for (index, name) in names.iter().enumerate() {
-        let like = training.lora.tensors[index].1.shallow_clone();
-        training.lora.tensors[index].1 = read(&file, &format!("adapter.{name}"), &like)?;
-        training.first[index] = read(&file, &format!("first.{name}"), &like)?;
-        training.second[index] = read(&file, &format!("second.{name}"), &like)?;
+    let steps = metadata.get("steps").and_then(|steps| steps.parse().ok());
+    let steps = steps.ok_or_else(|| malformed("no step count".into()))?;
+    let file = SafeTensors::deserialize(body).map_err(|error| malformed(error.to_string()))?;
+    let mut training = Training { steps, ..Training::new(lora) };
+    for (name, tensor) in &mut training.lora.tensors {
+        training.first.push(read(&file, &format!("first.{name}"), tensor)?);
+        training.second.push(read(&file, &format!("second.{name}"), tensor)?);
+        *tensor = read(&file, &format!("adapter.{name}"), tensor)?;
     }
     Ok(training)
 }
 
-fn read(file: &SafeTensors, name: &str, like: &Tensor) -> Result<Tensor, String> {
-    let view = file.tensor(name).map_err(|error| format!("tensor {name}: {error}"))?;
+fn read(file: &SafeTensors, name: &str, like: &Tensor) -> Result<Tensor, LmError> {
+    let malformed = |found: String| LmError::Malformed(format!("tensor {name}: {found}"));
+    let view = file.tensor(name).map_err(|error| malformed(error.to_string()))?;
     let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
     if view.dtype() != Dtype::F32 || shape != like.size() {
-        return Err(format!("tensor {name}: found {:?} {shape:?}, expected F32 {:?}", view.dtype(), like.size()));
+        return Err(malformed(format!("found {:?} {shape:?}, expected F32 {:?}", view.dtype(), like.size())));
     }
-    Ok(Tensor::from_data_size(view.data(), &shape, Kind::Float).to_device(like.device()))
+    Ok(Tensor::f_from_data_size(view.data(), &shape, Kind::Float)?.f_to_device(like.device())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    const PLAN: &str = "0123abcd";
+
+    /// The state after three steps of an adapter for a tiny decoder.
+    fn trained() -> Training {
+        let (_, lora) = testing::tiny(tempfile::tempdir().unwrap().path());
+        let moments = |shift: f64| lora.tensors.iter().map(|(_, tensor)| tensor * 0.1 + shift).collect();
+        let (first, second) = (moments(0.0), moments(1.0));
+        Training { lora, first, second, steps: 3 }
+    }
+
+    /// An adapter of the same shape with other values.
+    fn untrained() -> Lora {
+        let mut lora = trained().lora;
+        for (_, tensor) in &mut lora.tensors {
+            *tensor = tensor.zeros_like();
+        }
+        lora
+    }
+
+    fn values(training: &Training) -> Vec<(String, Vec<u8>)> {
+        groups(training).map(|(name, tensor)| (name, to_bytes(tensor).unwrap())).collect()
+    }
+
+    #[track_caller]
+    fn refused(body: &[u8], plan: &str, expected: &str) {
+        match decode(body, untrained(), plan) {
+            Err(LmError::Malformed(found)) => assert!(found.contains(expected), "{found}"),
+            Err(other) => panic!("{other}"),
+            Ok(_) => panic!("it was accepted"),
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_gives_back_what_it_was_made_of() {
+        let training = trained();
+        let read = decode(&encode(&training, PLAN).unwrap(), untrained(), PLAN).unwrap();
+        assert_eq!(read.steps, 3);
+        assert!(values(&read) == values(&training));
+    }
+
+    #[test]
+    fn a_checkpoint_of_another_plan_is_refused() {
+        refused(&encode(&trained(), PLAN).unwrap(), "4567cdef", "another plan");
+    }
+
+    #[test]
+    fn a_checkpoint_that_was_cut_is_refused() {
+        let body = encode(&trained(), PLAN).unwrap();
+        for length in [0, 4, 8, 100, body.len() / 2, body.len() - 1] {
+            refused(&body[..length], PLAN, "");
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_of_another_shape_is_refused() {
+        let mut training = trained();
+        training.first[1] = training.first[1].flatten(0, -1);
+        refused(&encode(&training, PLAN).unwrap(), PLAN, "expected F32");
+    }
+
+    #[test]
+    fn a_checkpoint_holds_no_tensor_of_the_base_model() {
+        let training = trained();
+        let body = encode(&training, PLAN).unwrap();
+        let file = SafeTensors::deserialize(&body).unwrap();
+        let mut expected: Vec<String> = Vec::new();
+        for (name, _) in &training.lora.tensors {
+            assert!(name.contains(".lora_A.") || name.contains(".lora_B."), "{name}");
+            expected.extend(["adapter", "first", "second"].map(|group| format!("{group}.{name}")));
+        }
+        let mut found: Vec<String> = file.names().iter().map(|name| name.to_string()).collect();
+        found.sort();
+        expected.sort();
+        assert_eq!(found, expected);
+    }
 }

@@ -84,3 +84,112 @@ impl Encoding<'_> {
         Unit { id, examples }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use arrow::array::{ArrayRef, RecordBatch, StringArray};
+    use lake::{AppTransaction, PrivateRoot, StorageOptions, Zone, schema};
+    use lm::template::Template;
+    use scenarios::models;
+
+    use super::*;
+    use crate::adapter::{BaselineAdapter, Training, Update};
+    use crate::args::Mechanism;
+    use crate::step::{Limits, sum_gradients};
+    use crate::testing;
+
+    const BLOCK: usize = 24;
+
+    /// The splits of a corpus of `(unit, text, split)`, read with a model whose tokens are characters.
+    async fn splits(folder: &Path, rows: &[(&str, &str, &str)]) -> (Splits, Prompt) {
+        let model = folder.join("llama");
+        models::write_llama(&model, 1).unwrap();
+        let checkpoint = lm::checkpoint::Checkpoint::open(&model).unwrap();
+        let tokenizer = checkpoint.tokenizer().unwrap();
+        let prompt = Prompt::new(Template::None, &tokenizer, &checkpoint.decoder_config().unwrap()).unwrap();
+        let root = PrivateRoot::open(folder.to_str().unwrap(), &StorageOptions::default()).await.unwrap();
+        let table = root.table(&format!("corpora/{}", rows.len()));
+        table.create(schema::corpus()).await.unwrap();
+        let text = |of: fn(&(&str, &str, &str)) -> String| -> ArrayRef {
+            Arc::new(StringArray::from_iter_values(rows.iter().map(of)))
+        };
+        let columns = vec![
+            text(|row| format!("{}/{}", row.0, row.1)),
+            text(|row| row.0.into()),
+            text(|row| row.1.into()),
+            text(|row| row.2.into()),
+        ];
+        let batch = RecordBatch::try_new(schema::corpus(), columns).unwrap();
+        table.append(vec![batch], AppTransaction { id: "test".into(), version: 0 }).await.unwrap();
+        let encoding = Encoding { tokenizer: &tokenizer, prompt: &prompt, block_length: BLOCK, seed: 5 };
+        let splits = read(&table, table.pin().await.unwrap(), &encoding).await.unwrap();
+        (splits, prompt)
+    }
+
+    #[tokio::test]
+    async fn a_text_that_is_cut_has_no_end_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let long = "far longer than the block that it has to fit into";
+        let (splits, prompt) = splits(folder.path(), &[("a", "short", "train"), ("b", long, "train")]).await;
+        let [short, cut] = [0, 1].map(|unit| &splits.train[unit].examples[0]);
+        assert_eq!(short.tokens.len(), prompt.prefix.len() + "short".len() + 1);
+        assert_eq!(short.tokens.last(), Some(&prompt.end));
+        assert_eq!(cut.tokens.len(), BLOCK);
+        assert!(!cut.tokens[prompt.prefix.len()..].contains(&prompt.end));
+        assert!([short, cut].iter().all(|example| example.tokens.starts_with(&prompt.prefix)));
+    }
+
+    #[tokio::test]
+    async fn splits_are_kept_apart_and_the_test_split_is_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let rows = [("a", "one", "train"), ("b", "two", "validation"), ("c", "three", "test"), ("a", "four", "train")];
+        let (splits, _) = splits(folder.path(), &rows).await;
+        let shape = |units: &[Unit]| -> Vec<(String, usize)> {
+            units.iter().map(|unit| (unit.id.clone(), unit.examples.len())).collect()
+        };
+        assert_eq!(shape(&splits.train), [("a".to_string(), 2)]);
+        assert_eq!(shape(&splits.validation), [("b".to_string(), 1)]);
+    }
+
+    #[tokio::test]
+    async fn dropout_of_a_unit_does_not_depend_on_the_other_units() {
+        let folder = tempfile::tempdir().unwrap();
+        let rows = [("m", "one", "train"), ("m", "two", "train"), ("z", "one", "train"), ("a", "new", "train")];
+        let (alone, _) = splits(folder.path(), &rows[..3]).await;
+        let (joined, _) = splits(folder.path(), &rows).await;
+        let seeds = |units: &[Unit]| -> Vec<u64> {
+            units.iter().flat_map(|unit| &unit.examples).map(|example| example.dropout_seed).collect()
+        };
+        // The new unit comes first in order, and everybody else keeps their seeds.
+        assert_eq!(joined.train[0].id, "a");
+        assert_eq!(seeds(&joined.train[1..]), seeds(&alone.train));
+        let mut distinct = seeds(&joined.train);
+        distinct.sort();
+        distinct.dedup();
+        assert_eq!(distinct.len(), 4, "no two examples share a mask");
+    }
+
+    #[test]
+    fn each_step_has_other_dropout_masks() {
+        let folder = tempfile::tempdir().unwrap();
+        let (decoder, mut lora) = testing::tiny(folder.path());
+        lora.config.dropout = 0.5;
+        let mechanism = Mechanism::Baseline { sampling_probability: 1.0, steps: 2, expected_batch_size: 1.0 };
+        let limits = Limits { block_length: 32, micro_batch_tokens: 64 };
+        let units = testing::units(3);
+        let units: Vec<&Unit> = units.iter().collect();
+        // The first moment after one step is a tenth of the gradient.
+        let gradient = |step: u64| -> Vec<f32> {
+            let (_, start) = testing::tiny(folder.path());
+            let mut adapter = BaselineAdapter::new(Training::new(start));
+            let sum = sum_gradients(&decoder, &lora, &mechanism, &units, step, limits).unwrap();
+            adapter.apply(&sum, 1.0, Update { learning_rate: 0.1, weight_decay: 0.0 }).unwrap();
+            Vec::try_from(adapter.training().first[0].flatten(0, -1)).unwrap()
+        };
+        assert_eq!(gradient(0), gradient(0));
+        assert_ne!(gradient(0), gradient(1));
+    }
+}

@@ -31,9 +31,15 @@ pub fn mean(
     Ok((labels > 0).then(|| Private::new(loss / labels as f64)))
 }
 
-/// Appends one row to the run's private `loss` table, once for each step.
-pub async fn record(root: &PrivateRoot, run: &str, step: u64, loss: &Private<f64>) -> Result<(), LakeError> {
-    let table = root.table(&format!("runs/{run}/loss"));
+/// Appends one row to the private `loss` table of `stage` of `run`, once for each step.
+pub async fn record(
+    root: &PrivateRoot,
+    run: &str,
+    stage: &str,
+    step: u64,
+    loss: &Private<f64>,
+) -> Result<(), LakeError> {
+    let table = root.table(&format!("runs/{run}/{stage}/loss"));
     table.create(schema()).await?;
     let step = i64::try_from(step).unwrap_or(i64::MAX);
     let columns: Vec<arrow::array::ArrayRef> = vec![
@@ -43,7 +49,7 @@ pub async fn record(root: &PrivateRoot, run: &str, step: u64, loss: &Private<f64
     ];
     let batch = RecordBatch::try_new(schema(), columns)
         .map_err(|error| LakeError::Malformed(format!("{}: {error}", table.url())))?;
-    let transaction = AppTransaction { id: format!("{run}/train/loss/{step}"), version: 0 };
+    let transaction = AppTransaction { id: format!("{run}/{stage}/loss/{step}"), version: 0 };
     table.append(vec![batch], transaction).await?;
     Ok(())
 }

@@ -3,5 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    stage::main("train", doppel_train::run)
+    lm::tune_memory();
+    stage::main("train", doppel_train::Args::config, doppel_train::run)
 }

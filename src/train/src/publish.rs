@@ -19,12 +19,22 @@ pub async fn publish(
 
 /// Writes a PEFT folder to `runs/<run>/adapter` of `zone`; the configuration comes last, so that its presence means
 /// that the weights are there.
+///
+/// What is there already stays. PRIVACY: two adapters under equal noise, such as those of two machines that round
+/// differently, would differ by something private, so the first is the only one.
 pub(crate) async fn write<Z: Zone>(zone: &Z, run: &str, base_model: &str, lora: &Lora) -> Result<Output, Failure> {
     let folder = format!("runs/{run}/adapter");
     let mut files = lora.to_peft(base_model).map_err(|error| crate::run::failure(&error))?;
     files.sort_by_key(|(name, _)| name.ends_with(".json"));
     for (name, body) in files {
-        zone.put(&format!("{folder}/{name}"), body.into()).await?;
+        let path = format!("{folder}/{name}");
+        if !zone.put_if_absent(&path, body.clone().into()).await? && zone.get(&path).await? != body {
+            return Err(Failure::Input(format!(
+                "{}/{path}: another adapter of this run is there, and it stays\n\
+                 help: it is the run's result, made by a copy of this stage; train under another --run for a new one",
+                zone.url()
+            )));
+        }
     }
     Ok(Output { name: "adapter".into(), path: folder, version: None })
 }

@@ -1,20 +1,22 @@
-//! The stage: reserve, read, train, publish, settle.
+//! The stage: load the model, claim, reserve, read, train, publish, settle.
 
 use std::path::Path;
 
 use lake::manifest::{self, Begin, Claim, Input, RunHandle};
-use lake::{PrivateRoot, ReleaseRoot, Zone};
-use ledger::{LedgerError, Request};
+use lake::{LocalFolder, PrivateRoot, ReleaseRoot, Table, Zone};
+use ledger::{LedgerError, Request, Reservation};
 use lm::LmError;
 use lm::adapter::Lora;
 use lm::checkpoint::Checkpoint;
 use lm::decoder::Decoder;
 use lm::device::Compute;
 use lm::template::Prompt;
-use privacy::keyed::Context;
-use privacy::training::TrainingMechanism;
+use lm::tokenizer::Tokenizer;
+use privacy::keyed::{Context, NoiseKey};
+use privacy::training::{ClippedSum, TrainingMechanism};
 use serde_json::json;
 use stage::{Failure, Progress, Summary};
+use tch::Kind;
 
 use crate::adapter::{BaselineAdapter, PrivateAdapter, Training, Update, check_learned};
 use crate::args::{Args, Config, Mechanism};
@@ -23,56 +25,128 @@ use crate::corpus::{self, Encoding, Splits};
 use crate::step::{Limits, sample, sum_gradients};
 use crate::{loss, publish};
 
-const STAGE: &str = "train";
-
 /// Runs the stage.
 pub async fn run(args: Args) -> Result<Summary, Failure> {
     let config = args.config()?;
     match &config.mechanism {
         Mechanism::Private(mechanism) => {
             let (private, release) = args.common.roots().await?;
-            let mechanism = mechanism.clone();
-            let base = Base::open(&args, &private).await?;
-            let handle = match manifest::begin(&release, base.claim(&args, &config)?).await? {
-                Begin::Done(_) => return Ok(summary(&args, &config, true)),
-                Begin::Fresh(handle) | Begin::Resumed(handle) => handle,
+            let base = Base::open(&args, &config, &private).await?;
+            let (run, stage) = (&args.common.run, config.mechanism.stage());
+            ledger::check(&private, &config.corpus, run, stage, &mechanism.event()).await.map_err(refused)?;
+            let facts = facts(&args, mechanism, &private).await?;
+            let Some((model, handle)) = base.begin(&release).await? else {
+                return Ok(summary(&args, &config, true));
             };
-            train_privately(&args, &config, mechanism, &base, &private, &release, handle).await?;
+            train_privately(mechanism, base, model, &release, handle, facts).await?;
         }
-        Mechanism::Baseline { .. } => {
+        Mechanism::Baseline { expected_batch_size, .. } => {
             let private = args.common.private_root().await?;
-            let base = Base::open(&args, &private).await?;
-            let handle = match manifest::begin(&private, base.claim(&args, &config)?).await? {
-                Begin::Done(_) => return Ok(summary(&args, &config, true)),
-                Begin::Fresh(handle) | Begin::Resumed(handle) => handle,
+            let base = Base::open(&args, &config, &private).await?;
+            let Some((model, handle)) = base.begin(&private).await? else {
+                return Ok(summary(&args, &config, true));
             };
-            train_baseline(&args, &config, &base, &private, handle).await?;
+            train_baseline(*expected_batch_size, base, model, handle).await?;
         }
     }
     Ok(summary(&args, &config, false))
 }
 
-/// The frozen inputs: model files on this machine, and the corpus version to pin.
-struct Base {
-    checkpoint: Checkpoint,
-    model_digest: String,
-    corpus_version: i64,
-    corpus_url: String,
-    _folder: lake::LocalFolder,
+async fn train_privately(
+    mechanism: &TrainingMechanism,
+    base: Base<'_>,
+    model: Model,
+    release: &ReleaseRoot,
+    handle: RunHandle<ReleaseRoot>,
+    mut facts: serde_json::Value,
+) -> Result<(), Failure> {
+    let fingerprint = base.fingerprint(&handle.claim, model.decoder.compute).await?;
+    let reservation = reserve(mechanism, &base, &handle.claim, &fingerprint).await?;
+    let setting = Setting::read(base, model, &handle.claim, fingerprint).await?;
+    let mut adapter = PrivateAdapter::new(setting.resume().await?);
+    let progress = Progress::public("train", "steps", mechanism.steps());
+    progress.resume(adapter.training().steps);
+    for step in adapter.training().steps..mechanism.steps() {
+        let sum = setting.sum_gradients(step, &adapter.training().lora)?;
+        let gradient = mechanism.release(&setting.key, &setting.context, step, sum).map_err(accounting)?;
+        adapter.apply(&gradient, setting.update(step)).map_err(|error| failure(&error))?;
+        progress.advance(1);
+        setting.save(adapter.training()).await?;
+    }
+    setting.conclude(adapter.training()).await?;
+    ledger::settle(setting.base.private, &reservation).await.map_err(refused)?;
+    let output = publish::publish(release, &handle.claim.run, model_name(&setting.base.args.model), &adapter).await?;
+    facts["steps_taken"] = adapter.training().steps.into();
+    handle.finish(vec![output], facts).await?;
+    Ok(())
 }
 
-impl Base {
-    async fn open(args: &Args, private: &PrivateRoot) -> Result<Self, Failure> {
-        let corpus = private.table(&format!("corpora/{}", args.corpus));
+async fn train_baseline(
+    expected_batch_size: f64,
+    base: Base<'_>,
+    model: Model,
+    handle: RunHandle<PrivateRoot>,
+) -> Result<(), Failure> {
+    let fingerprint = base.fingerprint(&handle.claim, model.decoder.compute).await?;
+    let setting = Setting::read(base, model, &handle.claim, fingerprint).await?;
+    let mut adapter = BaselineAdapter::new(setting.resume().await?);
+    let steps = setting.base.config.mechanism.steps();
+    let progress = Progress::public("train without privacy", "steps", steps);
+    progress.resume(adapter.training().steps);
+    for step in adapter.training().steps..steps {
+        let sum = setting.sum_gradients(step, &adapter.training().lora)?;
+        adapter.apply(&sum, expected_batch_size, setting.update(step)).map_err(|error| failure(&error))?;
+        progress.advance(1);
+        setting.save(adapter.training()).await?;
+    }
+    setting.conclude(adapter.training()).await?;
+    let Base { args, private, .. } = setting.base;
+    let lora = &adapter.training().lora;
+    let output = publish::write(private, &handle.claim.run, model_name(&args.model), lora).await?;
+    handle.finish(vec![output], json!({ "sampler": "poisson", "private": false })).await?;
+    Ok(())
+}
+
+/// What was asked for, and the frozen inputs: model files on this machine, and the corpus version to pin.
+struct Base<'a> {
+    args: &'a Args,
+    config: &'a Config,
+    private: &'a PrivateRoot,
+    checkpoint: Checkpoint,
+    model_digest: String,
+    corpus: Table,
+    corpus_version: i64,
+    _folder: LocalFolder,
+}
+
+impl<'a> Base<'a> {
+    async fn open(args: &'a Args, config: &'a Config, private: &'a PrivateRoot) -> Result<Self, Failure> {
+        let corpus = private.table(&format!("corpora/{}", config.corpus));
         let corpus_version = corpus.pin().await?;
         let folder = lake::fetch_folder(&args.model, &args.common.storage()).await?;
         let checkpoint = Checkpoint::open(folder.path()).map_err(|error| failure(&error))?;
         let model_digest = checkpoint.digest().map_err(|error| failure(&error))?;
-        let corpus_url = corpus.url().to_string();
-        Ok(Self { checkpoint, model_digest, corpus_version, corpus_url, _folder: folder })
+        Ok(Self { args, config, private, checkpoint, model_digest, corpus, corpus_version, _folder: folder })
     }
 
-    fn claim(&self, args: &Args, config: &Config) -> Result<Claim, Failure> {
+    /// Claims the run in `zone`, once the model is known to work with the settings; `None` where it is done already.
+    async fn begin<Z: Zone>(&self, zone: &Z) -> Result<Option<(Model, RunHandle<Z>)>, Failure> {
+        let claim = self.claim()?;
+        if manifest::find(zone, &claim.run, &claim.stage, None).await?.is_some() {
+            // Done already, or a conflict with what was done: `begin` tells which.
+            if let Begin::Done(_) = manifest::begin(zone, claim.clone()).await? {
+                return Ok(None);
+            }
+        }
+        // Before the claim: a run id must not be bound to settings that cannot work.
+        let model = Model::load(self).map_err(|error| failure(&error))?;
+        match manifest::begin(zone, claim).await? {
+            Begin::Done(_) => Ok(None),
+            Begin::Fresh(handle) | Begin::Resumed(handle) => Ok(Some((model, handle))),
+        }
+    }
+
+    fn claim(&self) -> Result<Claim, Failure> {
         let input = |name: &str, location: &str, version, digest: Option<&String>| Input {
             name: name.into(),
             location: location.into(),
@@ -80,208 +154,212 @@ impl Base {
             digest: digest.cloned(),
         };
         Ok(Claim {
-            run: args.common.run.clone(),
-            stage: STAGE.into(),
+            run: self.args.common.run.clone(),
+            stage: self.config.mechanism.stage().into(),
             shard: None,
             // PRIVACY: a digest of the corpus would let anyone confirm a guess of it, so the pin is the version alone.
             inputs: vec![
-                input("corpus", &format!("corpora/{}", config.corpus), Some(self.corpus_version), None),
-                input("model", model_name(&args.model), None, Some(&self.model_digest)),
+                input("corpus", &format!("corpora/{}", self.config.corpus), Some(self.corpus_version), None),
+                input("model", model_name(&self.args.model), None, Some(&self.model_digest)),
             ],
-            config: serde_json::to_value(config).map_err(|error| Failure::Bug(error.to_string()))?,
-            seeds: vec![config.seed],
+            config: serde_json::to_value(self.config).map_err(|error| Failure::Bug(error.to_string()))?,
+            seeds: vec![self.config.seed],
             binary: stage::binary("doppel-train"),
             started: chrono::Utc::now(),
         })
     }
 
-    /// BLAKE3 over run, settings, and inputs with their digests: whatever differs, the noise is fresh.
-    /// PRIVACY: it depends on the corpus's content, so it stays in the private root.
-    async fn fingerprint(&self, claim: &Claim, private: &PrivateRoot, corpus: &str) -> Result<String, Failure> {
+    /// BLAKE3 over run, settings, inputs with their digests, and the device and precision that `auto` came to mean:
+    /// whatever differs, the noise is fresh, and neither a reservation nor a checkpoint is taken up again.
+    ///
+    /// PRIVACY: it depends on the corpus's content, so it stays in the private root. For this digest the corpus is read
+    /// before the reservation, which is bound to it; nothing else is computed from a record before.
+    async fn fingerprint(&self, claim: &Claim, compute: Compute) -> Result<String, Failure> {
         let version = corpus_version(claim)?;
-        let digest = private.table(&format!("corpora/{corpus}")).digest(version).await?;
-        let identity = json!([claim.run, claim.stage, claim.config, version, digest, self.model_digest]);
+        let corpus = self.corpus.digest(version).await?;
+        let device = if compute.device.is_cuda() { "cuda" } else { "cpu" };
+        let kind = if compute.kind == Kind::BFloat16 { "bf16" } else { "f32" };
+        let inputs = json!([version, corpus, self.model_digest]);
+        let identity = json!([claim.run, claim.stage, claim.config, inputs, device, kind]);
         Ok(blake3::hash(identity.to_string().as_bytes()).to_hex().to_string())
     }
 }
 
-/// Everything a training loop needs that does not depend on the mechanism.
-struct Setting {
+/// The model, and all else that must work with the settings before a run id is bound or anything is reserved.
+struct Model {
     decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
     initial: Lora,
-    splits: Splits,
-    limits: Limits,
 }
 
-impl Setting {
-    async fn load(
-        args: &Args,
-        config: &Config,
-        base: &Base,
-        version: i64,
-        private: &PrivateRoot,
-    ) -> Result<Self, Failure> {
-        let compute = Compute::resolve(args.device.into(), args.dtype.into()).map_err(|error| failure(&error))?;
-        let decoder = Decoder::load(&base.checkpoint, compute).map_err(|error| failure(&error))?;
-        let tokenizer = base.checkpoint.tokenizer().map_err(|error| failure(&error))?;
-        let prompt =
-            Prompt::new(config.template.into(), &tokenizer, &decoder.config).map_err(|error| failure(&error))?;
-        if prompt.prefix.len() + 1 >= config.block_length {
-            return Err(Failure::Usage(format!(
-                "--block-length {}: the template alone takes {} tokens\nhelp: raise --block-length",
-                config.block_length,
-                prompt.prefix.len()
-            )));
-        }
-        let encoding =
-            Encoding { tokenizer: &tokenizer, prompt: &prompt, block_length: config.block_length, seed: config.seed };
-        let splits = corpus::read(&private.table(&format!("corpora/{}", config.corpus)), version, &encoding).await?;
-        if splits.train.is_empty() {
-            return Err(Failure::Input(format!(
-                "{}: version {version} has no rows in its train split\nhelp: run partition on an input with instructions",
-                base.corpus_url
-            )));
-        }
-        // PRIVACY: this tells the operator one bit about the corpus's size, as the error that was asked for; no number.
-        if (splits.train.len() as f64) < args.expected_batch_size {
-            return Err(Failure::Input(format!(
-                "{}: the train split has fewer units than the expected batch of {}\n\
-                 help: lower --expected-batch-size and declare the units with --records",
-                base.corpus_url, args.expected_batch_size
-            )));
-        }
+impl Model {
+    fn load(base: &Base) -> Result<Self, LmError> {
+        let (args, config, checkpoint) = (base.args, base.config, &base.checkpoint);
+        let compute = Compute::resolve(args.device.into(), args.dtype.into())?;
+        let tokenizer = checkpoint.tokenizer()?;
+        let architecture = checkpoint.decoder_config()?;
+        let prompt = Prompt::new(config.template.into(), &tokenizer, &architecture)?;
+        check_block_length(config.block_length, prompt.prefix.len(), architecture.max_positions)?;
+        let decoder = Decoder::load(checkpoint, compute)?;
         let initial = new_lora(config, &decoder)?;
+        Ok(Self { decoder, tokenizer, prompt, initial })
+    }
+}
+
+fn check_block_length(block_length: usize, prefix: usize, positions: i64) -> Result<(), LmError> {
+    if prefix + 1 >= block_length {
+        return Err(LmError::Usage(format!(
+            "--block-length {block_length}: the template alone takes {prefix} tokens\nhelp: raise --block-length"
+        )));
+    }
+    if block_length as u64 > positions as u64 {
+        return Err(LmError::Usage(format!(
+            "--block-length {block_length}: the model has {positions} positions\nhelp: lower --block-length"
+        )));
+    }
+    Ok(())
+}
+
+fn new_lora(config: &Config, decoder: &Decoder) -> Result<Lora, LmError> {
+    Lora::new(config.lora(), &decoder.config, decoder.compute.device, config.seed)
+}
+
+/// Reserves what `mechanism` will spend, before anything but the digest in `fingerprint` is computed from a record.
+async fn reserve(
+    mechanism: &TrainingMechanism,
+    base: &Base<'_>,
+    claim: &Claim,
+    fingerprint: &str,
+) -> Result<Reservation, Failure> {
+    let terms = lake::CorpusTerms::read(base.private, &base.config.corpus).await?;
+    let request = Request {
+        corpus: base.config.corpus.clone(),
+        version: corpus_version(claim)?,
+        unit: terms.privacy_unit,
+        conditions: terms.conditions,
+        run: claim.run.clone(),
+        stage: claim.stage.clone(),
+        event: mechanism.event(),
+        fingerprint: fingerprint.into(),
+    };
+    ledger::reserve(base.private, &request).await.map_err(refused)
+}
+
+/// Everything that a training loop needs and that does not depend on the mechanism.
+struct Setting<'a> {
+    base: Base<'a>,
+    model: Model,
+    splits: Splits,
+    checkpoints: Checkpoints<'a>,
+    key: NoiseKey,
+    context: Context,
+}
+
+impl<'a> Setting<'a> {
+    /// Reads the records that `claim` pins. A mechanism on them must be reserved by now.
+    async fn read(base: Base<'a>, model: Model, claim: &Claim, fingerprint: String) -> Result<Self, Failure> {
+        let key = ledger::noise_key(base.private).await.map_err(refused)?;
+        let context =
+            Context::new(&claim.stage).field("run", claim.run.as_bytes()).field("plan", fingerprint.as_bytes());
+        let encoding = Encoding {
+            tokenizer: &model.tokenizer,
+            prompt: &model.prompt,
+            block_length: base.config.block_length,
+            seed: base.config.seed,
+        };
+        let version = corpus_version(claim)?;
+        let splits = corpus::read(&base.corpus, version, &encoding).await?;
+        check_size(&splits, base.args.expected_batch_size).map_err(|(found, help)| {
+            Failure::Input(format!("{}: version {version}: the train split {found}\nhelp: {help}", base.corpus.url()))
+        })?;
+        let checkpoints = Checkpoints::new(base.private, &claim.run, &claim.stage, fingerprint);
+        Ok(Self { base, model, splits, checkpoints, key, context })
+    }
+
+    /// The state to go on from: that of the newest checkpoint, or the first, whose loss is recorded.
+    async fn resume(&self) -> Result<Training, Failure> {
+        let fresh = new_lora(self.base.config, &self.model.decoder).map_err(|error| failure(&error))?;
+        let training = self.checkpoints.resume(Training::new(fresh)).await?;
+        if training.steps == 0 {
+            self.record_loss(&training).await?;
+        }
+        Ok(training)
+    }
+
+    /// Draws the units of `step` and sums their gradients at `lora`.
+    fn sum_gradients(&self, step: u64, lora: &Lora) -> Result<ClippedSum, Failure> {
+        let Base { args, config, .. } = self.base;
+        let units =
+            sample(&config.mechanism, &self.key, &self.context, step, &self.splits.train).map_err(accounting)?;
         let limits = Limits { block_length: config.block_length, micro_batch_tokens: args.micro_batch_tokens };
-        Ok(Self { decoder, initial, splits, limits })
+        sum_gradients(&self.model.decoder, lora, &config.mechanism, &units, step, limits)
+            .map_err(|error| failure(&error))
+    }
+
+    fn update(&self, step: u64) -> Update {
+        let config = self.base.config;
+        Update { learning_rate: config.learning_rate(step), weight_decay: config.weight_decay }
+    }
+
+    /// Writes a checkpoint where one is due, after the last step in any case.
+    async fn save(&self, training: &Training) -> Result<(), Failure> {
+        let last = training.steps == self.base.config.mechanism.steps();
+        if last || training.steps.is_multiple_of(self.base.args.checkpoint_every) {
+            self.checkpoints.save(training).await?;
+        }
+        Ok(())
+    }
+
+    /// Records the last loss, and refuses an adapter that did not learn.
+    async fn conclude(&self, training: &Training) -> Result<(), Failure> {
+        self.record_loss(training).await?;
+        check_learned(&self.model.initial, &training.lora).map_err(|error| failure(&error))
     }
 
     /// Records the validation loss after `training`'s steps in the private root.
-    async fn record_loss(&self, private: &PrivateRoot, run: &str, training: &Training) -> Result<(), Failure> {
-        let mean = loss::mean(&self.decoder, &training.lora, &self.splits.validation, self.limits.micro_batch_tokens)
+    async fn record_loss(&self, training: &Training) -> Result<(), Failure> {
+        let Base { args, config, private, .. } = self.base;
+        let units = &self.splits.validation;
+        let mean = loss::mean(&self.model.decoder, &training.lora, units, args.micro_batch_tokens)
             .map_err(|error| failure(&error))?;
         if let Some(mean) = mean {
-            loss::record(private, run, training.steps, &mean).await?;
+            loss::record(private, &args.common.run, config.mechanism.stage(), training.steps, &mean).await?;
         }
         Ok(())
     }
 }
 
-async fn train_privately(
-    args: &Args,
-    config: &Config,
-    mechanism: TrainingMechanism,
-    base: &Base,
-    private: &PrivateRoot,
-    release: &ReleaseRoot,
-    handle: RunHandle<ReleaseRoot>,
-) -> Result<(), Failure> {
-    let run = handle.claim.run.clone();
-    let version = corpus_version(&handle.claim)?;
-    let fingerprint = base.fingerprint(&handle.claim, private, &config.corpus).await?;
-    let terms = lake::CorpusTerms::read(private, &config.corpus).await?;
-    let request = Request {
-        corpus: config.corpus.clone(),
-        version,
-        unit: terms.privacy_unit,
-        conditions: terms.conditions,
-        run: run.clone(),
-        stage: STAGE.into(),
-        event: mechanism.event(),
-        fingerprint: fingerprint.clone(),
-    };
-    let reservation = ledger::reserve(private, &request).await.map_err(refused)?;
-    let key = ledger::noise_key(private).await.map_err(refused)?;
-    let context = Context::new("train").field("run", run.as_bytes()).field("plan", fingerprint.as_bytes());
-
-    let setting = Setting::load(args, config, base, version, private).await?;
-    let checkpoints = Checkpoints::new(private, &run, &fingerprint);
-    let training = checkpoints.resume(Training::new(new_lora(config, &setting.decoder)?)).await?;
-    if training.steps == 0 {
-        setting.record_loss(private, &run, &training).await?;
+/// What is wrong with the size of the train split, and what to do.
+///
+/// PRIVACY: this tells the operator one bit about the corpus's size, as the error that was asked for; no number.
+fn check_size(splits: &Splits, expected_batch_size: f64) -> Result<(), (String, &'static str)> {
+    if splits.train.is_empty() {
+        return Err(("has no rows".into(), "run partition on an input with instructions"));
     }
-    let mut adapter = PrivateAdapter::new(training);
-    let progress = Progress::public("train", "steps", mechanism.steps());
-    progress.resume(adapter.training().steps);
-    for step in adapter.training().steps..mechanism.steps() {
-        let units = sample(&config.mechanism, &key, &context, step, &setting.splits.train).map_err(accounting)?;
-        let lora = &adapter.training().lora;
-        let sum = sum_gradients(&setting.decoder, lora, &config.mechanism, &units, step, setting.limits)
-            .map_err(|error| failure(&error))?;
-        let gradient = mechanism.release(&key, &context, step, sum);
-        adapter.apply(&gradient, update(config, step)).map_err(|error| failure(&error))?;
-        progress.advance(1);
-        if (step + 1) % args.checkpoint_every == 0 || step + 1 == mechanism.steps() {
-            checkpoints.save(adapter.training()).await?;
-        }
+    if (splits.train.len() as f64) < expected_batch_size {
+        return Err((
+            format!("has fewer units than the expected batch of {expected_batch_size}"),
+            "lower --expected-batch-size and declare the units with --records",
+        ));
     }
-    setting.record_loss(private, &run, adapter.training()).await?;
-    check_learned(&setting.initial, &adapter.training().lora).map_err(Failure::Input)?;
-    ledger::settle(private, &reservation).await.map_err(refused)?;
-    let output = publish::publish(release, &run, model_name(&args.model), &adapter).await?;
-    let ledger = ledger::read(private, &config.corpus).await.map_err(refused)?;
-    let delta = args.delta.or(ledger.budget().map(|budget| budget.delta));
-    handle.finish(vec![output], facts(&mechanism, delta)?).await?;
     Ok(())
 }
 
-async fn train_baseline(
-    args: &Args,
-    config: &Config,
-    base: &Base,
-    private: &PrivateRoot,
-    handle: RunHandle<PrivateRoot>,
-) -> Result<(), Failure> {
-    let Mechanism::Baseline { steps, expected_batch_size, .. } = config.mechanism else {
-        return Err(Failure::Bug("a baseline with a private mechanism".into()));
-    };
-    let run = handle.claim.run.clone();
-    let fingerprint = base.fingerprint(&handle.claim, private, &config.corpus).await?;
-    let key = ledger::noise_key(private).await.map_err(refused)?;
-    let context = Context::new("train-baseline").field("run", run.as_bytes()).field("plan", fingerprint.as_bytes());
-    let setting = Setting::load(args, config, base, corpus_version(&handle.claim)?, private).await?;
-    let checkpoints = Checkpoints::new(private, &run, &fingerprint);
-    let training = checkpoints.resume(Training::new(new_lora(config, &setting.decoder)?)).await?;
-    if training.steps == 0 {
-        setting.record_loss(private, &run, &training).await?;
-    }
-    let mut adapter = BaselineAdapter::new(training);
-    let progress = Progress::public("train without privacy", "steps", steps);
-    progress.resume(adapter.training().steps);
-    for step in adapter.training().steps..steps {
-        let units = sample(&config.mechanism, &key, &context, step, &setting.splits.train).map_err(accounting)?;
-        let lora = &adapter.training().lora;
-        let sum = sum_gradients(&setting.decoder, lora, &config.mechanism, &units, step, setting.limits)
-            .map_err(|error| failure(&error))?;
-        adapter.apply(sum, expected_batch_size, update(config, step)).map_err(|error| failure(&error))?;
-        progress.advance(1);
-        if (step + 1) % args.checkpoint_every == 0 || step + 1 == steps {
-            checkpoints.save(adapter.training()).await?;
-        }
-    }
-    setting.record_loss(private, &run, adapter.training()).await?;
-    check_learned(&setting.initial, &adapter.training().lora).map_err(Failure::Input)?;
-    let output = publish::write(private, &run, model_name(&args.model), &adapter.training().lora).await?;
-    handle.finish(vec![output], json!({ "sampler": "poisson", "private": false })).await?;
-    Ok(())
-}
-
-fn new_lora(config: &Config, decoder: &Decoder) -> Result<Lora, Failure> {
-    Lora::new(config.lora(), &decoder.config, decoder.compute.device, config.seed).map_err(|error| failure(&error))
-}
-
-fn update(config: &Config, step: u64) -> Update {
-    Update { learning_rate: config.learning_rate(step), weight_decay: config.weight_decay }
-}
-
-/// What the manifest says of a release: the mechanism as it was accounted, and its own ε at the δ of the flags, or of the
+/// What the manifest says of a release: the mechanism as it is accounted, and its own ε at the δ of the flags, or of the
 /// corpus's budget.
-fn facts(mechanism: &TrainingMechanism, delta: Option<f64>) -> Result<serde_json::Value, Failure> {
+async fn facts(
+    args: &Args,
+    mechanism: &TrainingMechanism,
+    private: &PrivateRoot,
+) -> Result<serde_json::Value, Failure> {
+    let ledger = ledger::read(private, &args.corpus).await.map_err(refused)?;
+    let delta = args.delta.or(ledger.budget().map(|budget| budget.delta));
     let epsilon = delta.map(|delta| privacy::epsilon(&[mechanism.event()], delta)).transpose().map_err(accounting)?;
     Ok(json!({
         "sampler": "poisson",
         "adjacency": "add_or_remove_one",
         "events": [mechanism.event()],
-        "steps_taken": mechanism.steps(),
         "epsilon": epsilon.map(|epsilon| epsilon.pld),
         "delta": delta,
     }))
@@ -295,7 +373,8 @@ fn summary(args: &Args, config: &Config, already: bool) -> Summary {
         false => format!("train: the adapter is in the {zone} zone at runs/{run}/adapter"),
     };
     let json = json!({
-        "stage": STAGE, "run": run, "already_done": already, "zone": zone, "adapter": format!("runs/{run}/adapter"),
+        "stage": config.mechanism.stage(), "run": run, "already_done": already, "zone": zone,
+        "adapter": format!("runs/{run}/adapter"),
     });
     Summary { text, json }
 }
@@ -310,7 +389,7 @@ fn model_name(url: &str) -> &str {
     Path::new(url.trim_end_matches('/')).file_name().and_then(|name| name.to_str()).unwrap_or(url)
 }
 
-/// A model's failure by what the operator can do. No variant holds text of a record.
+/// A model's failure by what the operator can do. No variant holds text of a record, nor a size.
 pub(crate) fn failure(error: &LmError) -> Failure {
     match error {
         LmError::Usage(message) => Failure::Usage(message.clone()),
@@ -325,4 +404,19 @@ fn refused(error: LedgerError) -> Failure {
 
 fn accounting(error: privacy::AccountingError) -> Failure {
     Failure::Usage(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_fits_the_template_and_the_model() {
+        check_block_length(64, 10, 64).unwrap();
+        for (block_length, expected) in [(65, "the model has 64 positions"), (11, "the template alone takes 10 tokens")]
+        {
+            let told = check_block_length(block_length, 10, 64).unwrap_err().to_string();
+            assert!(told.contains(expected) && told.contains("help:"), "{told}");
+        }
+    }
 }

@@ -4,13 +4,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use arrow::array::{ArrayRef, AsArray, RecordBatch, StringArray};
+use arrow::datatypes::{Float64Type, Int64Type};
 use assert_cmd::Command;
 use lake::{AppTransaction, CorpusTerms, PrivateRoot, StorageOptions, Zone, schema};
 use scenarios::models;
 
 /// A text that must appear nowhere but in the private root.
 const MARKER: &str = "zebra-quartz-marker";
+
+const SETTINGS: [&str; 8] =
+    ["--expected-batch-size", "16", "--records", "32", "--steps", "3", "--noise-multiplier", "1"];
 
 struct Place {
     folder: tempfile::TempDir,
@@ -21,11 +25,8 @@ impl Place {
     fn new(epsilon: f64) -> Self {
         let place = Self { folder: tempfile::tempdir().unwrap() };
         models::write_llama(&place.path("llama"), 1).unwrap();
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        runtime.block_on(async {
-            let options = StorageOptions { timeout: Duration::from_secs(30) };
-            let root = PrivateRoot::open(place.path("private").to_str().unwrap(), &options).await.unwrap();
-            write_corpus(&root).await;
+        place.within(async |root| {
+            write_corpus(&root, MARKER).await;
             ledger::set_budget(&root, "chats", epsilon, 1e-5).await.unwrap();
         });
         place
@@ -35,31 +36,97 @@ impl Place {
         self.folder.path().join(name)
     }
 
+    /// Does something with the private root.
+    fn within<T>(&self, work: impl AsyncFnOnce(PrivateRoot) -> T) -> T {
+        tokio::runtime::Runtime::new().unwrap().block_on(async {
+            let options = StorageOptions { timeout: Duration::from_secs(30) };
+            work(PrivateRoot::open(self.path("private").to_str().unwrap(), &options).await.unwrap()).await
+        })
+    }
+
+    /// A place with the same model and a copy of the private root, noise key and all.
+    fn copy(&self) -> Self {
+        self.within(async |root| drop(ledger::noise_key(&root).await.unwrap()));
+        let place = Self { folder: tempfile::tempdir().unwrap() };
+        for from in files(self.folder.path()) {
+            let to = place.folder.path().join(from.strip_prefix(self.folder.path()).unwrap());
+            std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+            std::fs::copy(from, to).unwrap();
+        }
+        place
+    }
+
+    /// Stops a run after its first step, as if it had been killed there: a folder stands where the second checkpoint
+    /// must go.
+    fn stop_after_one_step(&self, mut command: Command, run: &str) {
+        let second = self.path(&format!("private/runs/{run}/train/checkpoints/step-00000002.safetensors"));
+        std::fs::create_dir_all(&second).unwrap();
+        let told = ended(&mut command, 2);
+        assert!(told.contains("step-00000002.safetensors"), "{told}");
+        std::fs::remove_dir(second).unwrap();
+    }
+
+    fn first_checkpoint(&self, run: &str) -> PathBuf {
+        self.path(&format!("private/runs/{run}/train/checkpoints/step-00000001.safetensors"))
+    }
+
+    fn adapter(&self, run: &str) -> Vec<u8> {
+        std::fs::read(self.path(&format!("release/runs/{run}/adapter/adapter_model.safetensors"))).unwrap()
+    }
+
+    /// `(step, validation loss)` in the private root, by step.
+    fn losses(&self, run: &str, stage: &str) -> Vec<(i64, f64)> {
+        let mut rows = self.within(async |root| {
+            let table = root.table(&format!("runs/{run}/{stage}/loss"));
+            let batches = table.read(table.pin().await.unwrap(), &["step", "loss"]).await.unwrap();
+            let row = |batch: &RecordBatch, row| {
+                let (steps, losses) = (batch.column(0).as_primitive::<Int64Type>(), batch.column(1));
+                (steps.value(row), losses.as_primitive::<Float64Type>().value(row))
+            };
+            batches.iter().flat_map(|batch| (0..batch.num_rows()).map(|at| row(batch, at))).collect::<Vec<_>>()
+        });
+        rows.sort_by_key(|row| row.0);
+        rows
+    }
+
     fn train(&self, run: &str) -> Command {
         self.train_on(run, "chats", "llama")
     }
 
     fn train_on(&self, run: &str, corpus: &str, model: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_doppel-train"));
-        command.arg("--private").arg(self.path("private")).arg("--release").arg(self.path("release"));
-        command.args(["--run", run, "--corpus", corpus, "--model"]).arg(self.path(model));
+        let mut command = self.bare(run, corpus, model);
         command.args(["--rank", "2", "--targets", "q,v", "--learning-rate", "1e-2", "--block-length", "48"]);
         command.args(["--dtype", "f32", "--device", "cpu"]);
         command
     }
 
+    /// With no flag but those that name things.
+    fn bare(&self, run: &str, corpus: &str, model: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_doppel-train"));
+        command.arg("--private").arg(self.path("private")).arg("--release").arg(self.path("release"));
+        command.args(["--run", run, "--corpus", corpus, "--model"]).arg(self.path(model));
+        command
+    }
+
     fn dp(&self, run: &str) -> Command {
         let mut command = self.train(run);
-        command.args(["--expected-batch-size", "16", "--records", "32", "--steps", "3", "--noise-multiplier", "1"]);
+        command.args(SETTINGS);
+        command
+    }
+
+    fn baseline(&self, run: &str) -> Command {
+        let mut command = self.train(run);
+        command.args(["--expected-batch-size", "16", "--records", "32", "--steps", "2", "--no-dp"]);
         command
     }
 }
 
-async fn write_corpus(root: &PrivateRoot) {
+/// Forty units whose texts begin with `words`.
+async fn write_corpus(root: &PrivateRoot, words: &str) {
     let rows: Vec<[String; 4]> = (0..40)
         .map(|unit| {
             let split = if unit % 5 == 4 { "validation" } else { "train" };
-            [format!("r{unit}"), format!("u{unit}"), format!("{MARKER} number {unit}"), split.to_string()]
+            [format!("r{unit}"), format!("u{unit}"), format!("{words} number {unit}"), split.to_string()]
         })
         .collect();
     let column = |index: usize| -> ArrayRef {
@@ -90,6 +157,7 @@ fn files(folder: &Path) -> Vec<PathBuf> {
             false => files.push(path),
         }
     }
+    files.sort();
     files
 }
 
@@ -97,11 +165,10 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 fn a_run_publishes_an_adapter_and_a_second_one_is_a_no_op() {
     let place = Place::new(1000.0);
     ended(&mut place.dp("one"), 0);
-    let adapter = place.path("release/runs/one/adapter/adapter_model.safetensors");
-    let first = std::fs::read(&adapter).unwrap();
+    let first = place.adapter("one");
     let again = ended(place.dp("one").args(["--format", "json"]), 0);
     assert!(again.contains("\"already_done\":true") || again.contains("\"already_done\": true"), "{again}");
-    assert_eq!(std::fs::read(&adapter).unwrap(), first);
+    assert!(place.adapter("one") == first);
     for file in files(&place.path("release")) {
         let bytes = std::fs::read(&file).unwrap();
         assert!(!bytes.windows(MARKER.len()).any(|window| window == MARKER.as_bytes()), "{}", file.display());
@@ -112,18 +179,17 @@ fn a_run_publishes_an_adapter_and_a_second_one_is_a_no_op() {
 fn a_run_whose_manifest_is_lost_repeats_its_noise_and_spends_nothing() {
     let place = Place::new(1000.0);
     ended(&mut place.dp("one"), 0);
-    let adapter = place.path("release/runs/one/adapter/adapter_model.safetensors");
-    let first = std::fs::read(&adapter).unwrap();
+    let first = place.adapter("one");
     let entries = files(&place.path("private/ledger")).len();
     // Everything of the run is lost but the ledger and the claim: trained again from the first step.
     std::fs::remove_file(place.path("release/runs/one/stages/train.json")).unwrap();
     std::fs::remove_dir_all(place.path("private/runs/one/train")).unwrap();
     ended(&mut place.dp("one"), 0);
-    assert_eq!(std::fs::read(&adapter).unwrap(), first, "the same noise gives the same adapter");
+    assert!(place.adapter("one") == first, "the same noise gives the same adapter");
     assert_eq!(files(&place.path("private/ledger")).len(), entries, "nothing was spent twice");
     // A new id is a new release: other noise, and a reservation of its own.
     ended(&mut place.dp("two"), 0);
-    assert_ne!(std::fs::read(place.path("release/runs/two/adapter/adapter_model.safetensors")).unwrap(), first);
+    assert!(place.adapter("two") != first);
     assert!(files(&place.path("private/ledger")).len() > entries);
 }
 
@@ -146,19 +212,31 @@ fn a_spent_budget_is_exit_code_4_and_publishes_nothing() {
 #[test]
 fn a_missing_corpus_and_a_missing_model_are_exit_code_3() {
     let place = Place::new(10.0);
-    let settings = ["--expected-batch-size", "16", "--records", "32", "--steps", "3", "--noise-multiplier", "1"];
-    let told = ended(place.train_on("one", "other", "llama").args(settings), 3);
+    let told = ended(place.train_on("one", "other", "llama").args(SETTINGS), 3);
     assert!(told.contains("corpora/other"), "{told}");
-    let told = ended(place.train_on("one", "chats", "nowhere").args(settings), 3);
+    let told = ended(place.train_on("one", "chats", "nowhere").args(SETTINGS), 3);
     assert!(told.contains("nowhere"), "{told}");
 }
 
 #[test]
-fn a_model_without_a_tokenizer_is_exit_code_3() {
+fn settings_that_cannot_work_reserve_nothing_and_bind_no_run_id() {
     let place = Place::new(1000.0);
-    std::fs::remove_file(place.path("llama/tokenizer.json")).unwrap();
-    let told = ended(&mut place.dp("one"), 3);
+    models::write_llama(&place.path("mute"), 1).unwrap();
+    std::fs::remove_file(place.path("mute/tokenizer.json")).unwrap();
+    let before = files(&place.path("private"));
+    let told = ended(place.train_on("one", "chats", "mute").args(SETTINGS), 3);
     assert!(told.contains("tokenizer"), "{told}");
+    for (flags, expected) in [
+        (["--block-length=300", "--seed=0"], "--block-length 300: the model has 256 positions"),
+        (["--alpha=-1", "--rank=9999"], "--alpha -1"),
+        (["--delta=2", "--seed=0"], "--delta 2"),
+    ] {
+        let told = ended(place.bare("one", "chats", "llama").args(SETTINGS).args(flags), 2);
+        assert!(told.contains(expected), "{told}");
+    }
+    assert_eq!(files(&place.path("private")), before, "the ledger and the rest are as they were");
+    assert!(files(&place.path("release")).is_empty(), "no claim");
+    ended(&mut place.dp("one"), 0);
 }
 
 #[test]
@@ -183,10 +261,88 @@ fn all_wrong_flags_are_told_at_once() {
 #[test]
 fn a_baseline_without_privacy_stays_in_the_private_zone() {
     let place = Place::new(10.0);
-    let mut command = place.train("plain");
-    command.args(["--expected-batch-size", "16", "--records", "32", "--steps", "2", "--no-dp"]);
-    ended(&mut command, 0);
+    ended(&mut place.baseline("plain"), 0);
     assert!(place.path("private/runs/plain/adapter/adapter_config.json").exists());
     assert!(files(&place.path("release")).is_empty());
     assert!(files(&place.path("private/ledger")).len() <= 1, "no mechanism, no reservation");
+}
+
+#[test]
+fn a_baseline_and_private_training_under_one_run_id_share_nothing() {
+    let place = Place::new(1000.0);
+    let alone = place.copy();
+    ended(&mut place.baseline("one"), 0);
+    ended(&mut place.dp("one"), 0);
+    let steps = |stage: &str| place.losses("one", stage).iter().map(|row| row.0).collect::<Vec<_>>();
+    assert_eq!(steps("train-baseline"), [0, 2]);
+    assert_eq!(steps("train"), [0, 3]);
+    // Training starts from nothing beside a baseline too.
+    ended(&mut alone.dp("one"), 0);
+    assert!(alone.adapter("one") == place.adapter("one"));
+}
+
+#[test]
+fn killed_after_a_step_then_rerun_gives_what_an_undisturbed_run_gives() {
+    let place = Place::new(1000.0);
+    let undisturbed = place.copy();
+    ended(&mut undisturbed.dp("one"), 0);
+    place.stop_after_one_step(place.dp("one"), "one");
+    assert!(place.first_checkpoint("one").exists());
+    assert!(!place.path("release/runs/one/adapter").exists(), "nothing is released half-way");
+    ended(&mut place.dp("one"), 0);
+    assert!(place.adapter("one") == undisturbed.adapter("one"));
+    assert_eq!(place.losses("one", "train"), undisturbed.losses("one", "train"));
+    let ledger = |place: &Place| files(&place.path("private/ledger")).len();
+    assert_eq!(ledger(&place), ledger(&undisturbed), "resuming spends nothing");
+}
+
+#[test]
+fn a_checkpoint_that_was_cut_is_exit_code_3() {
+    let place = Place::new(1000.0);
+    place.stop_after_one_step(place.dp("one"), "one");
+    let whole = std::fs::read(place.first_checkpoint("one")).unwrap();
+    std::fs::write(place.first_checkpoint("one"), &whole[..whole.len() / 2]).unwrap();
+    let told = ended(&mut place.dp("one"), 3);
+    assert!(told.contains("step-00000001.safetensors") && told.contains("help: remove the object"), "{told}");
+    // Without it, the run starts anew under the reservation that it has.
+    std::fs::remove_file(place.first_checkpoint("one")).unwrap();
+    ended(&mut place.dp("one"), 0);
+}
+
+#[test]
+fn an_unfinished_run_goes_on_with_the_same_data_and_noise_only() {
+    let place = Place::new(1000.0);
+    place.stop_after_one_step(place.dp("one"), "one");
+    let mut noisier = place.train("one");
+    noisier.args(["--expected-batch-size", "16", "--records", "32", "--steps", "3", "--noise-multiplier", "2"]);
+    let told = ended(&mut noisier, 2);
+    assert!(told.contains("noise_multiplier"), "{told}");
+
+    let entries = files(&place.path("private/ledger"));
+    std::fs::remove_dir_all(place.path("private/corpora")).unwrap();
+    place.within(async |root| write_corpus(&root, "other words").await);
+    let told = ended(&mut place.dp("one"), 2);
+    assert!(told.contains("reserved for something else"), "{told}");
+    assert_eq!(files(&place.path("private/ledger")), entries);
+    assert!(!place.path("release/runs/one/adapter").exists());
+}
+
+#[test]
+fn the_validation_loss_stays_in_the_private_root() {
+    let place = Place::new(1000.0);
+    let mut told = String::new();
+    for mut command in [place.dp("one"), place.dp("one")] {
+        told.push_str(&ended(command.args(["-vv", "--format", "json"]), 0));
+    }
+    let losses = place.losses("one", "train");
+    assert!(losses.len() == 2 && losses[0].1 != losses[1].1, "one before and one after training");
+    let mut public = vec![told];
+    for file in files(&place.path("release")) {
+        assert!(!file.to_string_lossy().contains("loss"), "{}", file.display());
+        public.push(String::from_utf8_lossy(&std::fs::read(file).unwrap()).into_owned());
+    }
+    for (_, loss) in losses {
+        let digits = &loss.to_string()[..8];
+        assert!(public.iter().all(|text| !text.contains(digits)), "a validation loss was told");
+    }
 }
