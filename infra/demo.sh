@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demo: runs workflows/demo.yaml on this machine, then shows the budget and three analyses.
+# The demo: runs workflows/demo.yaml on this machine, then shows the budget, the private comparison and three analyses.
 set -euo pipefail
 
 lake=$(realpath "$1")
@@ -18,6 +18,7 @@ show() {
   "$@"
 }
 show doppel budget sharegpt
+show doppel compare demo
 for analysis in length_distribution cluster_sizes token_totals; do
   printf '\n$ doppel query --run demo --file sql/%s.sql\n' "$analysis"
   doppel query --run demo --file "$here/sql/$analysis.sql"

@@ -3,5 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    stage::main("audit", doppel_audit::run)
+    lm::tune_memory();
+    stage::main("audit", doppel_audit::Args::mechanism, doppel_audit::run)
 }

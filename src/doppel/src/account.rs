@@ -1,7 +1,7 @@
 //! `doppel account`: ε of mechanisms, a noise multiplier for a target ε, the trade-off between ε and δ.
 
-use privacy::Epsilon;
 use privacy::event::Event;
+use privacy::{Bounds, Epsilon};
 use serde_json::{Value, json};
 use stage::{Failure, Summary};
 
@@ -12,9 +12,6 @@ use crate::table::table;
 
 /// Does what `args` ask.
 pub fn account(args: &AccountArgs) -> Result<Summary, Failure> {
-    if !(args.delta > 0.0 && args.delta < 1.0) {
-        return Err(Failure::Usage(format!("--delta {}: expected a number between 0 and 1, such as 1e-6", args.delta)));
-    }
     let mut specs = args.mechanisms.iter().map(|text| Spec::parse(text)).collect::<Result<Vec<_>, _>>()?;
     let calibrated = match args.target_epsilon {
         Some(target) => Some(calibrate(&mut specs, target, args.delta)?),
@@ -25,8 +22,11 @@ pub fn account(args: &AccountArgs) -> Result<Summary, Failure> {
         event.validate().map_err(usage)?;
     }
     let epsilon = privacy::epsilon(&events, args.delta).map_err(usage)?;
+    let Bounds { lower, interval, .. } = privacy::bounds(&events, args.delta).map_err(usage)?;
     let mut text = String::new();
     let mut json = json!({ "delta": args.delta, "mechanisms": events, "epsilon": told(epsilon) });
+    json["epsilon"]["pld_lower"] = json!(lower);
+    json["epsilon"]["pld_interval"] = json!(interval);
     if let (Some(noise_multiplier), Some(target)) = (calibrated, args.target_epsilon) {
         text += &format!("noise multiplier {noise_multiplier} keeps ε to {target} at δ = {:e}\n", args.delta);
         json["noise_multiplier"] = json!(noise_multiplier);
@@ -36,6 +36,7 @@ pub fn account(args: &AccountArgs) -> Result<Summary, Failure> {
         text += &format!("{}\n", mechanism(event));
     }
     text += &format!("ε = {} by PLD, {} by RDP, at δ = {:e}", up(epsilon.pld), up(epsilon.rdp), args.delta);
+    text += &format!("\nby PLD from below: at least {:.4}, {}", (lower * 1e4).floor() / 1e4, grid(interval));
     if let Some(file) = &args.curve {
         let curve = Curve::of(&events)?;
         if let Some(file) = file {
@@ -45,6 +46,11 @@ pub fn account(args: &AccountArgs) -> Result<Summary, Failure> {
         json["curve"] = curve.json();
     }
     Ok(Summary { text, json })
+}
+
+/// How finely losses were told apart.
+fn grid(interval: f64) -> String {
+    if interval == 0.0 { "in closed form".to_owned() } else { format!("with losses {interval:.1e} apart") }
 }
 
 fn usage(error: privacy::AccountingError) -> Failure {
@@ -180,7 +186,33 @@ impl Curve {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+    use crate::cli::{Cli, Command};
+
+    fn accounted(flags: &[&str]) -> Summary {
+        let words = ["doppel", "account", "--delta", "5e-7"];
+        let cli = Cli::try_parse_from(words.iter().chain(flags)).unwrap();
+        let Command::Account(args) = cli.command else { panic!("{flags:?}") };
+        account(&args).unwrap()
+    }
+
+    #[test]
+    fn epsilon_is_told_from_both_sides_with_the_discretisation() {
+        let told = accounted(&["--mechanism", "noise_multiplier=1.122,sampling_probability=0.022756,steps=439"]);
+        let number = |name: &str| told.json["epsilon"][name].as_f64().unwrap();
+        let (lower, upper) = (number("pld_lower"), number("pld"));
+        assert!(lower <= upper && upper - lower < 0.01 && number("pld_interval") > 0.0, "{}", told.json);
+        assert!(
+            told.text.contains("by PLD from below: at least 2.85") && told.text.contains(" apart"),
+            "{}",
+            told.text
+        );
+        let closed = accounted(&["--mechanism", "noise_multiplier=10"]);
+        assert_eq!(closed.json["epsilon"]["pld_interval"], 0.0);
+        assert!(closed.text.ends_with("at least 0.4125, in closed form"), "{}", closed.text);
+    }
 
     #[test]
     fn mechanisms_are_read() {

@@ -2,33 +2,38 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::time::Duration;
 
-use lake::{PrivateRoot, StorageOptions, Zone};
+use lake::{PrivateRoot, Zone};
 use ledger::{Body, Ledger, LedgerError};
+use privacy::AccountingError;
 use privacy::event::Event;
 use serde_json::json;
 use stage::{Failure, Summary};
 
-use crate::cli::{BudgetSetArgs, BudgetShowArgs, PrivateArgs};
+use crate::cli::{BudgetSetArgs, BudgetShowArgs};
 use crate::plot::{self, Chart};
 use crate::preflight::{Finding, Invocation, storage};
 use crate::table::table;
 
 /// Sets the budget of a corpus.
 pub async fn set(args: BudgetSetArgs) -> Result<Summary, Failure> {
-    let root = open(&args.root).await?;
-    ledger::set_budget(&root, &args.corpus, args.epsilon, args.delta).await.map_err(failure)?;
+    let root = args.root.open().await?;
     let BudgetSetArgs { corpus, epsilon, delta, .. } = args;
+    let before = ledger::read(&root, &corpus).await.map_err(failure)?.budget();
+    let already = before == Some(ledger::Budget { epsilon, delta });
+    ledger::set_budget(&root, &corpus, epsilon, delta).await.map_err(failure)?;
+    let done = if already { "done already; " } else { "" };
     Ok(Summary {
-        text: format!("{corpus}: the budget is ε = {epsilon} at δ = {delta:e}"),
-        json: json!({ "corpus": corpus, "budget": { "epsilon": epsilon, "delta": delta } }),
+        text: format!("{corpus}: {done}the budget is ε = {epsilon} at δ = {delta:e}"),
+        json: json!({
+            "corpus": corpus, "already_done": already, "budget": { "epsilon": epsilon, "delta": delta },
+        }),
     })
 }
 
 /// Shows what was spent.
 pub async fn show(args: BudgetShowArgs) -> Result<Summary, Failure> {
-    let root = open(&args.root).await?;
+    let root = args.root.open().await?;
     let corpora = corpora(&root).await?;
     let one = args.name.or(args.corpus);
     let corpora = match &one {
@@ -53,15 +58,6 @@ pub async fn show(args: BudgetShowArgs) -> Result<Summary, Failure> {
         _ => json!(list),
     };
     Ok(Summary { text, json })
-}
-
-async fn open(args: &PrivateArgs) -> Result<PrivateRoot, Failure> {
-    let url = args.private.as_deref().filter(|url| !url.is_empty());
-    let url = url.ok_or_else(|| {
-        Failure::Usage("no private root is given\nhelp: pass --private URL, or set DOPPEL_PRIVATE".to_owned())
-    })?;
-    let options = StorageOptions { timeout: Duration::from_secs(args.storage_timeout) };
-    Ok(PrivateRoot::open(url, &options).await?)
 }
 
 /// Corpora that have a ledger.
@@ -280,23 +276,20 @@ pub async fn preflight(invocations: &[Invocation<'_>]) -> Vec<Finding> {
         }
     }
     for ((root, corpus), invocations) in corpora {
-        if let Some(finding) = affordable(&root, corpus, &invocations).await {
-            findings.push(finding);
-        }
+        findings.extend(affordable(&root, corpus, &invocations).await);
     }
     findings
 }
 
-async fn affordable(root: &str, corpus: &str, invocations: &[&Invocation<'_>]) -> Option<Finding> {
+async fn affordable(root: &str, corpus: &str, invocations: &[&Invocation<'_>]) -> Vec<Finding> {
     // A root that cannot be opened is a finding of its own.
-    let root = PrivateRoot::open(root, &storage()).await.ok()?;
+    let Ok(root) = PrivateRoot::open(root, &storage()).await else {
+        return Vec::new();
+    };
     let ledger = match ledger::read(&root, corpus).await {
         Ok(ledger) => ledger,
-        Err(LedgerError::Lake(_)) => return None,
-        Err(error) => {
-            let failure = failure(error);
-            return Some(Finding { message: failure.to_string(), code: failure.exit_code() });
-        }
+        Err(LedgerError::Lake(_)) => return Vec::new(),
+        Err(error) => return vec![failure(error).into()],
     };
     let reserved = |invocation: &Invocation| {
         ledger.entries.iter().any(|entry| match &entry.body {
@@ -306,13 +299,16 @@ async fn affordable(root: &str, corpus: &str, invocations: &[&Invocation<'_>]) -
             _ => false,
         })
     };
-    let asked: Vec<(&str, Event)> = invocations
-        .iter()
-        .filter(|invocation| !reserved(invocation))
-        .filter_map(|invocation| Some((invocation.job.name.as_str(), planned_event(invocation)?)))
-        .collect();
+    let (mut asked, mut findings) = (Vec::new(), Vec::new());
+    for invocation in invocations.iter().filter(|invocation| !reserved(invocation)) {
+        let job = invocation.job.name.as_str();
+        match planned_event(invocation) {
+            Ok(event) => asked.extend(event.map(|event| (job, event))),
+            Err(error) => findings.push(Finding { message: format!("{job}: {error}"), code: 2 }),
+        }
+    }
     if asked.is_empty() {
-        return None;
+        return findings;
     }
     let set = invocations.iter().rev().find(|one| one.program == "doppel" && one.words == ["budget", "set"]);
     let set = set.and_then(|set| Some((set.number("epsilon")?, set.number("delta")?)));
@@ -320,45 +316,64 @@ async fn affordable(root: &str, corpus: &str, invocations: &[&Invocation<'_>]) -
     let Some((epsilon, delta)) = budget else {
         let message =
             format!("the corpus `{corpus}` has no privacy budget; `doppel budget set --corpus {corpus}` sets one");
-        return Some(Finding { message, code: 2 });
+        findings.push(Finding { message, code: 2 });
+        return findings;
     };
     let mut events = ledger.spent();
     let before = events.len();
     events.extend(asked.iter().map(|(_, event)| event.clone()));
-    let total = privacy::epsilon(&events, delta).ok()?.pld;
-    (total > epsilon).then(|| {
-        let mut message = format!(
-            "{corpus}: the workflow would bring ε to {} at δ = {delta:e}; the budget is {epsilon}\n\
-             {before} earlier reservations",
-            up(total)
-        );
-        for (job, event) in &asked {
-            message += &format!("\n{job}: {}", mechanism(event));
+    match privacy::epsilon(&events, delta) {
+        Ok(total) if total.pld <= epsilon => {}
+        Ok(total) => {
+            let mut message = format!(
+                "{corpus}: the workflow would bring ε to {} at δ = {delta:e}; the budget is {epsilon}\n\
+                 {before} earlier reservations",
+                up(total.pld)
+            );
+            for (job, event) in &asked {
+                message += &format!("\n{job}: {}", mechanism(event));
+            }
+            findings.push(Finding { message, code: 4 });
         }
-        Finding { message, code: 4 }
-    })
+        Err(error) => findings.push(Finding { message: format!("{corpus}: {error}"), code: 2 }),
+    }
+    findings
 }
 
-/// What an invocation will reserve, where its flags tell.
-fn planned_event(invocation: &Invocation) -> Option<Event> {
-    match invocation.program {
+/// What an invocation will reserve, where its flags tell. An ε that no noise attains is an error; what is wrong with
+/// a single flag is for its stage to say.
+fn planned_event(invocation: &Invocation) -> Result<Option<Event>, AccountingError> {
+    let event = match invocation.program {
         "vote" => Some(Event::DiscreteGaussian { noise_multiplier: invocation.number("sigma").unwrap_or(10.0) }),
-        "train" if invocation.one("no-dp").is_none() => {
-            let batch = invocation.number("expected-batch-size");
-            let probability = || Some(batch? / invocation.number("records")?);
-            let sampling_probability = invocation.number("sampling-probability").or_else(probability)?;
-            let epochs = || Some((invocation.number("epochs")? / sampling_probability - 1e-9).ceil().max(1.0));
-            let steps = invocation.number("steps").or_else(epochs)? as u64;
-            let event =
-                |noise_multiplier| Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps };
-            let noise_multiplier = invocation.number("noise-multiplier").or_else(|| {
-                let vote = invocation.number("vote-sigma");
-                let vote = vote.map(|noise_multiplier| Event::DiscreteGaussian { noise_multiplier });
-                let events = |noise| std::iter::once(event(noise)).chain(vote.clone()).collect();
-                privacy::calibrate(events, invocation.number("target-epsilon")?, invocation.number("delta")?).ok()
-            })?;
-            Some(event(noise_multiplier)).filter(|event| event.validate().is_ok())
-        }
+        "train" if invocation.one("no-dp").is_none() => planned_training(invocation)?,
         _ => None,
-    }
+    };
+    Ok(event.filter(|event| event.validate().is_ok()))
+}
+
+fn planned_training(invocation: &Invocation) -> Result<Option<Event>, AccountingError> {
+    let number = |flag| invocation.number(flag);
+    let probability = || Some(number("expected-batch-size")? / number("records")?);
+    let Some(sampling_probability) = number("sampling-probability").or_else(probability) else {
+        return Ok(None);
+    };
+    let epochs = || Some((number("epochs")? / sampling_probability - 1e-9).ceil().max(1.0));
+    let Some(steps) = number("steps").or_else(epochs) else {
+        return Ok(None);
+    };
+    let event = |noise_multiplier| Event::PoissonSampledGaussian {
+        sampling_probability,
+        noise_multiplier,
+        steps: steps as u64,
+    };
+    let noise_multiplier = match (number("noise-multiplier"), number("target-epsilon"), number("delta")) {
+        (Some(noise_multiplier), ..) => noise_multiplier,
+        // Anything else wrong with the training is found with any noise.
+        (None, Some(target), Some(delta)) if event(1.0).validate().is_ok() => {
+            let vote = number("vote-sigma").map(|noise_multiplier| Event::DiscreteGaussian { noise_multiplier });
+            privacy::calibrate(|noise| std::iter::once(event(noise)).chain(vote.clone()).collect(), target, delta)?
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(event(noise_multiplier)))
 }

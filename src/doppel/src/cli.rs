@@ -1,10 +1,12 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use stage::Format;
+use lake::{PrivateRoot, StorageOptions};
 use stage::common::Verbosity;
+use stage::{Failure, Format};
 
 /// A synthetic double of a private collection of user instructions, with a differential-privacy guarantee.
 ///
@@ -32,6 +34,8 @@ pub enum Command {
     Account(AccountArgs),
     /// Tell which settings fit a privacy budget and a number of records.
     Plan(PlanArgs),
+    /// Compare a run's sets and losses with held-out real records; private figures.
+    Compare(CompareArgs),
     /// List the runs of both roots.
     Runs(RunsArgs),
     /// Show the stages of one run, with inputs, outputs and configuration.
@@ -91,7 +95,7 @@ pub struct RunArgs {
     /// CPU slots; by default what this process may use.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=4096))]
     pub cpus: Option<u64>,
-    /// GPU slots; by default those of this machine, or of CUDA_VISIBLE_DEVICES.
+    /// GPU slots; by default those of this machine, or of CUDA_VISIBLE_DEVICES. A task without a GPU limit sees none.
     #[arg(long, value_name = "N")]
     pub gpus: Option<usize>,
     /// Seconds between SIGTERM and SIGKILL when the run is stopped.
@@ -116,6 +120,18 @@ fn name_value(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// An ε: it bounds something, so it is above 0.
+fn epsilon(text: &str) -> Result<f64, String> {
+    let value = text.parse().ok().filter(|value: &f64| value.is_finite() && *value > 0.0);
+    value.ok_or_else(|| "expected a number above 0, such as 8".to_owned())
+}
+
+/// A δ: a probability.
+fn delta(text: &str) -> Result<f64, String> {
+    let value = text.parse().ok().filter(|value| (f64::MIN_POSITIVE..1.0).contains(value));
+    value.ok_or_else(|| "expected a number between 0 and 1, such as 1e-6".to_owned())
+}
+
 /// Where the private zone is.
 #[derive(Args, Clone, Debug)]
 pub struct PrivateArgs {
@@ -125,6 +141,18 @@ pub struct PrivateArgs {
     /// Deadline of one storage operation with its retries, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 180, global = true)]
     pub storage_timeout: u64,
+}
+
+impl PrivateArgs {
+    /// Opens the private root.
+    pub async fn open(&self) -> Result<PrivateRoot, Failure> {
+        let url = self.private.as_deref().filter(|url| !url.is_empty());
+        let url = url.ok_or_else(|| {
+            Failure::Usage("no private root is given\nhelp: pass --private URL, or set DOPPEL_PRIVATE".to_owned())
+        })?;
+        let options = StorageOptions { timeout: Duration::from_secs(self.storage_timeout) };
+        Ok(PrivateRoot::open(url, &options).await?)
+    }
 }
 
 /// Show what was spent on a corpus, or set its budget.
@@ -181,10 +209,10 @@ pub struct BudgetSetArgs {
     #[arg(long, value_name = "NAME")]
     pub corpus: String,
     /// Largest ε, under adding or removing one privacy unit.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true, value_parser = epsilon)]
     pub epsilon: f64,
     /// The δ at which ε is taken.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true, value_parser = delta)]
     pub delta: f64,
     /// What standard output carries.
     #[arg(long, value_enum, default_value_t = Format::Text)]
@@ -210,14 +238,14 @@ pub struct BudgetSetArgs {
 #[command(verbatim_doc_comment)]
 pub struct AccountArgs {
     /// The δ at which ε is taken.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true, value_parser = delta)]
     pub delta: f64,
     /// A mechanism: noise_multiplier=S[,sampling_probability=Q][,steps=N][,kind=gaussian|discrete_gaussian]; repeatable,
     /// all are composed. With --target-epsilon, one of them leaves noise_multiplier out.
     #[arg(long = "mechanism", value_name = "SPEC", required = true)]
     pub mechanisms: Vec<String>,
     /// Find the smallest noise multiplier for which the composition keeps to this ε.
-    #[arg(long, value_name = "E")]
+    #[arg(long, value_name = "E", allow_negative_numbers = true, value_parser = epsilon)]
     pub target_epsilon: Option<f64>,
     /// Print the trade-off between ε and δ; with a .svg or .png path, write it there as a plot too.
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
@@ -239,10 +267,10 @@ pub struct PlanArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000_000_000))]
     pub records: u64,
     /// ε for training and votes together.
-    #[arg(long, value_name = "E")]
+    #[arg(long, value_name = "E", allow_negative_numbers = true, value_parser = epsilon)]
     pub target_epsilon: f64,
     /// The δ at which ε is taken.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true, value_parser = delta)]
     pub delta: f64,
     /// σ of the votes' noise; 0 for no votes.
     #[arg(long, value_name = "S", default_value_t = 10.0)]
@@ -265,6 +293,27 @@ pub struct PlanArgs {
     /// What standard output carries.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
+
+/// Compare a run's sets and losses with held-out real records.
+///
+/// What the training and the resampling bought: the distance of each set of texts to the test records over the bins of
+/// the vote, and the validation loss before and after training. These figures come from private records without a
+/// mechanism, from the private root; they are for whoever may read that root, and no ε covers them.
+#[derive(Args, Clone, Debug)]
+pub struct CompareArgs {
+    /// Run id.
+    #[arg(value_name = "RUN", value_parser = stage::common::run_id)]
+    pub id: String,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Where the private zone is.
+    #[command(flatten)]
+    pub root: PrivateArgs,
     /// Which flags shape the log.
     #[command(flatten)]
     pub verbosity: Verbosity,

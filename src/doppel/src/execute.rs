@@ -9,9 +9,10 @@ use stage::{Failure, Format, Summary};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use workflow::run::Stop;
-use workflow::{JobReport, Machine, Observer, Options, Plan, Report, State};
+use workflow::{Job, JobReport, Machine, Observer, Options, Plan, Report, State};
 
 use crate::cli::RunArgs;
+use crate::preflight::Invocation;
 use crate::table::{duration, table};
 use crate::{exit, preflight, stages, view};
 
@@ -34,11 +35,11 @@ pub async fn run(args: RunArgs) -> Result<Summary, Failure> {
     let options = Options {
         machine,
         grace: Duration::from_secs(args.grace),
-        env: environment(args.verbosity.quiet),
+        env: environment(),
         logs: logs.folder.clone(),
         programs: stages::folders(),
     };
-    let view = view::suitable(&plan, args.verbosity.quiet);
+    let view = view::suitable(&plan);
     let report = watch_over(&plan, &options, view.as_ref(), &mut signals).await;
     logs.keep_if(!report.success());
     conclude(&plan, &report, args.format, &signals)
@@ -66,10 +67,9 @@ fn machine(args: &RunArgs) -> Machine {
 }
 
 /// What every task's process gets: the trace, and logs for people where people look on.
-fn environment(quiet: bool) -> Vec<(String, String)> {
-    use std::io::IsTerminal;
+fn environment() -> Vec<(String, String)> {
     let mut env = stage::telemetry::child_env();
-    if std::io::stderr().is_terminal() && !quiet && std::env::var_os("DOPPEL_LOG_FORMAT").is_none() {
+    if stage::progress::bars().is_some() && std::env::var_os("DOPPEL_LOG_FORMAT").is_none() {
         env.push(("DOPPEL_LOG_FORMAT".to_owned(), "text".to_owned()));
     }
     env
@@ -170,10 +170,12 @@ fn conclude(plan: &Plan, report: &Report, format: Format, signals: &Signals) -> 
         Format::Json => format!("{}\n", summary.json),
     };
     stage::print(data.as_bytes())?;
-    if report.failed().is_empty() && report.stopped {
-        return Err(signals.stopped());
+    let failure = if report.failed().is_empty() { signals.stopped() } else { failure(plan, report) };
+    if report.stopped {
+        // Whatever failed before: to whoever sent the signal, this is how it ended.
+        exit::with(signals.code);
     }
-    Err(failure(plan, report))
+    Err(failure)
 }
 
 /// The failure of the first failed task, with what each of them last said.
@@ -221,12 +223,25 @@ fn result_table(plan: &Plan, report: &Report) -> String {
                 State::NotRun => (String::new(), String::new()),
                 _ => (report.attempts.to_string(), duration(report.elapsed)),
             };
-            vec![job.name.clone(), report.state.word().to_owned(), attempts, time]
+            let state = if already_done(job, report) { "done already" } else { report.state.word() };
+            vec![job.name.clone(), state.to_owned(), attempts, time]
         })
         .collect();
     let done = report.jobs.iter().filter(|job| job.state == State::Succeeded).count();
+    let before = match plan.jobs.iter().zip(&report.jobs).filter(|(job, report)| already_done(job, report)).count() {
+        0 => String::new(),
+        all if all == plan.jobs.len() => "; all were done already, so nothing was done".to_owned(),
+        some => format!("; {some} were done already"),
+    };
     let table = table(&["task", "state", "attempts", "time"], &rows, &[2, 3]);
-    format!("{table}\n{done} of {} tasks succeeded in {}", plan.jobs.len(), duration(report.elapsed))
+    format!("{table}\n{done} of {} tasks succeeded in {}{before}", plan.jobs.len(), duration(report.elapsed))
+}
+
+/// Whether a task of ours found its work done, by what it said at its end.
+fn already_done(job: &Job, report: &JobReport) -> bool {
+    report.state == State::Succeeded
+        && Invocation::new(job).is_some()
+        && report.tail.iter().any(|line| stage::tells_already_done(line))
 }
 
 fn result_json(plan: &Plan, report: &Report) -> serde_json::Value {
@@ -234,6 +249,7 @@ fn result_json(plan: &Plan, report: &Report) -> serde_json::Value {
         json!({
             "task": job.name,
             "state": report.state.word(),
+            "already_done": already_done(job, report),
             "attempts": report.attempts,
             "seconds": report.elapsed.as_secs_f64(),
             "exit_code": report.outcome.as_ref().map(workflow::retry::Outcome::code),

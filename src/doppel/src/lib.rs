@@ -7,6 +7,7 @@
 pub mod account;
 pub mod budget;
 pub mod cli;
+pub mod compare;
 pub mod execute;
 pub mod exit;
 pub mod plan;
@@ -35,6 +36,7 @@ pub async fn run(cli: Cli) -> Result<Summary, Failure> {
         }
         Command::Account(args) => exit::on_signal(async { account::account(&args) }).await,
         Command::Plan(args) => exit::on_signal(async { plan::plan(&args) }).await,
+        Command::Compare(args) => exit::on_signal(compare::compare(args)).await,
         Command::Runs(args) => exit::on_signal(runs::list(args)).await,
         Command::Show(args) => exit::on_signal(runs::show(args)).await,
         // `main` has gone there before the command line was parsed.

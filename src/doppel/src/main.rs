@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use stage::Failure;
 use stage::shell::Shell;
 
 fn main() -> ExitCode {
@@ -9,6 +10,7 @@ fn main() -> ExitCode {
     if let Some(stage) = args.first().and_then(|name| doppel::stages::named(name)) {
         return doppel::stages::become_stage(stage, &args[1..]);
     }
-    let code = Shell::new("doppel").leave_signals().run(doppel::run);
+    // Whatever can be said of the values of its flags, the parsers of those say.
+    let code = Shell::new("doppel").leave_signals().run(|_| Ok::<_, Failure>(()), doppel::run);
     doppel::exit::code().unwrap_or(code)
 }

@@ -1,59 +1,37 @@
 //! `doppel plan`: which settings of training fit a privacy budget and a declared number of records.
 //!
-//! Pure arithmetic on declared numbers: no root is opened.
+//! Arithmetic on declared numbers, by `privacy::plan`: no root is opened.
 
-use privacy::event::Event;
-use serde_json::json;
+use privacy::plan::{Goal, Noise, Setting, plan as work_out};
+use serde_json::{Value, json};
 use stage::{Failure, Summary};
 
 use crate::budget::up;
 use crate::cli::PlanArgs;
 use crate::table::{duration, table};
 
-/// Noise against signal above which a step teaches next to nothing. The signal is at most `clip_norm`, reached only if
-/// all gradients agree; on the demo's data 2.1 barely moved the loss and 0.5 lowered it clearly.
-const DROWNED: f64 = 2.0;
-
-/// Chance that some batch of the training is larger than the size that is told.
-const BATCH_TAIL: f64 = 1e-6;
-
-/// One setting, worked out.
-#[derive(Clone, Debug)]
-struct Setting {
-    batch: u64,
-    steps: u64,
-    sampling_probability: f64,
-    noise_multiplier: Result<f64, String>,
-    /// ε of the training alone.
-    training: f64,
-}
-
 /// Makes the table.
 pub fn plan(args: &PlanArgs) -> Result<Summary, Failure> {
     check(args)?;
-    let vote = (args.vote_sigma > 0.0).then_some(Event::DiscreteGaussian { noise_multiplier: args.vote_sigma });
-    let votes = match &vote {
-        Some(vote) => {
-            privacy::epsilon(std::slice::from_ref(vote), args.delta)
-                .map_err(|error| Failure::Usage(error.to_string()))?
-                .pld
-        }
-        None => 0.0,
+    let goal = Goal {
+        records: args.records,
+        target_epsilon: args.target_epsilon,
+        delta: args.delta,
+        vote_sigma: (args.vote_sigma > 0.0).then_some(args.vote_sigma),
+        parameters: args.parameters,
     };
-    let settings = work_out(args, &vote);
-    let rows: Vec<Vec<String>> = settings.iter().map(|setting| row(args, setting)).collect();
-    let json = settings.iter().map(|setting| as_json(args, setting)).collect::<Vec<_>>();
-    let headings =
-        ["batch", "steps", "q", "epochs", "seen", "largest batch", "noise", "ε train", "noise/signal", "wall time", ""];
+    let plan = work_out(&goal, &candidates(args)).map_err(|error| Failure::Usage(error.to_string()))?;
+    let votes = plan.votes_epsilon;
+    let rows: Vec<Vec<String>> = plan.settings.iter().map(|setting| row(args, setting, votes)).collect();
+    let settings: Vec<Value> = plan.settings.iter().map(|setting| as_json(args, setting, votes)).collect();
     let text = format!(
-        "{} records, ε ≤ {} at δ = {:e}; the votes (σ = {}) take ε = {} alone\n\n{}\n\n{}",
+        "{} records, ε ≤ {} at δ = {:e} for training and votes (σ = {}) together\n\n{}\n\n{}",
         args.records,
         args.target_epsilon,
         args.delta,
         args.vote_sigma,
-        up(votes),
-        table(&headings, &rows, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
-        LEGEND
+        table(&HEADINGS, &rows, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        legend(args),
     );
     Ok(Summary {
         text,
@@ -62,32 +40,50 @@ pub fn plan(args: &PlanArgs) -> Result<Summary, Failure> {
             "target_epsilon": args.target_epsilon,
             "delta": args.delta,
             "votes": { "sigma": args.vote_sigma, "epsilon": votes },
-            "settings": json,
+            "examples_per_second": args.examples_per_second,
+            "settings": settings,
         }),
     })
 }
 
-const LEGEND: &str = "\
-batch: expected batch size (Poisson: each unit joins a step with probability q, independently)
-seen: share of units that any step is expected to see; largest batch: exceeded in one training of a million
-noise: noise multiplier, for training and votes together to keep to the target; ε train: of the training alone
-noise/signal: L2 norm of a step's noise over that of its mean gradient if all clipped gradients agreed; above 2 the
-noise drowns the signal: raise the batch, or train fewer parameters";
+const HEADINGS: [&str; 12] = [
+    "batch",
+    "largest",
+    "steps",
+    "q",
+    "seen",
+    "noise",
+    "ε train",
+    "ε votes",
+    "per coordinate",
+    "noise/signal",
+    "wall time",
+    "",
+];
+
+fn legend(args: &PlanArgs) -> String {
+    format!(
+        "batch: expected batch size (Poisson: each unit joins a step with probability q, independently);
+  largest: what no batch exceeds, but in one training of a million
+seen: share of units that any step is expected to see
+noise: noise multiplier, for training and votes together to keep to the target; ε of each is that of it alone
+per coordinate: deviation of the noise on one coordinate of the mean gradient, in clip norms
+noise/signal: the same over that coordinate's share of a mean gradient whose clipped gradients all agree; above 2 the
+  noise drowns the signal: raise the batch, or train fewer parameters
+wall time: at {} examples per second (--examples-per-second)",
+        args.examples_per_second
+    )
+}
 
 fn check(args: &PlanArgs) -> Result<(), Failure> {
     let mut findings = Vec::new();
-    if !(args.delta > 0.0 && args.delta < 1.0) {
-        findings.push(format!("--delta {}: expected a number between 0 and 1", args.delta));
-    } else if args.delta * args.records as f64 > 1.0 {
+    if args.delta * args.records as f64 > 1.0 {
         findings.push(format!(
             "--delta {}: with {} records a δ this large lets a mechanism publish one record outright; choose below {:.1e}",
             args.delta,
             args.records,
             1.0 / args.records as f64
         ));
-    }
-    if !(args.target_epsilon.is_finite() && args.target_epsilon > 0.0) {
-        findings.push(format!("--target-epsilon {}: expected a number above 0", args.target_epsilon));
     }
     if !(args.vote_sigma.is_finite() && args.vote_sigma >= 0.0) {
         findings.push(format!("--vote-sigma {}: expected 0 or more", args.vote_sigma));
@@ -126,102 +122,51 @@ fn candidates(args: &PlanArgs) -> Vec<(u64, u64)> {
     pairs
 }
 
-/// Calibrates every candidate, on all cores.
-fn work_out(args: &PlanArgs, vote: &Option<Event>) -> Vec<Setting> {
-    let pairs = candidates(args);
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let chunk = pairs.len().div_ceil(cores).max(1);
-    std::thread::scope(|scope| {
-        let one = |&(batch, steps): &(u64, u64)| setting(args, vote, batch, steps);
-        let start = |pairs| scope.spawn(move || <[(u64, u64)]>::iter(pairs).map(one).collect::<Vec<_>>());
-        let threads: Vec<_> = pairs.chunks(chunk).map(start).collect();
-        threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()
-    })
+/// Why the setting is of no use, if so.
+fn verdict(args: &PlanArgs, setting: &Setting) -> Option<String> {
+    let hours = seconds(args, setting) / 3600.0;
+    let too_long = || args.gpu_hours.filter(|most| hours > *most).map(|most| format!("more than {most} GPU hours"));
+    setting.infeasible.clone().or_else(too_long).map(|why| format!("infeasible: {why}"))
 }
 
-fn setting(args: &PlanArgs, vote: &Option<Event>, batch: u64, steps: u64) -> Setting {
-    let sampling_probability = batch as f64 / args.records as f64;
-    let training = |noise_multiplier| Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps };
-    let events = |noise| std::iter::once(training(noise)).chain(vote.clone()).collect();
-    let noise_multiplier =
-        privacy::calibrate(events, args.target_epsilon, args.delta).map_err(|error| error.to_string());
-    let alone = noise_multiplier.as_ref().ok().and_then(|noise| privacy::epsilon(&[training(*noise)], args.delta).ok());
-    Setting { batch, steps, sampling_probability, noise_multiplier, training: alone.map_or(f64::NAN, |e| e.pld) }
+fn seconds(args: &PlanArgs, setting: &Setting) -> f64 {
+    setting.expected_batch_size as f64 * setting.steps as f64 / args.examples_per_second
 }
 
-impl Setting {
-    fn epochs(&self) -> f64 {
-        self.sampling_probability * self.steps as f64
-    }
-
-    /// Share of the units that at least one step is expected to see.
-    fn seen(&self) -> f64 {
-        -(self.steps as f64 * (-self.sampling_probability).ln_1p()).exp_m1()
-    }
-
-    /// A size that no batch of the training exceeds, but with [`BATCH_TAIL`]: Bernstein's bound and a union over steps.
-    fn largest_batch(&self, records: u64) -> u64 {
-        let mean = self.batch as f64;
-        let variance = mean * (1.0 - self.sampling_probability);
-        let log = (self.steps as f64 / BATCH_TAIL).ln();
-        let margin = log / 3.0 + (log * log / 9.0 + 2.0 * variance * log).sqrt();
-        ((mean + margin).ceil() as u64).min(records)
-    }
-
-    /// Norm of the noise over the largest norm of the mean gradient: σ C √P ÷ B over C.
-    fn noise_to_signal(&self, parameters: u64) -> Option<f64> {
-        let noise = self.noise_multiplier.as_ref().ok()?;
-        Some(noise * (parameters as f64).sqrt() / self.batch as f64)
-    }
-
-    fn seconds(&self, rate: f64) -> f64 {
-        self.batch as f64 * self.steps as f64 / rate
-    }
-
-    /// Why the setting is of no use, if so.
-    fn verdict(&self, args: &PlanArgs) -> Option<String> {
-        if let Err(error) = &self.noise_multiplier {
-            return Some(format!("infeasible: {error}"));
-        }
-        if self.noise_to_signal(args.parameters).is_some_and(|ratio| ratio > DROWNED) {
-            return Some("infeasible: the noise drowns the signal".to_owned());
-        }
-        let hours = self.seconds(args.examples_per_second) / 3600.0;
-        args.gpu_hours.filter(|most| hours > *most).map(|most| format!("infeasible: more than {most} GPU hours"))
-    }
-}
-
-fn row(args: &PlanArgs, setting: &Setting) -> Vec<String> {
-    let number = |value: Option<f64>, digits: usize| value.map(|value| format!("{value:.digits$}")).unwrap_or_default();
-    let seconds = setting.seconds(args.examples_per_second).min(1e9);
+fn row(args: &PlanArgs, setting: &Setting, votes: f64) -> Vec<String> {
+    let noise = |told: &dyn Fn(&Noise) -> String| setting.noise.as_ref().map(told).unwrap_or_default();
     vec![
-        setting.batch.to_string(),
+        setting.expected_batch_size.to_string(),
+        setting.largest_batch.to_string(),
         setting.steps.to_string(),
         format!("{:.6}", setting.sampling_probability),
-        format!("{:.1}", setting.epochs()),
-        format!("{:.1} %", 100.0 * setting.seen()),
-        setting.largest_batch(args.records).to_string(),
-        number(setting.noise_multiplier.as_ref().ok().copied(), 4),
-        if setting.training.is_finite() { up(setting.training) } else { String::new() },
-        number(setting.noise_to_signal(args.parameters), 2),
-        duration(std::time::Duration::from_secs_f64(seconds)),
-        setting.verdict(args).unwrap_or_else(|| "feasible".to_owned()),
+        format!("{:.1} %", 100.0 * setting.share_seen),
+        noise(&|noise| format!("{:.4}", noise.noise_multiplier)),
+        noise(&|noise| up(noise.training_epsilon)),
+        up(votes),
+        noise(&|noise| format!("{:.2e}", noise.per_coordinate)),
+        noise(&|noise| format!("{:.2}", noise.to_signal)),
+        duration(std::time::Duration::from_secs_f64(seconds(args, setting).min(1e9))),
+        verdict(args, setting).unwrap_or_else(|| "feasible".to_owned()),
     ]
 }
 
-fn as_json(args: &PlanArgs, setting: &Setting) -> serde_json::Value {
-    let verdict = setting.verdict(args);
+fn as_json(args: &PlanArgs, setting: &Setting, votes: f64) -> Value {
+    let noise = |value: fn(&Noise) -> f64| setting.noise.as_ref().map(value);
+    let verdict = verdict(args, setting);
     json!({
-        "expected_batch_size": setting.batch,
+        "expected_batch_size": setting.expected_batch_size,
         "steps": setting.steps,
         "sampling_probability": setting.sampling_probability,
-        "share_seen": setting.seen(),
-        "largest_batch": setting.largest_batch(args.records),
-        "noise_multiplier": setting.noise_multiplier.as_ref().ok(),
-        "epsilon_training": setting.training.is_finite().then_some(setting.training),
-        "noise_per_coordinate": setting.noise_multiplier.as_ref().ok().map(|noise| noise / setting.batch as f64),
-        "noise_to_signal": setting.noise_to_signal(args.parameters),
-        "seconds": setting.seconds(args.examples_per_second),
+        "share_seen": setting.share_seen,
+        "largest_batch": setting.largest_batch,
+        "noise_multiplier": noise(|noise| noise.noise_multiplier),
+        "epsilon_training": noise(|noise| noise.training_epsilon),
+        "epsilon_votes": votes,
+        "epsilon_together": noise(|noise| noise.total_epsilon),
+        "noise_per_coordinate": noise(|noise| noise.per_coordinate),
+        "noise_to_signal": noise(|noise| noise.to_signal),
+        "seconds": seconds(args, setting),
         "feasible": verdict.is_none(),
         "why_not": verdict,
     })
@@ -229,29 +174,46 @@ fn as_json(args: &PlanArgs, setting: &Setting) -> serde_json::Value {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+    use crate::cli::{Cli, Command};
 
-    fn sampled(batch: u64, records: u64, steps: u64) -> Setting {
-        let sampling_probability = batch as f64 / records as f64;
-        Setting { batch, steps, sampling_probability, noise_multiplier: Ok(1.0), training: 1.0 }
+    fn planned(flags: &[&str]) -> Result<Summary, Failure> {
+        let words = ["doppel", "plan", "--target-epsilon", "7.5", "--delta", "1e-5"];
+        let cli = Cli::try_parse_from(words.iter().chain(flags)).unwrap();
+        let Command::Plan(args) = cli.command else { panic!("{flags:?}") };
+        plan(&args)
+    }
+
+    const DEMO: [&str; 8] =
+        ["--records", "7168", "--parameters", "230400", "--steps", "8", "--expected-batch-size", "64,512"];
+
+    #[test]
+    fn the_table_shows_what_a_setting_costs_and_why_one_is_infeasible() {
+        let summary = planned(&[&DEMO[..], &["--examples-per-second", "4"]].concat()).unwrap();
+        let line = |start: &str| summary.text.lines().find(|line| line.trim_start().starts_with(start)).unwrap();
+        let headings = line("batch ");
+        for heading in HEADINGS {
+            assert!(headings.contains(heading), "{headings}");
+        }
+        assert!(line("64 ").contains("infeasible: the noise drowns the signal"), "{}", summary.text);
+        // 8 × 512 examples at 4 a second.
+        assert!(line("512 ").contains("17 min 04 s") && line("512 ").ends_with("feasible"), "{}", summary.text);
+        assert!(line("wall time").contains("at 4 examples per second"));
+        let setting = &summary.json["settings"][1];
+        let epsilon = |name: &str| setting[name].as_f64().unwrap();
+        assert!(epsilon("epsilon_together") <= 7.5 && epsilon("epsilon_training") < epsilon("epsilon_together"));
+        assert!(epsilon("epsilon_votes") > 0.3);
     }
 
     #[test]
-    fn poisson_terms() {
-        let paper = sampled(4096, 180_000, 439);
-        assert!((paper.epochs() - 9.99).abs() < 0.01);
-        assert!((paper.seen() - 0.99996).abs() < 1e-4);
-        let largest = paper.largest_batch(180_000);
-        assert!((4096 + 300..4096 + 450).contains(&largest), "{largest}");
-        // Everyone in every step: no batch can be larger.
-        assert_eq!(sampled(100, 100, 5).largest_batch(100), 100);
-        assert_eq!(sampled(100, 100, 5).seen(), 1.0);
-    }
-
-    #[test]
-    fn noise_grows_with_parameters_and_falls_with_the_batch() {
-        let ratio = |batch| sampled(batch, 10_000, 8).noise_to_signal(230_400).unwrap();
-        assert!((ratio(512) - 480.0 / 512.0).abs() < 1e-12);
-        assert!(ratio(1024) < ratio(512));
+    fn too_many_gpu_hours_and_votes_that_spend_all_are_infeasible() {
+        let why = |flags: &[&str], setting: usize| {
+            let summary = planned(&[&DEMO[..], flags].concat()).unwrap();
+            summary.json["settings"][setting]["why_not"].as_str().unwrap().to_owned()
+        };
+        assert_eq!(why(&["--gpu-hours", "0.01"], 1), "infeasible: more than 0.01 GPU hours");
+        assert!(why(&["--vote-sigma", "0.5"], 1).starts_with("infeasible: the votes alone spend ε = "));
     }
 }

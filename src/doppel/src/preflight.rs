@@ -34,6 +34,12 @@ impl Finding {
     }
 }
 
+impl From<Failure> for Finding {
+    fn from(failure: Failure) -> Self {
+        Self { code: failure.exit_code(), message: failure.to_string() }
+    }
+}
+
 impl From<&lake::LakeError> for Finding {
     fn from(error: &lake::LakeError) -> Self {
         let code = match error {
@@ -73,7 +79,7 @@ pub async fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let invocations: Vec<Invocation> = plan.jobs.iter().filter_map(Invocation::new).collect();
     let (flags, roots, inputs, budget) = futures::join!(
         check_flags(plan),
-        check_roots(plan, &invocations),
+        check_roots(&invocations),
         check_inputs(&invocations),
         budget::preflight(&invocations),
     );
@@ -193,7 +199,8 @@ pub fn storage() -> StorageOptions {
     StorageOptions { timeout: Duration::from_secs(30) }
 }
 
-/// Lets each stage read its own flags. Of a fan-out, which differs in its items only, the first and the last.
+/// Lets each stage judge its own flags and their values. Of a fan-out, which differs in its items only, the first and
+/// the last.
 async fn check_flags(plan: &Plan) -> Vec<Finding> {
     let mut chosen: BTreeMap<&str, Vec<&Job>> = BTreeMap::new();
     for job in &plan.jobs {
@@ -227,7 +234,7 @@ async fn flags_of(job: &Job) -> Option<Finding> {
 }
 
 /// Roots are reachable and writable, lie apart, and have room.
-async fn check_roots(plan: &Plan, invocations: &[Invocation<'_>]) -> Vec<Finding> {
+async fn check_roots(invocations: &[Invocation<'_>]) -> Vec<Finding> {
     let roots = |zone: &str| -> BTreeSet<String> { invocations.iter().filter_map(|one| one.root(zone)).collect() };
     let (privates, releases) = (roots("private"), roots("release"));
     let mut findings = Vec::new();
@@ -241,12 +248,10 @@ async fn check_roots(plan: &Plan, invocations: &[Invocation<'_>]) -> Vec<Finding
         }
     }
     for url in &privates {
-        let root = PrivateRoot::open(url, &storage()).await;
-        findings.extend(writable(root, plan).await);
+        findings.extend(writable(PrivateRoot::open(url, &storage()).await).await);
     }
     for url in &releases {
-        let root = ReleaseRoot::open(url, &storage()).await;
-        findings.extend(writable(root, plan).await);
+        findings.extend(writable(ReleaseRoot::open(url, &storage()).await).await);
     }
     for private in &privates {
         for release in &releases {
@@ -259,52 +264,96 @@ async fn check_roots(plan: &Plan, invocations: &[Invocation<'_>]) -> Vec<Finding
     findings
 }
 
-async fn writable<Z: Zone>(root: Result<Z, lake::LakeError>, plan: &Plan) -> Option<Finding> {
+async fn writable<Z: Zone>(root: Result<Z, lake::LakeError>) -> Option<Finding> {
+    let path = "preflight/writable";
     let probe = async {
         let root = root?;
-        let path = format!("preflight/{}-{}", plan.name, std::process::id());
-        root.put(&path, b"doppel checks that it can write here; this object may be removed".to_vec().into()).await?;
-        root.delete(&path).await
+        root.put(path, b"doppel checks that it can write here; this object may be removed".to_vec().into()).await?;
+        // Stages need no permission to delete, so that the object may have to stay.
+        let _ = root.delete(path).await;
+        Ok(())
     };
     probe.await.err().as_ref().map(Finding::from)
 }
 
-/// Models and raw inputs are there.
+/// Models and raw inputs are there, and are what their flags take.
 async fn check_inputs(invocations: &[Invocation<'_>]) -> Vec<Finding> {
     let named = invocations.iter().flat_map(|one| {
-        ["input", "model", "encoder"].into_iter().flat_map(|flag| one.all(flag)).map(|url| (url, one.job))
+        let values = move |flag: &'static str| one.all(flag).map(move |url| ((flag, url), one.job));
+        ["input", "model", "encoder"].into_iter().flat_map(values)
     });
     // One finding per input, with the first task that reads it.
-    let inputs: BTreeMap<&str, &Job> = named.collect::<Vec<_>>().into_iter().rev().collect();
-    let checks = inputs.into_iter().filter(|(url, _)| !url.is_empty()).map(|(url, job)| async move {
-        let problem = present(url).await.err()?;
+    let inputs: BTreeMap<(&str, &str), &Job> = named.collect::<Vec<_>>().into_iter().rev().collect();
+    let checks = inputs.into_iter().filter(|((_, url), _)| !url.is_empty()).map(|((flag, url), job)| async move {
+        let problem = present(flag, url).await.err()?;
         let finding = Finding::from(&problem);
         Some(Finding { message: format!("{}: {}", job.task, finding.message), ..finding })
     });
     futures::stream::iter(checks).buffered(8).filter_map(std::future::ready).collect().await
 }
 
-async fn present(url: &str) -> Result<(), lake::LakeError> {
-    if let Some(path) = local(url) {
-        return match std::fs::metadata(&path) {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                Err(lake::LakeError::NotFound(format!("{url}: {error}\nhelp: correct the path, or run `make setup`")))
-            }
-        };
+async fn present(flag: &str, url: &str) -> Result<(), lake::LakeError> {
+    let names = match local(url) {
+        Some(path) => local_names(&path).map_err(|error| {
+            lake::LakeError::NotFound(format!("{url}: {error}\nhelp: correct the path, or run `make setup`"))
+        })?,
+        None => remote_names(url).await?,
+    };
+    match unlike(flag, &names) {
+        Some(problem) => Err(lake::LakeError::Malformed(format!("{url}: {problem}"))),
+        None => Ok(()),
     }
-    // A folder has objects below it; else the URL names one object.
-    let root = ReleaseRoot::open(url, &storage()).await?;
-    if root.list("").await?.is_empty() {
-        lake::read_stream(url, &storage()).await?;
-    }
-    Ok(())
 }
 
+/// What lies in the folder `path`; its own name where it is a file.
+fn local_names(path: &Path) -> std::io::Result<Vec<String>> {
+    if path.metadata()?.is_file() {
+        return Ok(path.file_name().map(|name| name.to_string_lossy().into_owned()).into_iter().collect());
+    }
+    let entries = std::fs::read_dir(path)?;
+    entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+}
+
+/// The objects below `url`; its own name where it is one object.
+async fn remote_names(url: &str) -> Result<Vec<String>, lake::LakeError> {
+    let below = ReleaseRoot::open(url, &storage()).await?.list("").await?;
+    if below.is_empty() {
+        lake::read_stream(url, &storage()).await?;
+        return Ok(url.rsplit('/').next().map(str::to_owned).into_iter().collect());
+    }
+    Ok(below)
+}
+
+/// Why something with these names in it is not what `flag` takes, if so.
+fn unlike(flag: &str, names: &[String]) -> Option<&'static str> {
+    let has = |name: &str| names.iter().any(|other| other == name);
+    let ending = |end: &str| names.iter().filter(|name| name.to_ascii_lowercase().ends_with(end)).count();
+    match flag {
+        "encoder" if !has("modules.json") => {
+            Some("no modules.json is there\nhelp: --encoder takes a sentence-transformers folder")
+        }
+        "model" if has("config.json") && ending(".safetensors") == 0 => {
+            Some("config.json is there without *.safetensors\nhelp: download the model again")
+        }
+        "model" if has("config.json") && !has("tokenizer.json") => {
+            Some("no tokenizer.json is there\nhelp: save the model's fast tokenizer beside its weights")
+        }
+        "model" if !has("config.json") && ending(".gguf") != 1 => Some(
+            "neither config.json nor one .gguf file is there\nhelp: --model takes a Hugging Face folder or a GGUF file",
+        ),
+        _ => None,
+    }
+}
+
+/// The path of a URL of this machine.
 fn local(url: &str) -> Option<PathBuf> {
     match url.split_once("://") {
         None => Some(PathBuf::from(url)),
-        Some(("file", path)) => Some(PathBuf::from(path)),
+        Some(("file", _)) => {
+            // The lake knows how such a URL is written, `%20` and all.
+            let (_, path) = lake::open_url(url, &storage()).ok()?;
+            Some(Path::new("/").join(AsRef::<str>::as_ref(&path)))
+        }
         Some(_) => None,
     }
 }
@@ -364,6 +413,34 @@ mod tests {
         let found = surroundings(&lonely, &machine);
         assert_eq!(found.len(), 4, "{found:?}");
         assert!(found.iter().all(|message| message.starts_with("a: ")));
+    }
+
+    #[test]
+    fn a_model_is_known_by_what_lies_in_its_folder() {
+        let unlike =
+            |flag, names: &[&str]| unlike(flag, &names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
+        let folder = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json"];
+        assert_eq!(unlike("model", &folder), None);
+        assert_eq!(unlike("model", &["SmolLM2.Q4_1.GGUF"]), None);
+        assert_eq!(unlike("input", &["anything"]), None);
+        assert_eq!(unlike("encoder", &["modules.json", "config.json"]), None);
+        for (flag, names, expected) in [
+            ("model", &folder[..2], "no tokenizer.json"),
+            ("model", &["config.json", "pytorch_model.bin"], "without *.safetensors"),
+            ("model", &["README.md"], "neither config.json nor one .gguf file"),
+            ("model", &["a.gguf", "b.gguf"], "neither config.json nor one .gguf file"),
+            ("encoder", &folder, "no modules.json"),
+        ] {
+            let told = unlike(flag, names).unwrap_or_default();
+            assert!(told.contains(expected), "{names:?}: {told}");
+        }
+    }
+
+    #[test]
+    fn a_file_url_names_a_path_with_its_blanks() {
+        assert_eq!(local("file:///no/such%20folder/a%25b"), Some(PathBuf::from("/no/such folder/a%b")));
+        assert_eq!(local("some/folder"), Some(PathBuf::from("some/folder")));
+        assert_eq!(local("s3://bucket/a"), None);
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! Shows a run while it goes on: a line per running task on a terminal, structured log lines elsewhere.
 
 use std::collections::HashMap;
-use std::io::IsTerminal;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -10,12 +9,11 @@ use workflow::{Event, JobReport, Observer, Plan, State};
 
 use crate::table::duration;
 
-/// The view that suits standard error.
-pub fn suitable(plan: &Plan, quiet: bool) -> Box<dyn Observer> {
-    if std::io::stderr().is_terminal() && !quiet {
-        Box::new(Live::new(plan.jobs.len() as u64))
-    } else {
-        Box::new(Lines)
+/// The view that suits standard error: bars where the shell shows some.
+pub fn suitable(plan: &Plan) -> Box<dyn Observer> {
+    match stage::progress::bars() {
+        Some(bars) => Box::new(Live::new(bars, plan.jobs.len() as u64)),
+        None => Box::new(Lines),
     }
 }
 
@@ -50,14 +48,13 @@ impl Observer for Lines {
 
 /// Bars: one for the whole, one per running task with its last line.
 struct Live {
-    bars: MultiProgress,
+    bars: &'static MultiProgress,
     whole: ProgressBar,
     running: Mutex<HashMap<usize, ProgressBar>>,
 }
 
 impl Live {
-    fn new(jobs: u64) -> Self {
-        let bars = MultiProgress::new();
+    fn new(bars: &'static MultiProgress, jobs: u64) -> Self {
         let whole = bars.add(ProgressBar::new(jobs));
         whole.set_style(style("{bar:30} {pos}/{len} tasks · {elapsed}"));
         whole.enable_steady_tick(Duration::from_millis(500));
@@ -95,7 +92,7 @@ impl Observer for Live {
             Event::Started { job, attempt } => self.start(plan, job, attempt),
             Event::Line { job, line } => {
                 if let Some(bar) = self.running().get(&job) {
-                    bar.set_message(printable(line));
+                    bar.set_message(printable(said(line)));
                 }
             }
             Event::Retrying { job, outcome, pause } => {
@@ -133,7 +130,24 @@ fn ended(name: &str, report: &JobReport) -> Option<String> {
     }
 }
 
+/// A line of a stage's log without the time and the level, which its row has no room for.
+fn said(line: &str) -> &str {
+    line.split_once(" INFO  ").map_or(line, |(_, said)| said)
+}
+
 /// A line without what would move the cursor.
 fn printable(line: &str) -> String {
     line.chars().filter(|c| !c.is_control()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_shows_what_the_stage_said() {
+        let line = "12:30:01 INFO  progress label=sample unit=tokens done=64 total=96\u{7}";
+        assert_eq!(printable(said(line)), "progress label=sample unit=tokens done=64 total=96");
+        assert_eq!(said("whatever another program says"), "whatever another program says");
+    }
 }

@@ -1,10 +1,14 @@
 //! The command line contract of `doppel`: exit codes, what goes where, and runs from start to end.
 
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use arrow::array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray};
+use arrow::datatypes::SchemaRef;
+use lake::{AppTransaction, PrivateRoot, StorageOptions, Zone, schema};
 use tempfile::TempDir;
 
 fn doppel() -> Command {
@@ -146,6 +150,50 @@ fn ctrl_c_ends_the_tasks_and_leaves_none_behind() {
 }
 
 #[test]
+fn ctrl_c_in_a_pause_before_a_retry_tells_why_the_task_failed() {
+    let folder = TempDir::new().unwrap();
+    let file = workflow(folder.path(), &[("flaky", "", 3, "echo the reason >&2; exit 5")]);
+    let patient = std::fs::read_to_string(&file).unwrap().replace("10ms", "1h");
+    std::fs::write(&file, patient).unwrap();
+    let mut command = doppel();
+    command.arg("run").arg(&file).current_dir(folder.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut told = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("it will be tried again") {
+        line.clear();
+        assert!(told.read_line(&mut line).unwrap() > 0, "the run ended");
+    }
+    let id = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(id, rustix::process::Signal::INT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let mut rest = String::new();
+    told.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("flaky: exit code 5\n    | the reason"), "{rest}");
+}
+
+#[test]
+fn running_again_what_is_done_says_so() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("w.yaml");
+    let text_of_file = "apiVersion: argoproj.io/v1alpha1\nkind: Workflow\nmetadata: {name: t}\nspec:\n  entrypoint: main\n  \
+         templates:\n  - name: main\n    container:\n      image: none\n      \
+         command: [doppel, budget, set, --corpus=c, --epsilon=8, '--delta=1e-5', --private=private]\n";
+    std::fs::write(&file, text_of_file).unwrap();
+    let run = |flags: &[&str]| {
+        let output = doppel().arg("run").arg(&file).args(flags).current_dir(folder.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let told = run(&[]);
+    assert!(told.contains("1 of 1 tasks succeeded") && !told.contains("already"), "{told}");
+    let told = run(&[]);
+    assert!(told.contains("all were done already, so nothing was done"), "{told}");
+    let json: serde_json::Value = serde_json::from_str(&run(&["--format", "json"])).unwrap();
+    assert_eq!((&json["tasks"][0]["state"], &json["tasks"][0]["already_done"]), (&"succeeded".into(), &true.into()));
+}
+
+#[test]
 fn a_dry_run_tells_the_commands_and_starts_nothing() {
     let folder = TempDir::new().unwrap();
     let output = run(folder.path(), &[("a", "", 0, "touch here; echo it's")], &["--dry-run"]);
@@ -221,9 +269,9 @@ fn budgets_are_set_shown_and_plotted() {
         let output = output.unwrap();
         (output.status.code(), text(&output.stdout), text(&output.stderr))
     };
-    for _ in 0..2 {
+    for expected in ["the budget is", "done already; the budget is"] {
         let (code, told, _) = budget(&["set", "--corpus", "sharegpt", "--epsilon", "8", "--delta", "1e-5"]);
-        assert_eq!((code, told.as_str()), (Some(0), "sharegpt: the budget is ε = 8 at δ = 1e-5\n"));
+        assert_eq!((code, told), (Some(0), format!("sharegpt: {expected} ε = 8 at δ = 1e-5\n")));
     }
     let (code, told, _) = budget(&["sharegpt"]);
     assert_eq!(code, Some(0));
@@ -235,7 +283,66 @@ fn budgets_are_set_shown_and_plotted() {
     let (code, _, told) = budget(&["sharegtp"]);
     assert_eq!(code, Some(3));
     assert!(told.contains("did you mean `sharegpt`?"), "{told}");
-    assert_eq!(budget(&["set", "--corpus", "x", "--epsilon", "-1", "--delta", "1e-5"]).0, Some(2));
+    for (epsilon, delta, expected) in
+        [("-1", "1e-5", "above 0"), ("inf", "1e-5", "above 0"), ("8", "1", "between 0 and 1")]
+    {
+        let (code, _, told) = budget(&["set", "--corpus", "x", "--epsilon", epsilon, "--delta", delta]);
+        assert_eq!(code, Some(2));
+        assert!(told.contains(expected), "{told}");
+    }
+}
+
+/// Writes rows to a table of the private root `private` in `folder`.
+async fn write_private(folder: &Path, path: &str, schema: SchemaRef, columns: Vec<ArrayRef>) {
+    let url = folder.join("private").display().to_string();
+    let table = PrivateRoot::open(&url, &StorageOptions::default()).await.unwrap().table(path);
+    table.create(schema.clone()).await.unwrap();
+    let rows = RecordBatch::try_new(schema, columns).unwrap();
+    table.append(vec![rows], AppTransaction { id: path.to_owned(), version: 0 }).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_private_comparison_of_a_run_is_a_table_that_says_what_it_is() {
+    let folder = TempDir::new().unwrap();
+    let compare = |args: &[&str]| {
+        let output = doppel().arg("compare").args(args).current_dir(folder.path()).output().unwrap();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let losses: Vec<ArrayRef> = vec![
+        Arc::new(Int64Array::from(vec![8, 0])),
+        Arc::new(StringArray::from(vec!["validation", "validation"])),
+        Arc::new(Float64Array::from(vec![3.6104, 3.8125])),
+    ];
+    write_private(folder.path(), "runs/demo/train/loss", schema::loss(), losses).await;
+    let (code, told, _) = compare(&["demo", "--private", "private"]);
+    assert_eq!(code, Some(0), "losses are there before the votes");
+    assert!(!told.contains("total variation"), "{told}");
+
+    let sets: Vec<ArrayRef> = vec![
+        Arc::new(StringArray::from(vec!["base", "synthetic", "selected"])),
+        Arc::new(Float64Array::from(vec![0.5126, 0.3, 0.21])),
+    ];
+    write_private(folder.path(), "runs/demo/comparison", schema::comparison(), sets).await;
+    let (code, told, _) = compare(&["demo", "--private", "private"]);
+    assert_eq!(code, Some(0));
+    assert!(told.lines().next().is_some_and(|line| line.starts_with("PRIVATE figures")), "{told}");
+    for row in ["base                 0.513", "selected             0.210", "before training", "3.812", "after 8 steps"]
+    {
+        assert!(told.contains(row), "{row}\n{told}");
+    }
+    let (_, told, _) = compare(&["demo", "--private", "private", "--format", "json"]);
+    let json: serde_json::Value = serde_json::from_str(&told).unwrap();
+    assert!(json["private"].as_str().is_some_and(|notice| notice.contains("do not publish")));
+    assert_eq!(json["sets"][1], serde_json::json!({ "set": "synthetic", "total_variation": 0.3 }));
+    assert_eq!(json["validation_loss"][0], serde_json::json!({ "steps": 0, "nats_per_token": 3.8125 }));
+
+    let (code, told, complaint) = compare(&["nowhere", "--private", "private"]);
+    assert_eq!((code, told.as_str()), (Some(3), ""));
+    assert!(
+        complaint.contains("the run `nowhere` has no comparison here") && complaint.contains("help:"),
+        "{complaint}"
+    );
+    assert_eq!(compare(&["demo"]).0, Some(2), "there is no private root by default");
 }
 
 #[test]

@@ -21,6 +21,7 @@ struct Args {
 enum Behaviour {
     Succeed,
     FailOnInput,
+    BeMisconfigured,
     Refuse,
     Panic,
     /// Computes without ever awaiting.
@@ -31,13 +32,22 @@ enum Behaviour {
 }
 
 fn main() -> ExitCode {
-    stage::main("probe", run)
+    stage::main("probe", check, run)
+}
+
+/// The one value that is wrong by itself.
+fn check(args: &Args) -> Result<(), Failure> {
+    match args.behave {
+        Behaviour::BeMisconfigured => Err(Failure::Usage("--behave be-misconfigured: expected anything else".into())),
+        _ => Ok(()),
+    }
 }
 
 async fn run(args: Args) -> Result<Summary, Failure> {
     let done = Summary { text: "probe: done".into(), json: serde_json::json!({ "stage": "probe" }) };
+    check(&args)?;
     match args.behave {
-        Behaviour::Succeed => work(),
+        Behaviour::Succeed | Behaviour::BeMisconfigured => work(),
         Behaviour::FailOnInput => {
             return Err(Failure::Input("corpus: row 7 has no text\nhelp: drop it".into()));
         }

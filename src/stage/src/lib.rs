@@ -2,7 +2,8 @@
 //!
 //! It is here so that every binary keeps the stage contract in the same way, and so that there is one place where a
 //! leak would have to happen. It must never know a mechanism, a model or a record. A stage's `main.rs` is
-//! `stage::main("train", doppel_train::run)`; the rest lives in its `lib.rs`. Start reading at [`shell`].
+//! `stage::main("train", doppel_train::Args::config, doppel_train::run)`; the rest lives in its `lib.rs`. Start reading
+//! at [`shell`].
 //!
 //! # Exit codes
 //! | code | meaning |
@@ -30,6 +31,6 @@ pub mod telemetry;
 
 pub use common::{Common, Format};
 pub use failure::Failure;
-pub use outcome::{Summary, print};
+pub use outcome::{Summary, print, tells_already_done};
 pub use progress::{PrivateProgress, Progress};
 pub use shell::{Shell, binary, main};

@@ -62,13 +62,15 @@ pub(crate) fn is_ours(metadata: &Metadata<'_>) -> bool {
 
 /// The filter of the log: `RUST_LOG` where set, else by `-v` and `-q`.
 ///
-/// On a terminal the bars tell how far the work is, so that lines are for warnings; elsewhere lines are all there is.
+/// On a terminal the bars tell how far the work is, so that lines are for warnings; elsewhere lines are all there is,
+/// for people too: `doppel run` shows the last one of each task.
 pub(crate) fn filter(verbosity: Verbosity, rust_log: Option<&str>) -> Result<EnvFilter, Failure> {
     if let Some(directives) = rust_log.filter(|directives| !directives.is_empty()) {
         return EnvFilter::try_new(directives)
             .map_err(|error| Failure::Usage(format!("RUST_LOG: {error}\nhelp: for example RUST_LOG=info,lake=debug")));
     }
-    let usual = if verbosity.log_format.is_text() { Level::WARN } else { Level::INFO };
+    let beside_bars = verbosity.log_format.is_text() && io::stderr().is_terminal();
+    let usual = if beside_bars { Level::WARN } else { Level::INFO };
     let level = match (verbosity.quiet, verbosity.verbose) {
         (true, _) => Level::ERROR,
         (_, 0) => usual,

@@ -27,6 +27,12 @@ impl Summary {
     }
 }
 
+/// Whether this line of a command's summary says that everything was done before it came: in the words of a text
+/// summary, or the field of a JSON one, that all stages use.
+pub fn tells_already_done(line: &str) -> bool {
+    line.contains("done already") || line.contains(r#""already_done":true"#)
+}
+
 /// Writes data to standard output. A reader that went away, as in `doppel query … | head`, is not a failure.
 pub fn print(data: &[u8]) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
@@ -49,5 +55,16 @@ mod tests {
         assert_eq!(summary.render(Format::Json).as_deref(), Some("{\"rows\":3}\n"));
         assert_eq!(Summary::silent().render(Format::Text), None);
         assert_eq!(Summary::silent().render(Format::Json), None);
+    }
+
+    #[test]
+    fn a_stage_that_had_nothing_to_do_is_known_by_its_summary() {
+        let json = serde_json::json!({ "stage": "train", "already_done": true });
+        let already = Summary { text: "train: run demo is done already".into(), json };
+        for format in [Format::Text, Format::Json] {
+            assert!(already.render(format).is_some_and(|line| tells_already_done(&line)));
+        }
+        assert!(!tells_already_done("train: the adapter is in the release zone"));
+        assert!(!tells_already_done(r#"{"already_done":false}"#));
     }
 }

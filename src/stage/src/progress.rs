@@ -39,6 +39,7 @@ impl Progress {
                 &format!("{label} {{wide_bar}} {{human_pos}}/{{human_len}} {unit} ({{rate}}, {{eta}})"),
             ),
         };
+        tracing::info!(label, unit, total, "progress begins");
         Self {
             label,
             unit,
@@ -100,6 +101,7 @@ impl PrivateProgress {
     /// Starts the clock.
     pub fn new(label: &'static str) -> Self {
         let bar = bar(ProgressBar::new_spinner(), &format!("{{spinner}} {label} ({{elapsed}})"));
+        tracing::info!(label, "work begins");
         Self { label, clock: Clock::start(), bar }
     }
 
@@ -125,6 +127,12 @@ static BARS: OnceLock<MultiProgress> = OnceLock::new();
 /// Shows bars on standard error from now on.
 pub(crate) fn show() {
     let _ = BARS.set(MultiProgress::new());
+}
+
+/// The bars that [`show`] began, for a front that draws rows of its own; `None` where nobody looks on. Whoever draws on
+/// another set of bars would write into these, and the log into both.
+pub fn bars() -> Option<&'static MultiProgress> {
+    BARS.get()
 }
 
 /// Runs `write` while the bars stand aside, so that a line does not end up inside one.

@@ -25,18 +25,26 @@ const FLUSH: Duration = Duration::from_secs(3);
 /// The same when a signal asks to end: schedulers kill after some seconds of patience.
 const FLUSH_ON_SIGNAL: Duration = Duration::from_millis(500);
 
-/// With this set, a binary parses its flags and ends.
+/// With this set, a binary checks its flags and their values, and ends.
 pub const CHECK_FLAGS: &str = "DOPPEL_CHECK_FLAGS";
 
 /// Runs a stage: parses flags, starts telemetry (span `doppel.<stage>` under `TRACEPARENT`), runs `work` on a tokio
 /// runtime, prints the summary or the error, and maps the outcome to the exit code of the stage contract. A panic is a
 /// bug: exit code 1, its location printed without its message where a private root may be open.
-pub fn main<A, F>(stage: &'static str, work: impl FnOnce(A) -> F) -> ExitCode
+///
+/// `check` is what `work` itself begins with: it judges the values of the flags and touches neither storage nor a
+/// model. Under [`CHECK_FLAGS`] it is all that runs.
+pub fn main<A, C, E, F>(
+    stage: &'static str,
+    check: impl FnOnce(&A) -> Result<C, E>,
+    work: impl FnOnce(A) -> F,
+) -> ExitCode
 where
     A: Parser + 'static,
+    E: Into<Failure>,
     F: Future<Output = Result<Summary, Failure>>,
 {
-    Shell::new(stage).run(work)
+    Shell::new(stage).run(check, work)
 }
 
 /// A binary's shell, where [`main`] does not fit.
@@ -57,16 +65,19 @@ impl Shell {
         Self { leave_signals: true, ..self }
     }
 
-    /// Runs `work` as [`main`] does.
-    pub fn run<A, F>(self, work: impl FnOnce(A) -> F) -> ExitCode
+    /// Runs `check` or `work` as [`main`] does.
+    pub fn run<A, C, E, F>(self, check: impl FnOnce(&A) -> Result<C, E>, work: impl FnOnce(A) -> F) -> ExitCode
     where
         A: Parser + 'static,
+        E: Into<Failure>,
         F: Future<Output = Result<Summary, Failure>>,
     {
         withhold_panics(self.stage, Confidence::Private);
         match self.parse::<A>() {
             // For whoever wants to know beforehand whether the flags are right: `doppel run` asks all stages first.
-            Ok(_) if std::env::var_os(CHECK_FLAGS).is_some() => ExitCode::SUCCESS,
+            Ok((args, _)) if std::env::var_os(CHECK_FLAGS).is_some() => {
+                ExitCode::from(check(&args).map_or_else(|error| tell_failure(&error.into()), |_| 0))
+            }
             Ok((args, flags)) => ExitCode::from(self.conduct(flags, || work(args))),
             Err(error) => {
                 // Help and version go to standard output, misuse to standard error; a closed one is no failure.

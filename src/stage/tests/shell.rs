@@ -66,6 +66,19 @@ fn each_failure_has_its_exit_code_and_its_text_on_standard_error() {
 }
 
 #[test]
+fn flags_and_their_values_can_be_checked_without_the_work() {
+    let check = |arguments: &[&str]| {
+        let output = probe().args(arguments).env("DOPPEL_CHECK_FLAGS", "1").output().unwrap();
+        (output.status.code(), stdout(&output), stderr(&output))
+    };
+    assert_eq!(check(&["--run", "r1", "--behave", "fail-on-input"]), (Some(0), String::new(), String::new()));
+    let (code, _, told) = check(&["--run", "r1", "--behave", "be-misconfigured"]);
+    assert_eq!((code, told.as_str()), (Some(2), "error: --behave be-misconfigured: expected anything else\n"));
+    assert_eq!(check(&["--run", "a/b"]).0, Some(2));
+    assert_eq!(run(&["--behave", "be-misconfigured"]).status.code(), Some(2), "the work begins with the same check");
+}
+
+#[test]
 fn help_and_version_go_to_standard_output() {
     let version = probe().arg("--version").output().unwrap();
     assert_eq!(version.status.code(), Some(0));
@@ -97,8 +110,13 @@ fn logs_are_json_lines_elsewhere_and_other_crates_do_not_quote_data() {
     assert!(!stderr(&output).contains("PLANTED"));
     let quiet = run(&["--behave", "log", "-q", "--private", "/nowhere"]);
     assert!(!stderr(&quiet).contains("ours"), "{}", stderr(&quiet));
-    let text = run(&["--behave", "log", "-v", "--log-format", "text"]);
+    // Nobody draws bars for whoever reads text through a pipe, so that lines must tell how far the work is.
+    let text = run(&["--behave", "log", "--log-format", "text"]);
     assert!(stderr(&text).contains(" ours rows=3\n"), "{}", stderr(&text));
+    let text = run(&["--log-format", "text"]);
+    for expected in [" INFO  progress begins label=\"sample\"", " INFO  work begins label=\"count votes\""] {
+        assert!(stderr(&text).contains(expected), "{expected}\n{}", stderr(&text));
+    }
 }
 
 #[test]

@@ -89,11 +89,11 @@ pub trait Observer {
 pub enum State {
     /// It did its work.
     Succeeded,
-    /// Its last attempt failed.
+    /// Its last attempt failed, whether or not the run ended before it was tried again.
     Failed,
     /// It was ended because the run was stopped.
     Stopped,
-    /// It never started: a job before it failed, or the run was stopped.
+    /// No attempt started: a job before it failed, or the run was stopped.
     NotRun,
 }
 
@@ -174,7 +174,7 @@ pub async fn run(plan: &Plan, options: &Options, stop: watch::Receiver<Stop>, ob
         if *stop.borrow() == Stop::No {
             runner.start_ready();
         }
-        if runner.running.is_empty() {
+        if !runner.busy() {
             break;
         }
         tokio::select! {
@@ -261,9 +261,22 @@ impl<'a> Runner<'a> {
     }
 
     fn ready(&self, job: usize) -> bool {
-        let job = &self.plan.jobs[job];
-        let open = job.dag.is_none_or(|dag| !self.ancestors(dag).any(|dag| self.closed.contains(&dag)));
-        open && job.after.iter().all(|before| self.jobs[*before].report.state == State::Succeeded)
+        let after = &self.plan.jobs[job].after;
+        self.open(job) && after.iter().all(|before| self.jobs[*before].report.state == State::Succeeded)
+    }
+
+    /// Whether something runs, or waits to be tried again and still may be.
+    fn busy(&self) -> bool {
+        (0..self.jobs.len()).any(|job| match self.jobs[job].phase {
+            Phase::Running => true,
+            Phase::Pausing => self.open(job),
+            Phase::Waiting | Phase::Ended => false,
+        })
+    }
+
+    /// Whether attempts of the job may still start.
+    fn open(&self, job: usize) -> bool {
+        self.plan.jobs[job].dag.is_none_or(|dag| !self.ancestors(dag).any(|dag| self.closed.contains(&dag)))
     }
 
     /// `dag` and the DAGs around it.
@@ -321,9 +334,8 @@ impl<'a> Runner<'a> {
     /// What the job's process gets on top of the runner's environment; what the workflow declares comes last and wins.
     fn environment(&self, job: &Job, gpus: &[String]) -> Vec<(String, String)> {
         let mut env = self.options.env.clone();
-        if !gpus.is_empty() {
-            env.push(("CUDA_VISIBLE_DEVICES".to_owned(), gpus.join(",")));
-        }
+        // Empty where the job asks for none, as a cluster would give it none: it must not take those of others.
+        env.push(("CUDA_VISIBLE_DEVICES".to_owned(), gpus.join(",")));
         if job.cpu_limit.is_some() {
             // What the limit would do to a container, for the libraries that size their thread pools by it.
             let threads = (self.options.machine.share(job.cpu_limit) / 1_000).max(1).to_string();
@@ -402,12 +414,13 @@ impl<'a> Runner<'a> {
         self.observer.event(self.plan, Event::Finished { job: index, report: &self.jobs[index].report });
     }
 
-    /// Reports what never ran, too.
-    fn finish(self) -> Vec<JobReport> {
-        for (index, progress) in self.jobs.iter().enumerate() {
-            if progress.phase != Phase::Ended {
-                self.observer.event(self.plan, Event::Finished { job: index, report: &progress.report });
+    /// Reports what never ran, too. What would have been tried again has failed: its last attempt stands.
+    fn finish(mut self) -> Vec<JobReport> {
+        for (index, progress) in self.jobs.iter_mut().enumerate().filter(|(_, job)| job.phase != Phase::Ended) {
+            if progress.report.attempts > 0 {
+                progress.report.state = State::Failed;
             }
+            self.observer.event(self.plan, Event::Finished { job: index, report: &progress.report });
         }
         self.jobs.into_iter().map(|progress| progress.report).collect()
     }

@@ -51,8 +51,8 @@ fn options(folder: &Path) -> Options {
     }
 }
 
-/// Runs to the end, or stops after `patience`.
-fn run_for(plan: &Plan, folder: &Path, patience: Option<Duration>) -> (Report, Vec<String>) {
+/// Runs to the end, or stops as soon as `enough` holds of what happened so far.
+fn run_until(plan: &Plan, folder: &Path, enough: impl Fn(&[String]) -> bool) -> (Report, Vec<String>) {
     let (wish, stop) = watch::channel(Stop::No);
     let log = Log::default();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -60,9 +60,8 @@ fn run_for(plan: &Plan, folder: &Path, patience: Option<Duration>) -> (Report, V
         let options = options(folder);
         let run = workflow::run(plan, &options, stop, &log);
         let stopper = async {
-            match patience {
-                Some(patience) => tokio::time::sleep(patience).await,
-                None => std::future::pending().await,
+            while !enough(&log.0.borrow()) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
             }
             wish.send_replace(Stop::Gently);
             std::future::pending::<()>().await;
@@ -76,7 +75,7 @@ fn run_for(plan: &Plan, folder: &Path, patience: Option<Duration>) -> (Report, V
 }
 
 fn run(plan: &Plan) -> (Report, Vec<String>) {
-    run_for(plan, tempfile::tempdir().unwrap().path(), None)
+    run_until(plan, tempfile::tempdir().unwrap().path(), |_| false)
 }
 
 fn states(report: &Report) -> Vec<State> {
@@ -87,7 +86,7 @@ fn states(report: &Report) -> Vec<State> {
 fn tasks_run_in_order_and_their_output_is_seen() {
     let plan = plan(&[("b", ", dependencies: [a]", "", "printf 'two\\nlast'"), ("a", "", "", "echo one >&2")], true);
     let folder = tempfile::tempdir().unwrap();
-    let (report, log) = run_for(&plan, folder.path(), None);
+    let (report, log) = run_until(&plan, folder.path(), |_| false);
     assert!(report.success());
     assert_eq!(log, ["start a 1", "a: one", "end a succeeded", "start b 1", "b: two", "b: last", "end b succeeded"]);
     assert_eq!(std::fs::read_to_string(folder.path().join("b.log")).unwrap(), "two\nlast\n");
@@ -101,7 +100,7 @@ fn slots_bound_what_runs_at_a_time() {
     let fan = ", withItems: [0, 1], arguments: {parameters: [{name: i, value: '{{item}}'}]}";
     assert!(run(&plan(&[("meet", fan, input, meet)], true)).0.success());
 
-    let alone = "mkdir $FOLDER/lock || exit 1; sleep 0.1; rmdir $FOLDER/lock; echo gpu=$CUDA_VISIBLE_DEVICES";
+    let alone = "mkdir $FOLDER/lock || exit 1; sleep 0.1; rmdir $FOLDER/lock; echo gpu=${CUDA_VISIBLE_DEVICES-all}";
     let fan = ", withItems: [0, 1, 2]";
     let mut plan = plan(&[("alone", fan, "", alone)], true);
     for job in &mut plan.jobs {
@@ -114,6 +113,12 @@ fn slots_bound_what_runs_at_a_time() {
     plan.jobs[0].gpus = 2;
     let (report, _) = run(&plan);
     assert_eq!(report.jobs[0].outcome.as_ref().unwrap().to_string(), "not started: needs 2 GPUs; this machine has 1");
+}
+
+#[test]
+fn a_job_that_asks_for_no_gpu_sees_none() {
+    let (_, log) = run(&plan(&[("none", "", "", "echo gpu=${CUDA_VISIBLE_DEVICES-all}")], true));
+    assert!(log.contains(&"none: gpu=".to_owned()), "{log:?}");
 }
 
 #[test]
@@ -148,13 +153,13 @@ fn after_a_failure_nothing_new_starts_unless_the_dag_says_so() {
 #[test]
 fn stopping_ends_the_whole_process_group_also_one_that_will_not() {
     let tasks = [
-        ("stubborn", "", "", "trap '' TERM; (trap '' TERM; sleep 30; touch $FOLDER/lived) & sleep 30"),
-        ("polite", "", "", "trap 'echo bye; exit 7' TERM; sleep 30 & wait"),
+        ("stubborn", "", "", "trap '' TERM; echo ready; (trap '' TERM; sleep 30; touch $FOLDER/lived) & sleep 30"),
+        ("polite", "", "", "trap 'echo bye; exit 7' TERM; echo ready; sleep 30 & wait"),
         ("later", ", dependencies: [polite]", "", "true"),
     ];
     let started = Instant::now();
-    let (report, log) =
-        run_for(&plan(&tasks, true), tempfile::tempdir().unwrap().path(), Some(Duration::from_millis(300)));
+    let ready = |log: &[String]| log.iter().filter(|line| line.ends_with(": ready")).count() == 2;
+    let (report, log) = run_until(&plan(&tasks, true), tempfile::tempdir().unwrap().path(), ready);
     assert!(started.elapsed() < Duration::from_secs(5));
     assert!(report.stopped);
     assert_eq!(states(&report), [State::Stopped, State::Stopped, State::NotRun]);
@@ -164,10 +169,24 @@ fn stopping_ends_the_whole_process_group_also_one_that_will_not() {
 
 #[test]
 fn a_pause_before_a_retry_ends_when_the_run_is_stopped() {
-    let tasks = [("bad", "", "    retryStrategy: {limit: 9, backoff: {duration: 1h}}\n", "exit 1")];
-    let (report, _) =
-        run_for(&plan(&tasks, true), tempfile::tempdir().unwrap().path(), Some(Duration::from_millis(300)));
-    assert!(report.stopped && !report.success());
+    let tasks = [("bad", "", "    retryStrategy: {limit: 9, backoff: {duration: 1h}}\n", "echo why; exit 1")];
+    let retrying = |log: &[String]| log.iter().any(|line| line.starts_with("retry bad"));
+    let (report, _) = run_until(&plan(&tasks, true), tempfile::tempdir().unwrap().path(), retrying);
+    assert!(report.stopped);
+    assert_eq!((states(&report), report.jobs[0].attempts), (vec![State::Failed], 1));
+    assert_eq!(report.jobs[0].tail, ["why"]);
+}
+
+#[test]
+fn a_pause_before_a_retry_ends_when_another_task_has_failed() {
+    let hour = "    retryStrategy: {limit: 9, backoff: {duration: 1h}}\n";
+    let tasks = [
+        ("flaky", "", hour, "echo why; touch $FOLDER/tried; exit 1"),
+        ("bad", "", "", "until [ -e $FOLDER/tried ]; do sleep 0.05; done; exit 4"),
+    ];
+    let (report, _) = run(&plan(&tasks, true));
+    assert_eq!(states(&report), [State::Failed, State::Failed]);
+    assert_eq!((report.jobs[0].attempts, report.jobs[0].tail.as_slice()), (1, ["why".to_owned()].as_slice()));
 }
 
 #[test]

@@ -1,0 +1,107 @@
+//! `doppel compare`: what training and resampling bought, by the private comparison.
+//!
+//! PRIVACY: the one command that prints figures of private records. They come from the private root, go to standard
+//! output alone, and say first what they are.
+
+use arrow::array::AsArray;
+use arrow::datatypes::{Float64Type, Int64Type};
+use lake::{LakeError, Private, PrivateRoot, Table, Zone};
+use serde_json::{Value, json};
+use stage::{Failure, Summary};
+
+use crate::cli::CompareArgs;
+use crate::table::table;
+
+const NOTICE: &str =
+    "PRIVATE figures, computed from real records without a mechanism: no ε covers them, do not publish";
+
+/// The comparison of one run.
+struct Comparison {
+    run: String,
+    /// Sets of texts with their total variation to the test records.
+    sets: Vec<(String, f64)>,
+    /// Validation loss by step, nats per token.
+    losses: Vec<(i64, f64)>,
+}
+
+/// Reads the comparison of the run that `args` name.
+pub async fn compare(args: CompareArgs) -> Result<Summary, Failure> {
+    let root = args.root.open().await?;
+    let comparison = read(&root, &args.id).await?;
+    let comparison = comparison.expose();
+    if comparison.sets.is_empty() && comparison.losses.is_empty() {
+        return Err(Failure::Input(unknown(&root, &args.id).await?));
+    }
+    Ok(Summary { text: comparison.text(), json: comparison.json() })
+}
+
+async fn read(root: &PrivateRoot, run: &str) -> Result<Private<Comparison>, Failure> {
+    let table = |name: &str| root.table(&format!("runs/{run}/{name}"));
+    let mut comparison = Comparison { run: run.to_owned(), sets: Vec::new(), losses: Vec::new() };
+    for batch in rows(&table("comparison"), &["set", "total_variation"]).await? {
+        let (sets, distances) = (batch.column(0).as_string::<i32>(), batch.column(1).as_primitive::<Float64Type>());
+        let rows = sets.iter().flatten().map(str::to_owned).zip(distances.values().iter().copied());
+        comparison.sets.extend(rows);
+    }
+    for batch in rows(&table("train/loss"), &["step", "split", "loss"]).await? {
+        let (steps, losses) =
+            (batch.column(0).as_primitive::<Int64Type>(), batch.column(2).as_primitive::<Float64Type>());
+        let rows = steps.values().iter().zip(batch.column(1).as_string::<i32>()).zip(losses.values());
+        let validation = rows.filter(|((_, split), _)| *split == Some("validation"));
+        comparison.losses.extend(validation.map(|((step, _), loss)| (*step, *loss)));
+    }
+    comparison.losses.sort_by_key(|(step, _)| *step);
+    Ok(Private::new(comparison))
+}
+
+/// All rows of the latest version of `table`; none where there is no table.
+async fn rows(table: &Table, columns: &[&str]) -> Result<Vec<arrow::array::RecordBatch>, LakeError> {
+    match table.version().await? {
+        Some(version) => table.read(version, columns).await,
+        None => Ok(Vec::new()),
+    }
+}
+
+async fn unknown(root: &PrivateRoot, run: &str) -> Result<String, Failure> {
+    let known = lake::manifest::list_runs(root).await?;
+    let hint = match workflow::finding::nearest(run, known.iter().map(String::as_str)) {
+        Some(near) if near != run => format!("did you mean `{near}`? "),
+        _ => String::new(),
+    };
+    Ok(format!(
+        "{}: the run `{run}` has no comparison here\n\
+         help: {hint}train records losses and vote the comparison; `doppel runs` lists runs",
+        root.url()
+    ))
+}
+
+impl Comparison {
+    fn text(&self) -> String {
+        let mut text = format!("{NOTICE}\nrun {}, against held-out real records", self.run);
+        if !self.sets.is_empty() {
+            let rows = self.sets.iter().map(|(set, distance)| vec![set.clone(), format!("{distance:.3}")]);
+            text += &format!("\n\n{}", table(&["set", "total variation"], &rows.collect::<Vec<_>>(), &[1]));
+        }
+        if !self.losses.is_empty() {
+            let rows = self.losses.iter().map(|(step, loss)| vec![when(*step), format!("{loss:.3}")]);
+            let headings = ["", "validation loss (nats per token)"];
+            text += &format!("\n\n{}", table(&headings, &rows.collect::<Vec<_>>(), &[1]));
+        }
+        text
+    }
+
+    fn json(&self) -> Value {
+        let sets = self.sets.iter().map(|(set, distance)| json!({ "set": set, "total_variation": distance }));
+        let losses = self.losses.iter().map(|(step, loss)| json!({ "steps": step, "nats_per_token": loss }));
+        json!({
+            "private": NOTICE,
+            "run": self.run,
+            "sets": sets.collect::<Vec<_>>(),
+            "validation_loss": losses.collect::<Vec<_>>(),
+        })
+    }
+}
+
+fn when(step: i64) -> String {
+    if step == 0 { "before training".to_owned() } else { format!("after {step} steps") }
+}
