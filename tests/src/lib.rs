@@ -10,3 +10,4 @@ pub mod models;
 pub mod otlp;
 pub mod repository;
 pub mod s3;
+pub mod tiny;

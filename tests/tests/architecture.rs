@@ -96,6 +96,122 @@ fn the_front_starts_stages_and_links_none() {
     check("doppel", &stages.each_ref().map(String::as_str));
 }
 
+/// What tells something, by a line of log, a stream or telemetry, when it stands before a bracket.
+const OUTLETS: [&str; 22] = [
+    "trace!",
+    "debug!",
+    "info!",
+    "warn!",
+    "error!",
+    "event!",
+    "span!",
+    "trace_span!",
+    "debug_span!",
+    "info_span!",
+    "warn_span!",
+    "error_span!",
+    "print!",
+    "println!",
+    "eprint!",
+    "eprintln!",
+    "stdout",
+    "stderr",
+    "tell",
+    "instrument",
+    "set_attribute",
+    "Progress::public",
+];
+
+/// Every place where a crate that holds private records tells something: file, call, and why it may.
+const TOLD: [(&str, &str, &str); 6] = [
+    (
+        "src/partition/src/lib.rs",
+        r#"warn!(object, records, "the input is cut off; its {records} whole records are taken")"#,
+        "only where the operator declared the counts public",
+    ),
+    (
+        "src/partition/src/lib.rs",
+        r#"warn!(object,
+            "the input is cut off; its whole records are taken (--declare-public-counts tells how many)")"#,
+        "the operator named the object; that it is cut off is told instead of failing without a reason",
+    ),
+    (
+        "src/train/src/run.rs",
+        r#"Progress::public("train", "steps", mechanism.steps())"#,
+        "the steps of the mechanism are planned before it reads anything",
+    ),
+    ("src/train/src/run.rs", r#"Progress::public("train without privacy", "steps", steps)"#, "the steps are a setting"),
+    (
+        "src/vote/src/stages.rs",
+        r#"info!(components = pca.output_columns(), iterations = clustering.iterations, inertia = clustering.inertia,
+            "clustered")"#,
+        "clusters are made from public vectors alone",
+    ),
+    (
+        "src/embed/src/table.rs",
+        r#"Progress::public("embed", "rows", rows)"#,
+        "Meter::public is for texts of the release zone",
+    ),
+];
+
+#[test]
+fn every_line_that_private_code_tells_was_looked_at() {
+    let mut missing: Vec<_> = TOLD.iter().map(|(file, call, reason)| (*file, bare(call), *reason)).collect();
+    for folder in ["src/partition/src", "src/train/src", "src/vote/src", "src/embed/src"] {
+        for path in repository::files(folder, "rs") {
+            let file = path.strip_prefix(repository::root()).expect("a file of the checkout").display().to_string();
+            for call in told(&repository::read(&path)) {
+                let allowed = missing.iter().position(|(place, known, _)| (*place, known) == (&*file, &call));
+                let known = allowed.map(|place| missing.swap_remove(place));
+                assert!(known.is_some(), "{file}: {call}\ntells something; add it to TOLD with the reason why it may");
+            }
+        }
+    }
+    assert!(missing.is_empty(), "TOLD names calls that are not there: {missing:#?}");
+}
+
+/// The calls of [`OUTLETS`] in a source file, comments left out, in the form that [`bare`] gives.
+fn told(source: &str) -> Vec<String> {
+    let code: String =
+        source.lines().filter(|line| !line.trim_start().starts_with("//")).map(|line| format!("{line}\n")).collect();
+    let mut found = Vec::new();
+    for outlet in OUTLETS {
+        for (at, _) in code.match_indices(outlet) {
+            let goes_on = |c: char| c.is_alphanumeric() || c == '_';
+            let (before, after) = (&code[..at], &code[at + outlet.len()..]);
+            if !before.ends_with(goes_on) && after.trim_start().starts_with(['(', '[', '{']) {
+                found.push(bare(&format!("{outlet}{}", bracketed(after))));
+            }
+        }
+    }
+    found
+}
+
+/// What stands from the first bracket to the one that closes it.
+fn bracketed(code: &str) -> &str {
+    let (mut depth, mut in_text, mut escaped) = (0, false, false);
+    for (at, c) in code.char_indices() {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            '"' => in_text = !in_text,
+            '(' | '[' | '{' if !in_text => depth += 1,
+            ')' | ']' | '}' if !in_text => depth -= 1,
+            _ => continue,
+        }
+        if depth == 0 && !in_text {
+            return &code[..=at];
+        }
+    }
+    code
+}
+
+/// A call without what a formatter may change.
+fn bare(call: &str) -> String {
+    let bare: String = call.split_whitespace().collect();
+    bare.replace(",)", ")")
+}
+
 #[test]
 fn every_published_query_says_what_it_answers_and_is_tested() {
     let queries = repository::files("sql", "sql");
