@@ -1,7 +1,7 @@
-//! Rates of the two heavy jobs on the real model and real texts: `cargo bench -p lm -- train bf16`.
+//! Rates of the three heavy jobs on the real model and real texts: `cargo bench -p lm -- train bf16`.
 //!
-//! Arguments: `train|sample`, `bf16|f32`, then optionally a count (examples, sequences), and tokens per micro-batch or
-//! sequences per batch. `DOPPEL_CACHE` is where `make setup` put SmolLM2 and ShareGPT. Prints one JSON line, with the
+//! Arguments: `train|sample|embed`, `bf16|f32`, then optionally a count (examples, sequences, texts), and tokens per
+//! micro-batch, sequences per batch or tokens per batch. `DOPPEL_CACHE` is where `make setup` put SmolLM2 and ShareGPT. Prints one JSON line, with the
 //! processor time used: on a shared machine it says more than the wall clock.
 #![allow(clippy::print_stdout)]
 
@@ -13,6 +13,7 @@ use lm::adapter::{Lora, LoraConfig, Target};
 use lm::checkpoint::Checkpoint;
 use lm::decoder::Decoder;
 use lm::device::{Compute, DeviceChoice, DtypeChoice};
+use lm::encoder::Encoder;
 use lm::generate::{Request, Sampling, generate};
 use lm::gradients::{Example, example_gradients, micro_batches};
 use serde_json::Value;
@@ -21,11 +22,15 @@ use serde_json::Value;
 const LENGTH: usize = 128;
 
 fn main() -> Result<(), Box<dyn Error>> {
+    lm::tune_memory();
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
     let argument = |index: usize| arguments.get(index).map(String::as_str);
     let dtype = if argument(1) == Some("f32") { DtypeChoice::F32 } else { DtypeChoice::Bf16 };
     let number = |index: usize, default: usize| argument(index).map_or(Ok(default), str::parse);
     let compute = Compute::resolve(DeviceChoice::Auto, dtype)?;
+    if argument(0) == Some("embed") {
+        return embed(compute, number(2, 1024)?, number(3, 4096)?);
+    }
     let checkpoint = Checkpoint::open(&cache()?.join("models/smollm2-135m-instruct"))?;
     let decoder = Decoder::load(&checkpoint, compute)?;
     match argument(0) {
@@ -90,6 +95,17 @@ fn sample(checkpoint: &Checkpoint, decoder: &Decoder, count: usize, batch: usize
         Ok(())
     })?;
     clock.report("sample", tokens as f64, "tokens/s");
+    Ok(())
+}
+
+fn embed(compute: Compute, count: usize, tokens: usize) -> Result<(), Box<dyn Error>> {
+    let encoder = Encoder::load(&cache()?.join("models/all-minilm-l6-v2"), compute)?;
+    let texts = first_turns(count)?;
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    encoder.embed(&texts[..texts.len().min(32)], tokens)?;
+    let clock = Clock::start();
+    encoder.embed(&texts, tokens)?;
+    clock.report("embed", texts.len() as f64, "texts/s");
     Ok(())
 }
 
