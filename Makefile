@@ -15,7 +15,7 @@ export DOPPEL_CACHE TORCH LIBTORCH CARGO_TARGET_DIR
 SETUP_LIBTORCH := $(if $(filter $(DOPPEL_CACHE)/%,$(LIBTORCH)),libtorch,)
 BIN := $(CARGO_TARGET_DIR)/debug
 
-.PHONY: help setup build binaries demo test lint clean
+.PHONY: help setup build binaries demo test lint bench clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -43,6 +43,9 @@ lint: setup ## Formatting and lints.
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	infra/lint.sh
+
+bench: setup ## Measure speed beside the peers (fetches 4 GB of them; BENCH='--only train --pairs 1').
+	infra/bench.sh $(BENCH)
 
 clean: ## Forget what was compiled; downloads stay.
 	cargo clean

@@ -1,8 +1,9 @@
 //! The whole pipeline on models of a few thousand weights: what a user of the command line sees from end to end.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, RecordBatch, StringArray};
@@ -401,6 +402,28 @@ fn training_beyond_the_budget_is_refused_before_it_reads() {
     binaries::run(&mut place.partition(), 0);
     refused(&mut place.train(), 2, "budget");
     place.set_budget("0.5");
+    // Without the records, only a stage that does not read them can say that the budget does not suffice.
+    let corpus = place.path("private/corpora/chats");
+    let rows = contents(&corpus).into_iter().filter(|(path, _)| path.extension().is_some_and(|end| end == "parquet"));
+    rows.for_each(|(path, _)| std::fs::remove_file(path).expect("a data file"));
     refused(&mut place.train(), 4, "help:");
-    assert!(!place.path("release/runs/tiny/adapter").exists(), "a refused run released something");
+    assert!(!place.path("release/runs").exists(), "a refused run left something");
+}
+
+#[test]
+fn of_two_trainings_that_race_for_the_last_of_a_budget_one_wins() {
+    let place = Workplace::new();
+    // One spends 2.93, two 3.61.
+    place.set_budget("3.2");
+    binaries::run(&mut place.partition(), 0);
+    let start = |run: &str| {
+        let train = place.train();
+        let arguments = train.get_args().map(|argument| if argument == RUN { OsStr::new(run) } else { argument });
+        let mut command = binaries::command("doppel-train");
+        command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().expect("doppel-train starts")
+    };
+    let racers = [start("one"), start("two")];
+    let ended = racers.map(|racer| racer.wait_with_output().expect("doppel-train ends").status.code());
+    assert!(matches!(ended, [Some(0), Some(4)] | [Some(4), Some(0)]), "{ended:?}");
 }

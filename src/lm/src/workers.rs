@@ -79,8 +79,9 @@ const PRODUCTS: usize = 64;
 /// glibc is told to serve all threads from one arena and to keep what is freed. Arenas that threads were given before this
 /// call would stay, and workers, who come and go, would fill them in turn.
 ///
-/// oneDNN compiles a product for every shape and keeps 1,024 of them by default, half a megabyte each, scattered over what
-/// would be free otherwise. Nearly every micro-batch has a shape of its own: training on two cores grew by 9 MB a second.
+/// oneDNN compiles a product for every shape and keeps 1,024 of them by default, scattered over what would be free
+/// otherwise. Micro-batches have many shapes: two workers that train SmolLM2-135M at 2,048 tokens came to hold 2.2 GB and
+/// went on growing; with this they stay at 1.8 GB and are as fast.
 pub fn tune_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: these calls set parameters of the allocator and may be made at any time.
