@@ -284,8 +284,8 @@ pub struct PlanArgs {
     /// Number of trained parameters, for the noise against the signal (rank 8 on q, k, v, o of a 7B model: 8.4 million).
     #[arg(long, value_name = "P", default_value_t = 8_388_608)]
     pub parameters: u64,
-    /// Examples per second of one GPU, for the wall time.
-    #[arg(long, value_name = "R", default_value_t = 20.0)]
+    /// Examples per second of training, for the wall time: 6 is what SmolLM2-135M reaches on two CPU cores (`make bench`).
+    #[arg(long, value_name = "R", default_value_t = 6.0)]
     pub examples_per_second: f64,
     /// GPU hours at most; settings that need more are marked.
     #[arg(long, value_name = "H")]
