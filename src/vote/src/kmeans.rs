@@ -16,7 +16,7 @@ use crate::matrix::{Matrix, dot_products, squared_distance, squared_norm, view};
 pub struct Plan {
     /// Number of clusters, K: from 1 to the number of rows.
     pub clusters: usize,
-    /// Lloyd iterations at most; fewer when nothing changes any more.
+    /// Lloyd iterations at most, at least 1; fewer when nothing changes any more.
     pub iterations: usize,
     /// How often to start anew, at least 1; the smallest inertia wins.
     pub restarts: usize,
@@ -54,7 +54,8 @@ impl Assignment {
 pub struct Clustering {
     /// One row for each cluster.
     pub centroids: Matrix,
-    /// Sum of squared distances of the rows to them.
+    /// Sum of squared distances of the rows to the centroids before their last move, which only made it smaller: one
+    /// more pass over the rows for the last digits would cost as much as an iteration.
     pub inertia: f64,
     /// Iterations that were run, in the restart that won.
     pub iterations: usize,
@@ -78,20 +79,20 @@ pub fn fit(data: &Matrix, plan: &Plan) -> Clustering {
 
 fn run(data: &Matrix, plan: &Plan, restart: u64) -> Clustering {
     let mut centroids = initial(data, plan.clusters, stream(plan.seed, restart));
-    let mut assignment = assign(data, &centroids);
-    let mut iterations = 0;
-    while iterations < plan.iterations {
-        iterations += 1;
-        fill_empty(&mut assignment, plan.clusters);
-        update(data, &assignment.bins, &mut centroids);
-        let next = assign(data, &centroids);
-        let settled = next.bins == assignment.bins;
-        assignment = next;
-        if settled {
+    let mut clustering = Clustering { centroids: Matrix::new(data.columns()), inertia: f64::INFINITY, iterations: 0 };
+    let mut earlier = Vec::new();
+    while clustering.iterations < plan.iterations.max(1) {
+        let mut assignment = assign(data, &centroids);
+        clustering.inertia = assignment.inertia();
+        if assignment.bins == earlier {
             break;
         }
+        clustering.iterations += 1;
+        earlier.clone_from(&assignment.bins);
+        fill_empty(&mut assignment, plan.clusters);
+        update(data, &assignment.bins, &mut centroids);
     }
-    Clustering { inertia: assignment.inertia(), centroids, iterations }
+    Clustering { centroids, ..clustering }
 }
 
 /// Rows that one thread takes at a time: their products with 1,000 centroids fill half of a second-level cache.
@@ -113,41 +114,44 @@ pub fn assign(data: &Matrix, centroids: &Matrix) -> Assignment {
             |products, ((nearest, distances), rows)| {
                 let products = &mut products[..nearest.len() * bins];
                 dot_products(view(rows, columns), centroids.view(), products);
-                for (index, products) in products.chunks_exact(bins).enumerate() {
-                    let bin = arch.dispatch(|| nearest_of(products, &half_norms));
-                    nearest[index] = bin;
+                arch.dispatch(
+                    #[inline(always)]
+                    || nearest_of_block(products, &half_norms, nearest),
+                );
+                for ((row, &bin), distance) in rows.chunks_exact(columns).zip(&*nearest).zip(distances) {
                     // From the difference, not from the product: the latter loses what matters to a near centroid.
-                    let row = &rows[index * columns..(index + 1) * columns];
-                    distances[index] = squared_distance(arch, row, centroids.row(bin as usize));
+                    *distance = squared_distance(arch, row, centroids.row(bin as usize));
                 }
             },
         );
     Assignment { bins: nearest, squared_distances }
 }
 
-/// The bin of largest `x·c − ½‖c‖²`, which is that of smallest `‖x − c‖²`.
-#[allow(clippy::needless_range_loop)] // Four arrays by one lane: an index reads better than three zips.
+/// [`nearest_of`] for each row of `products`.
 #[inline(always)]
-fn nearest_of(products: &[f32], half_norms: &[f32]) -> u32 {
-    const LANES: usize = 16;
-    let mut best = [f32::NEG_INFINITY; LANES];
-    let mut place = [0_u32; LANES];
-    let (products_chunks, products_rest) = products.as_chunks::<LANES>();
-    let (norms_chunks, norms_rest) = half_norms.as_chunks::<LANES>();
-    for (chunk, (products, norms)) in products_chunks.iter().zip(norms_chunks).enumerate() {
-        for lane in 0..LANES {
-            let score = products[lane] - norms[lane];
-            let better = score > best[lane];
-            best[lane] = if better { score } else { best[lane] };
-            place[lane] = if better { chunk as u32 } else { place[lane] };
-        }
+fn nearest_of_block(products: &mut [f32], half_norms: &[f32], nearest: &mut [u32]) {
+    for (products, nearest) in products.chunks_exact_mut(half_norms.len()).zip(nearest) {
+        products.iter_mut().zip(half_norms).for_each(|(product, norm)| *product -= norm);
+        *nearest = nearest_of(products);
     }
-    let candidates = (0..LANES).map(|lane| (best[lane], place[lane] * LANES as u32 + lane as u32));
-    let first_rest = (products_chunks.len() * LANES) as u32;
-    let rest = products_rest.iter().zip(norms_rest).enumerate();
-    let rest = rest.map(|(index, (product, norm))| (product - norm, first_rest + index as u32));
-    let better = |a: (f32, u32), b: (f32, u32)| if b.0 > a.0 || b.0 == a.0 && b.1 < a.1 { b } else { a };
-    candidates.chain(rest).fold((f32::NEG_INFINITY, 0), better).1
+}
+
+/// The first bin of largest `x·c − ½‖c‖²`, which is that of smallest `‖x − c‖²`.
+#[inline(always)]
+fn nearest_of(scores: &[f32]) -> u32 {
+    const LANES: usize = 64;
+    let (chunks, rest) = scores.as_chunks::<LANES>();
+    let mut best = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        best.iter_mut().zip(chunk).for_each(|(best, &score)| *best = if score > *best { score } else { *best });
+    }
+    let best = best.iter().chain(rest).fold(f32::NEG_INFINITY, |best, &score| if score > best { score } else { best });
+    // Most chunks hold no such score, and are passed over sixteen or more at a time.
+    let holds = |chunk: &[f32; LANES]| chunk.iter().fold(false, |found, &score| found | (score == best));
+    let passed = chunks.iter().position(holds).unwrap_or(chunks.len()) * LANES;
+    let index = scores[passed..].iter().position(|&score| score == best).unwrap_or(0);
+    // Scores that are no numbers equal nothing: the first bin, as good as any.
+    if passed + index < scores.len() { (passed + index) as u32 } else { 0 }
 }
 
 /// Gives each empty cluster the row that is farthest from its own centroid, taken from a cluster that keeps others.
@@ -203,7 +207,7 @@ fn update(data: &Matrix, bins: &[u32], centroids: &mut Matrix) {
 }
 
 /// Rows that k-means++ looks at, for each cluster: enough to see every cluster, few enough for K passes over them.
-const SEEDING_ROWS: usize = 16;
+const SEEDING_ROWS: usize = 4;
 
 /// k-means++ (Arthur and Vassilvitskii 2007) on a sample: each centroid is a row, drawn with probability proportional
 /// to its squared distance from those drawn before.

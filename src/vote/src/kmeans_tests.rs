@@ -77,7 +77,7 @@ fn more_iterations_do_not_make_it_worse() {
     let data = groups(100, 10, 6);
     let inertia = |iterations| fit(&data, &Plan { iterations, restarts: 1, ..plan(31) }).inertia;
     let mut last = f64::INFINITY;
-    for iterations in [0, 1, 2, 5, 20] {
+    for iterations in [1, 2, 5, 20] {
         let now = inertia(iterations);
         assert!(now <= last * 1.001, "{iterations}: {now} after {last}");
         last = now;
