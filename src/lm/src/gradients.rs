@@ -6,11 +6,13 @@
 //! `∂B = ∂yᵀ·(x·Aᵀ)` and `∂A = (∂y·B)ᵀ·x`, with the example as the batch dimension. The tests hold all of it against
 //! autograd and finite differences of the plain forward pass in [`crate::decoder`].
 //!
-//! Examples are padded on the right. Attention is causal, so padding is never seen by a real token; its own gradient is
-//! zero because it has no labels. Hence an example's loss and gradient do not depend on its company other than by
-//! rounding; and since each is padded by its own length alone and computed beside others of that padded length only, not
-//! by rounding either: on CPU, bit for bit. Without that, a neighbour's length would move a gradient in bf16 by some
-//! percent, and one more privacy unit in the batch would move everybody's.
+//! Examples stand one behind the other in one long row of tokens, so that the products with frozen weights are few and
+//! large; attention and the gradients of the factors are computed by groups of one length. Each example is padded on the
+//! right. Attention is causal, so padding is never seen by a real token; its own gradient is zero because it has no
+//! labels. Hence an example's loss and gradient do not depend on its company other than by rounding; and since each is
+//! padded by its own length alone, and a row of a product does not depend on how many rows there are, not by rounding
+//! either: on CPU, bit for bit. Without that, a neighbour's length would move a gradient in bf16 by some percent, and one
+//! more privacy unit in the batch would move everybody's.
 
 mod backward;
 mod dropout;
@@ -60,17 +62,15 @@ pub fn example_gradients(
     let scale = 1.0 / block_length as f64;
     let adapters = tch::no_grad(|| adapters(decoder, lora))?;
     let parts = in_parts(decoder, lora, &adapters, examples, |decoder, lora, adapters, examples| {
-        let alike = examples.chunk_by(|one, other| padded(one) == padded(other));
-        let found = alike.map(|examples| alike_gradients(decoder, lora, adapters, examples, scale));
-        concatenate(found.collect::<Result<_, _>>()?)
+        gradients_of(decoder, lora, adapters, examples, scale)
     })?;
     let mut gradients = join(parts)?;
     let losses = gradients.pop().unwrap_or_default();
     Ok(ExampleGradients { losses, gradients })
 }
 
-/// Gradients of examples of one padded length for each adapter tensor, then their losses.
-fn alike_gradients(
+/// Gradients of examples for each adapter tensor, then their losses.
+fn gradients_of(
     decoder: &Decoder,
     lora: &Lora,
     adapters: &[Adapters],
@@ -78,11 +78,11 @@ fn alike_gradients(
     scale: f64,
 ) -> Result<Vec<Tensor>, LmError> {
     let batch = Batch::new(decoder, examples)?;
-    let masks = dropout::Masks::new(lora, decoder, examples, batch.length);
+    let masks = dropout::Masks::new(lora.config.dropout, decoder, examples, &batch);
     let keep = backward::fits(&batch, decoder.config.layers);
     let tape = backward::Tape::forward(decoder, adapters, &batch, &masks, keep)?;
     let (losses, gradient) = loss::with_gradient(decoder, tape.output(), &batch)?;
-    let mut found = tape.backward(decoder, adapters, lora, &masks, gradient, scale)?;
+    let mut found = tape.backward(decoder, adapters, &batch, lora, &masks, gradient, scale)?;
     found.push(losses.f_mul_scalar(scale)?.f_to_kind(Kind::Float)?);
     Ok(found)
 }
@@ -96,11 +96,8 @@ pub fn token_losses(decoder: &Decoder, lora: &Lora, examples: &[Example]) -> Res
     let adapters = tch::no_grad(|| adapters(decoder, lora))?;
     let parts = in_parts(decoder, lora, &adapters, examples, |decoder, _, adapters, examples| {
         let batch = Batch::new(decoder, examples)?;
-        let angles = decoder.rope.first(batch.length)?;
-        let mut hidden = decoder.embed(&batch.tokens)?;
-        for (layer, adapters) in decoder.layers.iter().zip(adapters) {
-            hidden = layer.forward(&hidden, &decoder.config, &angles, adapters)?;
-        }
+        let masks = dropout::Masks::new(0.0, decoder, examples, &batch);
+        let hidden = backward::output(decoder, adapters, &batch, &masks)?;
         Ok(vec![loss::without_gradient(decoder, &hidden, &batch)?])
     })?;
     let losses = join(parts)?.pop().unwrap_or_default().f_to_device(tch::Device::Cpu)?;
@@ -205,13 +202,16 @@ fn padded(example: &Example) -> usize {
     example.tokens.len().max(1).next_multiple_of(LENGTH_STEP)
 }
 
-/// Examples as tensors, padded on the right.
+/// Examples one behind the other, each padded on the right.
 pub(crate) struct Batch {
-    /// `[examples, length]` i64.
+    /// `[1, tokens]` i64.
     tokens: Tensor,
+    /// `[tokens]` i64: the place of each token in its example.
+    positions: Tensor,
+    /// Neighbours of one padded length.
+    groups: Vec<Group>,
     examples: i64,
-    length: i64,
-    /// Flat positions (`example · length + position`) whose next token is a label.
+    /// Positions in `tokens` whose next token is a label.
     rows: Vec<i64>,
     /// The label of each row.
     labels: Vec<i64>,
@@ -219,32 +219,71 @@ pub(crate) struct Batch {
     owners: Vec<i64>,
 }
 
+/// Examples of one padded length in a [`Batch`].
+#[derive(Clone, Copy)]
+pub(crate) struct Group {
+    /// Place of the first token.
+    first: i64,
+    examples: i64,
+    length: i64,
+}
+
+impl Group {
+    fn tokens(&self) -> i64 {
+        self.examples * self.length
+    }
+
+    /// The group's part of `whole` `[1, tokens, width]`, as `[examples, length, width]`.
+    fn of(&self, whole: &Tensor) -> Result<Tensor, LmError> {
+        let width = whole.size3()?.2;
+        Ok(whole.f_narrow(1, self.first, self.tokens())?.f_reshape([self.examples, self.length, width])?)
+    }
+}
+
 impl Batch {
     fn new(decoder: &Decoder, examples: &[Example]) -> Result<Self, LmError> {
         decoder.check_tokens(examples.iter().flat_map(|example| &example.tokens))?;
-        let longest = examples.iter().map(|example| example.tokens.len()).max().unwrap_or_default();
-        let context = usize::try_from(decoder.config.max_positions).unwrap_or_default();
-        let length = examples.iter().map(padded).max().unwrap_or(1).min(context.max(1));
-        if longest > context {
+        let context = usize::try_from(decoder.config.max_positions).unwrap_or_default().max(1);
+        if examples.iter().any(|example| example.tokens.len() > context) {
             return Err(LmError::Usage(format!(
                 "an example is longer than the model's context of {} tokens\nhelp: lower --block-length",
                 decoder.config.max_positions
             )));
         }
-        let mut padded = vec![0i64; examples.len() * length];
+        let length_of = |example: &Example| padded(example).min(context);
+        let (mut tokens, mut positions, mut groups) = (Vec::new(), Vec::new(), Vec::new());
         let (mut rows, mut ids, mut owners) = (Vec::new(), Vec::new(), Vec::new());
-        for (index, (example, row)) in examples.iter().zip(padded.chunks_exact_mut(length)).enumerate() {
-            row[..example.tokens.len()].copy_from_slice(&example.tokens);
-            for position in labels(example) {
-                rows.push((index * length + position - 1) as i64);
-                ids.push(example.tokens[position]);
-                owners.push(index as i64);
+        for alike in examples.chunk_by(|one, other| length_of(one) == length_of(other)) {
+            let length = length_of(&alike[0]);
+            groups.push(Group { first: tokens.len() as i64, examples: alike.len() as i64, length: length as i64 });
+            for example in alike {
+                let first = tokens.len();
+                tokens.extend_from_slice(&example.tokens);
+                tokens.resize(first + length, 0);
+                positions.extend(0..length as i64);
             }
         }
-        let shape = [examples.len() as i64, length as i64];
-        let tokens = Tensor::f_from_slice(&padded)?.f_reshape(shape)?.f_to_device(decoder.compute.device)?;
-        Ok(Self { tokens, examples: shape[0], length: shape[1], rows, labels: ids, owners })
+        for (owner, (example, first)) in examples.iter().zip(firsts(&groups)).enumerate() {
+            for position in labels(example) {
+                rows.push(first + position as i64 - 1);
+                ids.push(example.tokens[position]);
+                owners.push(owner as i64);
+            }
+        }
+        let place = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(decoder.compute.device);
+        let (tokens, positions) = (place(&tokens)?.f_unsqueeze(0)?, place(&positions)?);
+        Ok(Self { tokens, positions, groups, examples: examples.len() as i64, rows, labels: ids, owners })
     }
+
+    /// Number of tokens, padding included.
+    fn length(&self) -> i64 {
+        self.groups.iter().map(Group::tokens).sum()
+    }
+}
+
+/// The place of each example's first token.
+fn firsts(groups: &[Group]) -> impl Iterator<Item = i64> {
+    groups.iter().flat_map(|group| (0..group.examples).map(|index| group.first + index * group.length))
 }
 
 /// Positions of an example that are labels. The first token has nothing before it that could predict it.

@@ -1,11 +1,12 @@
 //! The forward pass that keeps what the backward pass needs, and the backward pass.
 //!
-//! Shapes: B examples, L positions, D hidden, H query heads, K key-value heads, R joined ranks.
+//! Shapes: T tokens of all examples, D hidden; in a group of one length B examples, L positions; H query heads, K
+//! key-value heads, R joined ranks.
 
 use tch::{Kind, Tensor};
 
-use super::Batch;
 use super::dropout::{Masks, Site};
+use super::{Batch, Group};
 use crate::LmError;
 use crate::adapter::{Lora, Target};
 use crate::checkpoint::DecoderConfig;
@@ -20,7 +21,7 @@ const KEEP: i64 = 1 << 18;
 
 /// Whether a batch is small enough to keep everything.
 pub(super) fn fits(batch: &Batch, layers: i64) -> bool {
-    batch.examples * batch.length * layers <= KEEP
+    batch.length() * layers <= KEEP
 }
 
 /// What the forward pass kept.
@@ -34,20 +35,21 @@ pub(super) struct Tape {
 enum Kept {
     /// Everything.
     All(Box<Inside>),
-    /// Its input `[B, L, D]`.
+    /// Its input `[1, T, D]`.
     Input(Tensor),
 }
 
 /// The inside of a layer that its backward pass reads.
 struct Inside {
-    /// Input `[B, L, D]`.
+    /// Input `[1, T, D]`.
     input: Tensor,
-    attention: ops::Attention,
-    /// What attention gave, heads joined: `[B, L, H · d]`.
+    /// Of each group.
+    attention: Vec<ops::Attention>,
+    /// What attention gave, heads joined: `[1, T, H · d]`.
     attended: Tensor,
-    /// After attention's residual: `[B, L, D]`.
+    /// After attention's residual: `[1, T, D]`.
     middle: Tensor,
-    /// `[B, L, 2 · inner]`.
+    /// `[1, T, 2 · inner]`.
     gate_up: Tensor,
 }
 
@@ -60,21 +62,20 @@ impl Tape {
         masks: &Masks,
         keep: bool,
     ) -> Result<Self, LmError> {
-        let angles = decoder.rope.first(batch.length)?;
+        let angles = decoder.rope.at(&batch.positions)?;
         let mut hidden = decoder.embed(&batch.tokens)?;
         let mut layers = Vec::with_capacity(decoder.layers.len());
         for (index, (layer, adapters)) in decoder.layers.iter().zip(adapters).enumerate() {
-            let context = Context { config: &decoder.config, layer, adapters, index, angles: &angles, masks };
+            let context = Context { config: &decoder.config, layer, adapters, index, angles: &angles, batch, masks };
             let inside = context.inside(&hidden)?;
-            let inner = ops::swiglu(&inside.gate_up)?;
-            let next = inside.middle.f_add(&inner.f_linear(&layer.down, None::<&Tensor>)?)?;
+            let next = context.output(&inside)?;
             layers.push(if keep { Kept::All(Box::new(inside)) } else { Kept::Input(hidden) });
             hidden = next;
         }
         Ok(Self { angles, layers, output: hidden })
     }
 
-    /// Output of the last layer, `[B, L, D]`.
+    /// Output of the last layer, `[1, T, D]`.
     pub(super) fn output(&self) -> &Tensor {
         &self.output
     }
@@ -85,6 +86,7 @@ impl Tape {
         self,
         decoder: &Decoder,
         adapters: &[Adapters],
+        batch: &Batch,
         lora: &Lora,
         masks: &Masks,
         gradient: Tensor,
@@ -96,7 +98,7 @@ impl Tape {
         let mut found = Vec::with_capacity(lora.tensors.len());
         for (index, kept) in layers.into_iter().enumerate().rev() {
             let (layer, adapters) = (&decoder.layers[index], &adapters[index]);
-            let context = Context { config: &decoder.config, layer, adapters, index, angles: &angles, masks };
+            let context = Context { config: &decoder.config, layer, adapters, index, angles: &angles, batch, masks };
             let inside = match kept {
                 Kept::All(inside) => *inside,
                 Kept::Input(input) => context.inside(&input)?,
@@ -115,6 +117,22 @@ impl Tape {
     }
 }
 
+/// Output of the last layer, `[1, T, D]`, where no gradient is wanted.
+pub(super) fn output(
+    decoder: &Decoder,
+    adapters: &[Adapters],
+    batch: &Batch,
+    masks: &Masks,
+) -> Result<Tensor, LmError> {
+    let angles = decoder.rope.at(&batch.positions)?;
+    let mut hidden = decoder.embed(&batch.tokens)?;
+    for (index, (layer, adapters)) in decoder.layers.iter().zip(adapters).enumerate() {
+        let context = Context { config: &decoder.config, layer, adapters, index, angles: &angles, batch, masks };
+        hidden = context.output(&context.inside(&hidden)?)?;
+    }
+    Ok(hidden)
+}
+
 /// One layer and what it is computed with.
 struct Context<'a> {
     config: &'a DecoderConfig,
@@ -122,6 +140,7 @@ struct Context<'a> {
     adapters: &'a Adapters,
     index: usize,
     angles: &'a Angles,
+    batch: &'a Batch,
     masks: &'a Masks,
 }
 
@@ -135,9 +154,13 @@ impl Context<'_> {
             let low = self.masks.apply(&normed, self.index, Site::Attention)?.f_linear(&factors.a, None::<&Tensor>)?;
             qkv = add_product(qkv, &low, &factors.b.f_tr()?)?;
         }
-        let (q, k, v) = split_heads(&ops::rotate(qkv, self.config, self.angles)?, self.config)?;
-        let attention = ops::Attention::forward(q, k, v)?;
-        let attended = join_heads(&attention.output)?;
+        let qkv = ops::rotate(qkv, self.config, self.angles)?;
+        let mut attention = Vec::with_capacity(self.batch.groups.len());
+        for group in &self.batch.groups {
+            let (q, k, v) = split_heads(&group.of(&qkv)?, self.config)?;
+            attention.push(ops::Attention::forward(q, k, v)?);
+        }
+        let attended = joined(attention.iter().map(|attention| join_heads(&attention.output)))?;
         let mut middle = attended.f_linear(&self.layer.o, None::<&Tensor>)?;
         if let Some(factors) = &self.adapters.o {
             let low = self.masks.apply(&attended, self.index, Site::Output)?.f_linear(&factors.a, None::<&Tensor>)?;
@@ -147,6 +170,12 @@ impl Context<'_> {
         let normed = ops::rms_norm(&middle, &self.layer.post_norm, epsilon)?;
         let gate_up = normed.f_linear(&self.layer.gate_up, None::<&Tensor>)?;
         Ok(Inside { input: input.shallow_clone(), attention, attended, middle, gate_up })
+    }
+
+    /// The layer from there on: its output.
+    fn output(&self, inside: &Inside) -> Result<Tensor, LmError> {
+        let inner = ops::swiglu(&inside.gate_up)?;
+        Ok(inside.middle.f_add(&inner.f_linear(&self.layer.down, None::<&Tensor>)?)?)
     }
 
     /// `(gradient of the layer's input, gradients of its adapter tensors)`. The first layer's input gradient is not
@@ -175,17 +204,15 @@ impl Context<'_> {
         if let Some(factors) = &self.adapters.o {
             let seen = self.masks.apply(&attended, self.index, Site::Output)?;
             let low = upper.f_matmul(&factors.b)?;
-            o_gradients = Some(factor_gradients(&seen, &upper, &low, factors)?);
+            o_gradients = Some(self.factor_gradients(&seen, &upper, &low, factors)?);
             let through = low.f_matmul(&factors.a)?;
             of_attended = of_attended.f_add(&self.masks.apply(&through, self.index, Site::Output)?)?;
         }
         drop(attended);
         // Attention and rotation.
-        let (batch, length, _) = of_attended.size3()?;
-        let heads = of_attended.f_reshape([batch, length, self.config.heads, self.config.head_dim])?;
-        let (q, k, v) = attention.backward(&heads.f_transpose(1, 2)?)?;
-        let joint = Tensor::f_cat(&[q.f_transpose(1, 2)?, k.f_transpose(1, 2)?, v.f_transpose(1, 2)?], 2)?;
-        let joint = ops::rotate(joint.f_reshape([batch, length, -1])?, self.config, back)?;
+        let groups = self.batch.groups.iter().zip(attention);
+        let joint = joined(groups.map(|(group, attention)| self.attention_backward(group, attention, &of_attended)))?;
+        let joint = ops::rotate(joint, self.config, back)?;
         // Input projections.
         let normed = ops::rms_norm(&input, &self.layer.input_norm, epsilon)?;
         let mut qkv_gradients = None;
@@ -193,7 +220,7 @@ impl Context<'_> {
         if let Some(factors) = &self.adapters.qkv {
             let seen = self.masks.apply(&normed, self.index, Site::Attention)?;
             let low = joint.f_matmul(&factors.b)?;
-            qkv_gradients = Some(factor_gradients(&seen, &joint, &low, factors)?);
+            qkv_gradients = Some(self.factor_gradients(&seen, &joint, &low, factors)?);
             through = Some(low);
         }
         let tensors = self.collect(qkv_gradients, o_gradients, lora, scale)?;
@@ -207,6 +234,38 @@ impl Context<'_> {
         }
         let below = ops::rms_norm_backward(&of_normed, &input, &self.layer.input_norm, epsilon, Some(&upper))?;
         Ok((Some(below), tensors))
+    }
+
+    /// Gradient of a group's joined q, k and v heads `[B, L, q + k + v]`, of all tokens' gradient of what attention gave.
+    fn attention_backward(
+        &self,
+        group: &Group,
+        attention: ops::Attention,
+        of_attended: &Tensor,
+    ) -> Result<Tensor, LmError> {
+        let heads = [group.examples, group.length, self.config.heads, self.config.head_dim];
+        let of_attended = group.of(of_attended)?.f_reshape(heads)?;
+        let (q, k, v) = attention.backward(&of_attended.f_transpose(1, 2)?)?;
+        let joint = Tensor::f_cat(&[q.f_transpose(1, 2)?, k.f_transpose(1, 2)?, v.f_transpose(1, 2)?], 2)?;
+        Ok(joint.f_reshape([group.examples, group.length, -1])?)
+    }
+
+    /// `([examples, R, in], [examples, out, R])`: every example's gradients of joined factors, from the input that the
+    /// adapter saw, the gradient of its output, and that gradient times B.
+    fn factor_gradients(
+        &self,
+        input: &Tensor,
+        output: &Tensor,
+        low: &Tensor,
+        factors: &Factors,
+    ) -> Result<(Tensor, Tensor), LmError> {
+        let seen = input.f_linear(&factors.a, None::<&Tensor>)?;
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        for group in &self.batch.groups {
+            a.push(group.of(low)?.f_transpose(1, 2)?.f_bmm(&group.of(input)?)?);
+            b.push(group.of(output)?.f_transpose(1, 2)?.f_bmm(&group.of(&seen)?)?);
+        }
+        Ok((Tensor::f_cat(&a, 0)?, Tensor::f_cat(&b, 0)?))
     }
 
     /// A and B gradients in float32, in the order of the targets.
@@ -239,18 +298,14 @@ impl Context<'_> {
     }
 }
 
-/// `([B, R, in], [B, out, R])`: every example's gradients of joined factors, from the input that the adapter saw, the
-/// gradient of its output, and that gradient times B.
-fn factor_gradients(
-    input: &Tensor,
-    output: &Tensor,
-    low: &Tensor,
-    factors: &Factors,
-) -> Result<(Tensor, Tensor), LmError> {
-    let a = low.f_transpose(1, 2)?.f_bmm(input)?;
-    let seen = input.f_linear(&factors.a, None::<&Tensor>)?;
-    let b = output.f_transpose(1, 2)?.f_bmm(&seen)?;
-    Ok((a, b))
+/// Joins parts `[B, L, width]` of groups to `[1, T, width]`.
+fn joined(parts: impl Iterator<Item = Result<Tensor, LmError>>) -> Result<Tensor, LmError> {
+    let flat = |part: Tensor| -> Result<Tensor, LmError> {
+        let width = part.size3()?.2;
+        Ok(part.f_reshape([1, -1, width])?)
+    };
+    let parts = parts.map(|part| flat(part?)).collect::<Result<Vec<_>, _>>()?;
+    Ok(Tensor::f_cat(&parts, 1)?)
 }
 
 /// `sum + left · right`, in place.

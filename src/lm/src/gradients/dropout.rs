@@ -5,9 +5,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::Example;
+use super::{Batch, Example};
 use crate::LmError;
-use crate::adapter::Lora;
 use crate::decoder::Decoder;
 
 /// Which input of a layer a mask is for.
@@ -22,20 +21,21 @@ pub(super) enum Site {
 /// Makes the masks of a batch.
 pub(super) struct Masks {
     rate: f64,
-    seeds: Vec<u64>,
-    length: i64,
+    /// Seed and padded length of each example.
+    examples: Vec<(u64, i64)>,
     kind: Kind,
     device: Device,
 }
 
 impl Masks {
-    pub(super) fn new(lora: &Lora, decoder: &Decoder, examples: &[Example], length: i64) -> Self {
-        let seeds = examples.iter().map(|example| example.dropout_seed).collect();
-        let compute = decoder.compute;
-        Self { rate: lora.config.dropout, seeds, length, kind: compute.kind, device: compute.device }
+    /// Masks of dropout at `rate` for the `examples` of `batch`.
+    pub(super) fn new(rate: f64, decoder: &Decoder, examples: &[Example], batch: &Batch) -> Self {
+        let lengths = batch.groups.iter().flat_map(|group| (0..group.examples).map(|_| group.length));
+        let examples = examples.iter().map(|example| example.dropout_seed).zip(lengths).collect();
+        Self { rate, examples, kind: decoder.compute.kind, device: decoder.compute.device }
     }
 
-    /// `input` `[examples, length, width]` after dropout: itself where the rate is 0.
+    /// `input` `[1, tokens, width]` after dropout: itself where the rate is 0.
     pub(super) fn apply(&self, input: &Tensor, layer: usize, site: Site) -> Result<Tensor, LmError> {
         match self.mask(input.size3()?.2, layer, site)? {
             None => Ok(input.shallow_clone()),
@@ -43,26 +43,25 @@ impl Masks {
         }
     }
 
-    /// 0 or 1 / (1 - rate), `[examples, length, width]`; `None` where the rate is 0.
+    /// 0 or 1 / (1 - rate), `[1, tokens, width]`; `None` where the rate is 0.
     fn mask(&self, width: i64, layer: usize, site: Site) -> Result<Option<Tensor>, LmError> {
         if self.rate == 0.0 {
             return Ok(None);
         }
-        let cells = (self.length * width) as usize;
         let threshold = (self.rate * 65536.0) as u16;
         let kept = (1.0 / (1.0 - f64::from(threshold) / 65536.0)) as f32;
-        let mut values = Vec::with_capacity(cells * self.seeds.len());
-        for seed in &self.seeds {
+        let tokens: i64 = self.examples.iter().map(|(_, length)| length).sum();
+        let mut values = Vec::with_capacity((tokens * width) as usize);
+        for (seed, length) in &self.examples {
             let stream = mix(seed ^ mix((2 * layer + site as usize) as u64 + 1));
-            for cell in 0..cells {
+            for cell in 0..(length * width) as usize {
                 // Four 16-bit draws from each word of a counter-based generator.
                 let word = mix(stream.wrapping_add((cell / 4) as u64));
                 let draw = (word >> (16 * (cell % 4))) as u16;
                 values.push(if draw < threshold { 0.0 } else { kept });
             }
         }
-        let shape = [self.seeds.len() as i64, self.length, width];
-        let mask = Tensor::f_from_slice(&values)?.f_reshape(shape)?;
+        let mask = Tensor::f_from_slice(&values)?.f_reshape([1, tokens, width])?;
         Ok(Some(mask.f_to_kind(self.kind)?.f_to_device(self.device)?))
     }
 }

@@ -16,7 +16,7 @@ const CUDA_CHUNK: i64 = 1 << 27;
 /// how many rows there are is a matter of company.
 const ROWS: i64 = 8;
 
-/// `([examples] f64 summed token losses, [examples, length, hidden])`: the gradient of the sum of all token losses with
+/// `([examples] f64 summed token losses, [1, tokens, hidden])`: the gradient of the sum of all token losses with
 /// respect to the last layer's output.
 pub(super) fn with_gradient(decoder: &Decoder, hidden: &Tensor, batch: &Batch) -> Result<(Tensor, Tensor), LmError> {
     let rows = Rows::new(decoder, hidden, batch)?;
@@ -29,9 +29,9 @@ pub(super) fn with_gradient(decoder: &Decoder, hidden: &Tensor, batch: &Batch) -
     let gradient =
         ops::rms_norm_backward(&normed_gradient, &rows.picked, &decoder.norm, decoder.config.rms_norm_eps, None)?;
     let width = decoder.config.hidden_size;
-    let mut whole = Tensor::f_zeros([batch.examples * batch.length, width], (gradient.kind(), gradient.device()))?;
+    let mut whole = Tensor::f_zeros([batch.length(), width], (gradient.kind(), gradient.device()))?;
     let _ = whole.f_index_copy_(0, &rows.indices.f_narrow(0, 0, rows.count)?, &gradient.f_narrow(0, 0, rows.count)?)?;
-    Ok((per_example(&losses, batch)?, whole.f_reshape([batch.examples, batch.length, width])?))
+    Ok((per_example(&losses, batch)?, whole.f_unsqueeze(0)?))
 }
 
 /// `[examples]` f64: summed token losses.

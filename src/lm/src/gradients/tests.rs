@@ -123,14 +123,16 @@ fn an_example_does_not_depend_on_its_company() {
 
 #[test]
 fn nor_does_one_of_a_real_model() {
-    let decoder = Decoder::load(&Checkpoint::open(&real_model()).unwrap(), cpu(DtypeChoice::Auto)).unwrap();
     let example = |index: usize| Example {
         tokens: (0..5 + index * 37 % 90).map(|place| ((index * 7919 + place * place * 31) % 40_000) as i64).collect(),
         prefix: 1 + index % 4,
         dropout_seed: 0,
     };
     let examples: Vec<Example> = (0..20).map(example).collect();
-    check_company(&decoder, &adapter(&decoder, 0.0), &examples, 6);
+    for dtype in [DtypeChoice::F32, DtypeChoice::Auto] {
+        let decoder = Decoder::load(&Checkpoint::open(&real_model()).unwrap(), cpu(dtype)).unwrap();
+        check_company(&decoder, &adapter(&decoder, 0.0), &examples, 6);
+    }
 }
 
 #[test]
@@ -154,11 +156,11 @@ fn recomputing_a_layer_changes_nothing() {
     tch::no_grad(|| {
         let batch = Batch::new(&decoder, &examples).unwrap();
         let adapters = adapters(&decoder, &lora).unwrap();
-        let masks = dropout::Masks::new(&lora, &decoder, &examples, batch.length);
+        let masks = dropout::Masks::new(lora.config.dropout, &decoder, &examples, &batch);
         let run = |keep| {
             let tape = backward::Tape::forward(&decoder, &adapters, &batch, &masks, keep).unwrap();
             let (_, gradient) = loss::with_gradient(&decoder, tape.output(), &batch).unwrap();
-            tape.backward(&decoder, &adapters, &lora, &masks, gradient, 1.0).unwrap()
+            tape.backward(&decoder, &adapters, &batch, &lora, &masks, gradient, 1.0).unwrap()
         };
         for (kept, recomputed) in run(true).iter().zip(&run(false)) {
             assert_eq!(largest_difference(kept, recomputed), 0.0);
