@@ -47,7 +47,7 @@ lint: setup ## Formatting and lints.
 bench: setup ## Measure speed beside the peers (fetches 4 GB of them; BENCH='--only train --pairs 1').
 	infra/bench.sh $(BENCH)
 
-bench-scale: setup ## Measure growth with the data (takes 60 GB of disk; SCALE='--rows 500000' for a tenth).
+bench-scale: setup ## Measure growth with the data (takes 25 GB of disk; SCALE='--rows 500000' for a tenth).
 	infra/scale.sh $(SCALE)
 
 clean: ## Forget what was compiled; downloads stay.

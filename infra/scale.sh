@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures how doppel grows with the data: partition, tables on disk and on an S3 server, queries. Arguments go to
-# tests/bench/scale.py, such as `--rows 500000`; the default takes 60 GB of disk below SCALE_FOLDER (default DOPPEL_CACHE).
+# tests/bench/scale.py, such as `--rows 500000`; the default takes 25 GB of disk below SCALE_FOLDER (default DOPPEL_CACHE).
 # PROFILE=release measures what `make build` gives; the default is the profile of the demo, as in infra/bench.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."

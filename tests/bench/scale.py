@@ -2,8 +2,8 @@
 
 Partitions generated conversations with n-gram deduplication, writes and reads tables of embeddings on disk and on the S3
 server of the tests, and queries a table of texts; a quarter, a half and all of --rows. Beside each stands a plain write
-or read of as many bytes in the same minute: `dd conv=fdatasync`, `dd` from a file that the page cache forgot, one plain
-PUT or GET for each file. Prints one JSON line per figure, then a table; `growth` is the time for each row beside that of
+or read of as many bytes in the same minute: `dd conv=fdatasync`, a read of files that the page cache forgot, one plain PUT
+or GET for each file. Prints one JSON line per figure, then a table; `growth` is the time for each row beside that of
 the smallest size, 1 where time grows as the data do. Fails when partition takes more than 4 GB of memory.
 """
 
@@ -29,15 +29,16 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def run(command, environment=None):
-    """(seconds, peak memory in bytes, standard output) of a command that must succeed."""
+    """(seconds, (peak memory in bytes, processor seconds), standard output) of a command that must succeed."""
     started = time.perf_counter()
-    child = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, env={**os.environ, **(environment or {})})
+    environment = {**os.environ, "RUST_LOG": "warn", **(environment or {})}
+    child = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, env=environment)
     output = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         sys.exit(f"{' '.join(map(str, command))}: exit code {child.returncode}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024, output
+    return time.perf_counter() - started, (usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime), output
 
 
 def forget(files):
@@ -61,14 +62,23 @@ def plain_write(folder, size):
 
 def plain_read(files):
     forget(files)
-    return sum(run(["dd", f"if={file}", "of=/dev/null", f"bs={BLOCK}", "status=none"])[0] for file in files)
+    buffer = bytearray(BLOCK)
+    started = time.perf_counter()
+    for file in files:
+        with open(file, "rb", buffering=0) as source:
+            while source.readinto(buffer):
+                pass
+    return time.perf_counter() - started
 
 
 class Server:
     """The S3 server of the tests, and plain requests to it, signed by AWS Signature Version 4."""
 
-    def __init__(self, tool):
-        self.process = subprocess.Popen([tool, "server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, args):
+        # It keeps its volumes on the disk that is measured, too.
+        environment = {**os.environ, "TMPDIR": str(args.folder)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([args.tool, "server"], env=environment, **pipes)
         told = json.loads(self.process.stdout.readline())
         self.root, self.environment = told["root"], told["environment"]
         self.host = urlparse(self.environment["AWS_ENDPOINT_URL"]).netloc
@@ -123,7 +133,8 @@ class Report:
     def __init__(self):
         self.rows = []
 
-    def add(self, work, amount, unit, size, seconds, plain, ceiling, peak=None):
+    def add(self, work, amount, unit, size, seconds, plain, ceiling, used):
+        peak, processor = used
         first = next((row for row in self.rows if row["work"] == work), None)
         row = {
             "work": work,
@@ -131,22 +142,23 @@ class Report:
             "unit": unit,
             "bytes": size,
             "seconds": round(seconds, 2),
+            "cpu_seconds": round(processor, 2),
             "rate": round(amount / seconds),
             "mb_per_s": round(size / seconds / 1e6, 1),
             "of": ceiling,
             "of_mb_per_s": round(size / plain / 1e6, 1),
             "share": round(plain / seconds, 3),
             "growth": round(seconds / amount / (first["seconds"] / first["amount"]), 2) if first else 1.0,
-            "peak_mb": round(peak / 1e6) if peak else None,
+            "peak_mb": round(peak / 1e6),
         }
         print(json.dumps(row), flush=True)
         self.rows.append(row)
 
     def table(self):
-        heads = ["work", "amount", "unit", "seconds", "rate", "mb_per_s", "of", "share", "growth", "peak_mb"]
+        heads = ["work", "amount", "unit", "seconds", "cpu_seconds", "rate", "mb_per_s", "of", "share", "growth", "peak_mb"]
         print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
         for row in self.rows:
-            print("| " + " | ".join("" if row[head] is None else f"{row[head]}" for head in heads) + " |")
+            print("| " + " | ".join(str(row[head]) for head in heads) + " |")
 
 
 def partition(args, report):
@@ -159,8 +171,8 @@ def partition(args, report):
         forget([raw])
         flags = [f"--private={lake}", "--run=scale", "--corpus=scale", f"--input={raw}", "--unit-column=id"]
         # What does not fit in memory goes to the disk that is measured.
-        seconds, peak, _ = run([args.binaries / "doppel-partition", *flags], {"TMPDIR": str(args.folder)})
-        report.add("partition, n-grams", rows, "conversations", size, seconds, plain, "dd, read", peak)
+        seconds, used, _ = run([args.binaries / "doppel-partition", *flags], {"TMPDIR": str(args.folder)})
+        report.add("partition, n-grams", rows, "conversations", size, seconds, plain, "plain read", used)
         shutil.rmtree(lake)
     raw.unlink()
 
@@ -169,37 +181,39 @@ def embeddings(args, report):
     lake = args.folder / "lake"
     for part in PARTS:
         rows = int(args.rows * part) // 5
-        seconds, peak, output = timed([args.tool, "embeddings", lake, rows])
+        seconds, used, output = timed([args.tool, "embeddings", lake, rows])
         files = sorted(lake.rglob("*.parquet"))
         size = sum(file.stat().st_size for file in files)
         seconds += forget(files)
-        report.add("write embeddings, disk", rows, "rows", size, seconds, plain_write(args.folder, size), "dd, write", peak)
+        report.add("write embeddings, disk", rows, "rows", size, seconds, plain_write(args.folder, size), "dd conv=fdatasync", used)
         plain = plain_read(files)
         forget(files)
-        seconds, peak, output = timed([args.tool, "scan", lake])
+        seconds, used, output = timed([args.tool, "scan", lake])
         if (output["amount"], output["width"]) != (rows, 768):
             sys.exit(f"{rows} rows of 768 were written, but read: {output}")
-        report.add("read embeddings, disk", rows, "rows", size, seconds, plain, "dd, read", peak)
+        report.add("read embeddings, disk", rows, "rows", size, seconds, plain, "plain read", used)
         served(args, report, rows, files, size)
         shutil.rmtree(lake)
 
 
 def timed(command, environment=None):
-    """(seconds as the tool took them, peak memory, what it told)"""
-    _, peak, output = run(command, environment)
+    """(seconds as the tool took them, memory and processor time, what it told)"""
+    _, used, output = run(command, environment)
     told = json.loads(output)
-    return told["seconds"], peak, told
+    return told["seconds"], used, told
 
 
 def served(args, report, rows, files, size):
     """The same rows on the server, beside plain requests with the very files that the disk got."""
-    with Server(args.tool) as server:
+    with Server(args) as server:
         data = [file for file in files if "_delta_log" not in file.parts]
+        # The first request makes the server set its volumes up.
+        server.plain("PUT", data[:1])
         put, get = server.plain("PUT", data), server.plain("GET", data)
-        seconds, peak, _ = timed([args.tool, "embeddings", server.root, rows], server.environment)
-        report.add("write embeddings, S3", rows, "rows", size, seconds, put, "plain PUT", peak)
-        seconds, peak, _ = timed([args.tool, "scan", server.root], server.environment)
-        report.add("read embeddings, S3", rows, "rows", size, seconds, get, "plain GET", peak)
+        seconds, used, _ = timed([args.tool, "embeddings", server.root, rows], server.environment)
+        report.add("write embeddings, S3", rows, "rows", size, seconds, put, "plain PUT", used)
+        seconds, used, _ = timed([args.tool, "scan", server.root], server.environment)
+        report.add("read embeddings, S3", rows, "rows", size, seconds, get, "plain GET", used)
 
 
 def query(args, report):
@@ -218,8 +232,8 @@ def query(args, report):
         for name, sql in queries.items():
             forget(files)
             command = [args.binaries / "doppel-query", f"--release={lake}", "--run=scale", "--output=json", *sql]
-            seconds, peak, _ = run(command)
-            report.add(name, rows, "rows", size, seconds, plain, "dd, read of the table", peak)
+            seconds, used, _ = run(command)
+            report.add(name, rows, "rows", size, seconds, plain, "plain read", used)
         shutil.rmtree(lake)
 
 

@@ -97,9 +97,9 @@ impl Words {
             // The square makes some popular prompts far more popular than others.
             let popular = (random(row, (1 << 19) + 1) % 1000).pow(2) as usize / 100;
             self.draw((1 << 40) + popular, 150, text);
+            text.push(' ');
         }
         if kind > 0 {
-            text.push(' ');
             let bytes = 50.0 * 64_f64.powf(random(row, (1 << 19) + 2) as f64 / 2_f64.powi(64));
             self.draw(row, bytes as usize, text);
         }

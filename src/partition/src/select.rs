@@ -229,3 +229,41 @@ fn reason(counts: &Counts) -> &'static str {
         _ => "the input holds no record",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use privacy::keyed::NoiseKey;
+
+    use super::*;
+    use crate::config::Args;
+
+    /// Records of a few units, whose texts are four words in a row of 150: some equal, many that share three.
+    fn selected(in_memory: usize) -> Selected {
+        let flags = ["partition", "--run=r", "--private=p", "--input=i", "--corpus=c", "--max-per-unit=2", "--ngram=3"];
+        let config = Arc::new(Config::new(&Args::parse_from(flags)).unwrap());
+        let mut selection = Selection::new(config, Arc::new(Keys::new(&NoiseKey::new([5; 32]), "c")));
+        selection.seen = Seen::new(in_memory);
+        for ordinal in 0..500_u64 {
+            let word = ordinal * 7919 % 997 % 150;
+            let text = (word..word + 4).map(|word| format!("w{word}")).collect::<Vec<_>>().join(" ");
+            let fingerprint = selection.fingerprinter.of(&text);
+            selection.admit(&Candidate { unit: ordinal % 9, priority: ordinal ^ 85, fingerprint }, ordinal).unwrap();
+        }
+        selection.finish().unwrap()
+    }
+
+    #[test]
+    fn the_same_records_stay_when_ngrams_go_to_disk() {
+        let whole = selected(usize::MAX);
+        assert!(
+            whole.counts.exact_duplicates > 0 && whole.counts.ngram_duplicates > 0 && whole.counts.over_bound > 0,
+            "{:?}",
+            whole.counts
+        );
+        for in_memory in [0, 10, 40] {
+            let spilled = selected(in_memory);
+            assert_eq!((spilled.choices, spilled.counts), (whole.choices.clone(), whole.counts), "{in_memory}");
+        }
+    }
+}
