@@ -15,10 +15,10 @@ export DOPPEL_CACHE TORCH LIBTORCH CARGO_TARGET_DIR
 SETUP_LIBTORCH := $(if $(filter $(DOPPEL_CACHE)/%,$(LIBTORCH)),libtorch,)
 BIN := $(CARGO_TARGET_DIR)/debug
 
-.PHONY: help setup build binaries demo test lint bench clean
+.PHONY: help setup build binaries demo test lint bench bench-scale clean
 
 help: ## List the targets.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 21
 
 setup: ## Fetch libtorch, models, data and the S3 server into DOPPEL_CACHE (TORCH=cuda for CUDA).
 	@infra/setup.sh $(SETUP_LIBTORCH) models data s3
@@ -46,6 +46,9 @@ lint: setup ## Formatting and lints.
 
 bench: setup ## Measure speed beside the peers (fetches 4 GB of them; BENCH='--only train --pairs 1').
 	infra/bench.sh $(BENCH)
+
+bench-scale: setup ## Measure growth with the data (takes 25 GB of disk; SCALE='--rows 500000' for a tenth).
+	infra/scale.sh $(SCALE)
 
 clean: ## Forget what was compiled; downloads stay.
 	cargo clean

@@ -6,9 +6,20 @@
 //! character by itself, close to the tokenizer that the paper used; upper and lower case differ.
 //!
 //! State is one 64-bit hash for each distinct text and n-gram, in open addressing: 11 to 22 bytes each, 32 while the
-//! table doubles. Hashes are seeded from the noise key, so nobody outside can craft a text that collides with another's.
+//! table doubles. Past [`IN_MEMORY`] n-grams go to disk, and which texts stay is told at the end ([`spill`]). Hashes are
+//! seeded from the noise key, so nobody outside can craft a text that collides with another's.
+
+mod spill;
+
+use std::io;
 
 use crate::config::Dedup;
+use crate::dedup::spill::Spill;
+
+/// N-grams that are held in memory: a table of 1 GiB, 1.5 GiB while it doubles to that.
+pub const IN_MEMORY: usize = (1 << 27) / 4 * 3;
+/// N-grams on disk that are judged at a time, at most: half a gigabyte.
+const RANGE: usize = 8 << 20;
 
 /// A set of hashes that are already well mixed, in open addressing with linear probing.
 ///
@@ -61,11 +72,14 @@ impl HashTable {
         true
     }
 
+    fn hashes(&self) -> impl Iterator<Item = u64> {
+        self.slots.iter().copied().filter(|&hash| hash != 0)
+    }
+
     fn double(&mut self) {
         let larger = (self.slots.len() * 2).max(1024);
-        let slots = std::mem::replace(&mut self.slots, vec![0; larger]);
-        self.held = 0;
-        slots.into_iter().filter(|&hash| hash != 0).for_each(|hash| {
+        let smaller = std::mem::replace(self, Self { slots: vec![0; larger], held: 0 });
+        smaller.hashes().for_each(|hash| {
             self.insert(hash);
         });
     }
@@ -187,44 +201,63 @@ fn hash(seed: u64, text: &[u8]) -> u64 {
     mix(state ^ u64::from_le_bytes(last))
 }
 
-/// Why a text is a duplicate.
+/// What a text is beside those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Duplicate {
+pub enum Verdict {
+    /// It stays.
+    New,
     /// Equal to an earlier one.
     Exact,
     /// Shares an n-gram with an earlier kept one.
     Ngram,
+    /// [`Seen::settle`] tells whether it stays.
+    Open,
 }
 
 /// What was seen so far.
-#[derive(Default)]
 pub struct Seen {
     texts: HashTable,
     ngrams: HashTable,
+    in_memory: usize,
+    spill: Option<Spill>,
 }
 
 impl Seen {
+    /// Nothing yet; up to `in_memory` n-grams will be held in memory.
+    pub fn new(in_memory: usize) -> Self {
+        Self { texts: HashTable::default(), ngrams: HashTable::default(), in_memory, spill: None }
+    }
+
     /// Whether a text is new; remembers it then. `dedup` is that of the fingerprint.
-    pub fn insert(&mut self, dedup: Dedup, fingerprint: &Fingerprint) -> Result<(), Duplicate> {
+    pub fn insert(&mut self, dedup: Dedup, fingerprint: &Fingerprint) -> io::Result<Verdict> {
         if dedup == Dedup::None {
-            return Ok(());
+            return Ok(Verdict::New);
         }
         if !self.texts.insert(fingerprint.text) {
-            return Err(Duplicate::Exact);
+            return Ok(Verdict::Exact);
+        }
+        if self.spill.is_none() && self.ngrams.held + fingerprint.ngrams.len() > self.in_memory {
+            self.spill = Some(Spill::new(&std::mem::take(&mut self.ngrams), RANGE.min(self.in_memory))?);
+        }
+        if let Some(spill) = &mut self.spill {
+            spill.push(&fingerprint.ngrams)?;
+            return Ok(Verdict::Open);
         }
         if fingerprint.ngrams.iter().any(|&ngram| self.ngrams.contains(ngram)) {
-            return Err(Duplicate::Ngram);
+            return Ok(Verdict::Ngram);
         }
         fingerprint.ngrams.iter().for_each(|&ngram| {
             self.ngrams.insert(ngram);
         });
-        Ok(())
+        Ok(Verdict::New)
     }
 
-    /// Bytes that the tables take for each hash that they hold.
-    pub fn bytes_per_hash(&self) -> f64 {
-        let slots = self.texts.slots.len() + self.ngrams.slots.len();
-        8.0 * slots as f64 / (self.texts.held + self.ngrams.held).max(1) as f64
+    /// Whether each text of an open verdict stays, in their order.
+    pub fn settle(self) -> io::Result<Vec<bool>> {
+        // What decided about equal texts is needed no more, and this takes memory of its own.
+        let spill = self.spill;
+        drop(self.texts);
+        spill.map_or(Ok(Vec::new()), Spill::settle)
     }
 }
 
@@ -232,12 +265,29 @@ impl Seen {
 mod tests {
     use super::*;
 
+    /// The texts that stay, the same however many n-grams are held in memory.
+    #[track_caller]
     fn kept(dedup: Dedup, ngram: usize, texts: &[&str]) -> Vec<usize> {
         let fingerprinter = Fingerprinter::new(dedup, ngram, 7);
-        let mut seen = Seen::default();
-        let new = |text: &str| seen.insert(dedup, &fingerprinter.of(text)).is_ok();
-        let flags: Vec<bool> = texts.iter().copied().map(new).collect();
-        (0..texts.len()).filter(|&index| flags[index]).collect()
+        let fingerprints: Vec<Fingerprint> = texts.iter().map(|text| fingerprinter.of(text)).collect();
+        let kept = kept_in(usize::MAX, dedup, &fingerprints);
+        for in_memory in 0..6 {
+            assert_eq!(kept_in(in_memory, dedup, &fingerprints), kept, "{in_memory} n-grams in memory");
+        }
+        kept
+    }
+
+    fn kept_in(in_memory: usize, dedup: Dedup, fingerprints: &[Fingerprint]) -> Vec<usize> {
+        let mut seen = Seen::new(in_memory);
+        let told: Vec<Verdict> = fingerprints.iter().map(|text| seen.insert(dedup, text).unwrap()).collect();
+        let mut settled = seen.settle().unwrap().into_iter();
+        let stays = |&index: &usize| match told[index] {
+            Verdict::Open => settled.next().unwrap(),
+            verdict => verdict == Verdict::New,
+        };
+        let kept = (0..told.len()).filter(stays).collect();
+        assert_eq!(settled.next(), None);
+        kept
     }
 
     #[test]
@@ -296,14 +346,36 @@ mod tests {
 
     #[test]
     fn a_hash_takes_at_most_forty_bytes_while_the_table_doubles() {
-        let mut seen = Seen::default();
+        let mut table = HashTable::default();
         for step in 0..200_000_u64 {
-            let before = seen.bytes_per_hash();
-            seen.ngrams.insert(mix(step));
-            let now = seen.bytes_per_hash();
+            let before = table.slots.len();
+            table.insert(mix(step));
             // While it doubles, both tables exist.
-            let peak = if now > before { before + now } else { now };
-            assert!(seen.ngrams.held < 1000 || peak <= 40.0, "{peak} bytes at {step}");
+            let slots = if table.slots.len() > before { before + table.slots.len() } else { before };
+            let peak = 8.0 * slots as f64 / table.held as f64;
+            assert!(table.held < 1000 || peak <= 40.0, "{peak} bytes at {step}");
+        }
+    }
+
+    #[test]
+    fn what_is_held_in_memory_takes_a_gibibyte() {
+        let slots = IN_MEMORY / 3 * 4;
+        assert_eq!((slots.is_power_of_two(), slots * 8), (true, 1 << 30), "one more would double the table");
+    }
+
+    #[test]
+    fn texts_stay_or_go_alike_in_memory_and_on_disk() {
+        // Few enough distinct n-grams that chains of shared ones are long, and more than fill a block on disk.
+        let texts: Vec<Fingerprint> = (0..30_000_u64)
+            .map(|text| Fingerprint {
+                text,
+                ngrams: (0..mix(text) % 40).map(|index| mix(mix(text << 8 | index) % 3_000_000)).collect(),
+            })
+            .collect();
+        let kept = kept_in(usize::MAX, Dedup::Ngram, &texts);
+        assert!((1_000..29_000).contains(&kept.len()), "{} stay", kept.len());
+        for in_memory in [0, 1, 1_000, 100_000] {
+            assert!(kept_in(in_memory, Dedup::Ngram, &texts) == kept, "{in_memory} n-grams in memory");
         }
     }
 }

@@ -63,6 +63,13 @@ pub enum PartitionError {
         /// At which step the last record went.
         reason: &'static str,
     },
+    /// The folder of temporary files does not take the n-grams that memory does not hold: exit code 5.
+    #[error(
+        "{folder}: n-grams that do not fit in memory cannot be kept there: {0}\n\
+         help: free space there, name a larger disk with TMPDIR, or compare whole texts with --dedup exact",
+        folder = std::env::temp_dir().display()
+    )]
+    Scratch(#[from] std::io::Error),
     /// An invariant of ours: exit code 1.
     #[error("{0}")]
     Bug(&'static str),
@@ -79,6 +86,7 @@ impl From<PartitionError> for Failure {
         match error {
             PartitionError::Usage(message) => Failure::Usage(message),
             PartitionError::Bug(message) => Failure::Bug(message.to_owned()),
+            PartitionError::Scratch(_) => Failure::Transient(error.to_string()),
             PartitionError::Lake(error) => error.into(),
             PartitionError::Ledger(error) => Failure::coded(error.exit_code(), error),
             other => Failure::Input(other.to_string()),

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::bound::{Bounds, Choice, Keys};
 use crate::config::{Config, Language};
-use crate::dedup::{Duplicate, Fingerprint, Fingerprinter, Seen};
+use crate::dedup::{Fingerprint, Fingerprinter, IN_MEMORY, Seen, Verdict};
 use crate::error::PartitionError;
 use crate::input::Batch;
 use crate::language::{is_english, names_english};
@@ -92,6 +92,8 @@ pub struct Selection {
     keys: Arc<Keys>,
     fingerprinter: Fingerprinter,
     seen: Seen,
+    /// Units and choices of the records that deduplication tells about at the end.
+    open: Vec<(u64, Choice)>,
     bounds: Bounds,
     counts: Counts,
     unit_columns: BTreeSet<String>,
@@ -112,7 +114,8 @@ impl Selection {
     pub fn new(config: Arc<Config>, keys: Arc<Keys>) -> Self {
         Self {
             fingerprinter: Fingerprinter::new(config.dedup, config.ngram, keys.dedup_seed()),
-            seen: Seen::default(),
+            seen: Seen::new(IN_MEMORY),
+            open: Vec::new(),
             bounds: Bounds::new(config.max_per_unit),
             counts: Counts::default(),
             unit_columns: BTreeSet::new(),
@@ -132,7 +135,7 @@ impl Selection {
             let ordinal = self.counts.read;
             self.counts.read += 1;
             match verdict? {
-                Ok(candidate) => self.admit(&candidate, ordinal),
+                Ok(candidate) => self.admit(&candidate, ordinal)?,
                 Err(dropped) => *self.counter(dropped) += 1,
             }
         }
@@ -140,7 +143,14 @@ impl Selection {
     }
 
     /// What stays, in the order of the input.
-    pub fn finish(self) -> Result<Selected, PartitionError> {
+    pub fn finish(mut self) -> Result<Selected, PartitionError> {
+        let settled = std::mem::replace(&mut self.seen, Seen::new(0)).settle()?;
+        for ((unit, choice), new) in std::mem::take(&mut self.open).into_iter().zip(settled) {
+            match new {
+                true => self.offer(unit, choice),
+                false => self.counts.ngram_duplicates += 1,
+            }
+        }
         let mut counts = self.counts;
         counts.units = self.bounds.units() as u64;
         let choices = self.bounds.into_selection();
@@ -179,16 +189,21 @@ impl Selection {
     }
 
     /// The steps that compare records.
-    fn admit(&mut self, candidate: &Candidate, ordinal: u64) {
-        match self.seen.insert(self.config.dedup, &candidate.fingerprint) {
-            Err(Duplicate::Exact) => self.counts.exact_duplicates += 1,
-            Err(Duplicate::Ngram) => self.counts.ngram_duplicates += 1,
-            Ok(()) => {
-                // Those that stay are taken off at the end.
-                self.counts.over_bound += 1;
-                self.bounds.offer(candidate.unit, Choice { priority: candidate.priority, ordinal });
-            }
+    fn admit(&mut self, candidate: &Candidate, ordinal: u64) -> Result<(), PartitionError> {
+        let choice = Choice { priority: candidate.priority, ordinal };
+        match self.seen.insert(self.config.dedup, &candidate.fingerprint)? {
+            Verdict::Exact => self.counts.exact_duplicates += 1,
+            Verdict::Ngram => self.counts.ngram_duplicates += 1,
+            Verdict::New => self.offer(candidate.unit, choice),
+            Verdict::Open => self.open.push((candidate.unit, choice)),
         }
+        Ok(())
+    }
+
+    fn offer(&mut self, unit: u64, choice: Choice) {
+        // Those that stay are taken off at the end.
+        self.counts.over_bound += 1;
+        self.bounds.offer(unit, choice);
     }
 
     fn counter(&mut self, dropped: Dropped) -> &mut u64 {
@@ -212,5 +227,43 @@ fn reason(counts: &Counts) -> &'static str {
     match steps.into_iter().max_by_key(|step| step.0) {
         Some((count, reason)) if count > 0 => reason,
         _ => "the input holds no record",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use privacy::keyed::NoiseKey;
+
+    use super::*;
+    use crate::config::Args;
+
+    /// Records of a few units, whose texts are four words in a row of 150: some equal, many that share three.
+    fn selected(in_memory: usize) -> Selected {
+        let flags = ["partition", "--run=r", "--private=p", "--input=i", "--corpus=c", "--max-per-unit=2", "--ngram=3"];
+        let config = Arc::new(Config::new(&Args::parse_from(flags)).unwrap());
+        let mut selection = Selection::new(config, Arc::new(Keys::new(&NoiseKey::new([5; 32]), "c")));
+        selection.seen = Seen::new(in_memory);
+        for ordinal in 0..500_u64 {
+            let word = ordinal * 7919 % 997 % 150;
+            let text = (word..word + 4).map(|word| format!("w{word}")).collect::<Vec<_>>().join(" ");
+            let fingerprint = selection.fingerprinter.of(&text);
+            selection.admit(&Candidate { unit: ordinal % 9, priority: ordinal ^ 85, fingerprint }, ordinal).unwrap();
+        }
+        selection.finish().unwrap()
+    }
+
+    #[test]
+    fn the_same_records_stay_when_ngrams_go_to_disk() {
+        let whole = selected(usize::MAX);
+        assert!(
+            whole.counts.exact_duplicates > 0 && whole.counts.ngram_duplicates > 0 && whole.counts.over_bound > 0,
+            "{:?}",
+            whole.counts
+        );
+        for in_memory in [0, 10, 40] {
+            let spilled = selected(in_memory);
+            assert_eq!((spilled.choices, spilled.counts), (whole.choices.clone(), whole.counts), "{in_memory}");
+        }
     }
 }
