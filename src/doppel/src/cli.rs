@@ -40,6 +40,12 @@ pub enum Command {
     Runs(RunsArgs),
     /// Show the stages of one run, with inputs, outputs and configuration.
     Show(ShowArgs),
+    /// Remove what no retained run refers to.
+    Gc(crate::gc::GcArgs),
+    /// Merge the small files that sharded appends leave.
+    Compact(crate::compact::CompactArgs),
+    /// Tell the lineage of runs as OpenLineage events, to a file or an HTTP endpoint.
+    Openlineage(crate::openlineage::OpenlineageArgs),
     /// Partition raw conversations into a corpus (doppel-partition).
     #[command(disable_help_flag = true)]
     Partition(Rest),
