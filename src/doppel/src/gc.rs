@@ -27,7 +27,8 @@ use crate::table::table;
 /// left below runs/RUN, but for what a retained run or the ledger names; old scratch areas of reruns. Never: the ledger,
 /// the noise key, a corpus, and whatever a ledger entry or a retained claim or manifest names.
 ///
-/// What was spent stays spent: claims and manifests of a dropped run that the ledger names stay, and its id is closed.
+/// What was spent stays spent: claims and manifests of a dropped run that the ledger names, or that made a corpus, stay,
+/// and its id is closed.
 /// With one root alone only files that no version names and scratch go, since what the other zone pins is not known.
 ///
 /// Parts of uploads that were cut short are no objects on S3: set a lifecycle rule that aborts incomplete multipart
@@ -88,7 +89,7 @@ pub async fn gc(args: GcArgs) -> Result<Summary, Failure> {
     };
     if !args.dry_run {
         // First of all the ids are closed, so that no stage begins anew on what is half removed.
-        for run in retained.dropped.iter().filter(|(_, has_entry)| **has_entry).map(|(run, _)| run) {
+        for run in retained.dropped.iter().filter(|(_, on_record)| on_record.is_some()).map(|(run, _)| run) {
             close(&roots, run).await?;
         }
         if let Some((root, plan)) = &release {
@@ -122,6 +123,13 @@ async fn retained(args: &GcArgs, roots: &Roots, report: &mut Report) -> Result<R
     if let Some(root) = &roots.private {
         (retained.pins, reserved) = ledger_pins(root).await?;
     }
+    let mut all = Vec::new();
+    if let Some(root) = &roots.release {
+        all.extend(told(root).await?);
+    }
+    if let Some(root) = &roots.private {
+        all.extend(told(root).await?);
+    }
     for run in &args.dropped {
         match last_write(roots, run).await? {
             None => report.notes.push(format!("run {run}: nothing of it is left")),
@@ -130,19 +138,21 @@ async fn retained(args: &GcArgs, roots: &Roots, report: &mut Report) -> Result<R
                 at.format("%Y-%m-%d %H:%M")
             )),
             Some(_) => {
-                retained.dropped.insert(run.clone(), reserved.contains(run));
+                retained.dropped.insert(run.clone(), on_record(run, &reserved, &all));
             }
         }
     }
-    let mut all = Vec::new();
-    if let Some(root) = &roots.release {
-        all.extend(told(root).await?);
-    }
-    if let Some(root) = &roots.private {
-        all.extend(told(root).await?);
-    }
     retained.pins.extend(all.iter().filter(|told| !retained.dropped.contains_key(&told.run)).flat_map(pins));
     Ok(retained)
+}
+
+/// Why claims and manifests of `run` stay, and its id is closed: something that is never removed came of it.
+fn on_record(run: &str, reserved: &BTreeSet<String>, all: &[Told]) -> Option<&'static str> {
+    if reserved.contains(run) {
+        return Some("the ledger names the run");
+    }
+    let mut claims = all.iter().filter(|told| told.run == run).flat_map(|told| &told.claims);
+    claims.any(|claim| claim.stage == "partition").then_some("the run made a corpus")
 }
 
 async fn last_write(roots: &Roots, run: &str) -> Result<Option<chrono::DateTime<Utc>>, Failure> {
@@ -177,7 +187,8 @@ async fn ledger_pins(root: &PrivateRoot) -> Result<(Vec<Pin>, BTreeSet<String>),
 
 /// What a run's claims and manifests name.
 fn pins(told: &Told) -> Vec<Pin> {
-    let pin = |path: &str, version| Pin { path: path.to_owned(), version, run: Some(told.run.clone()) };
+    let pin =
+        |path: &str, version| Pin { path: path.trim_matches('/').to_owned(), version, run: Some(told.run.clone()) };
     let claims = told.claims.iter().chain(told.manifests.iter().map(|manifest| &manifest.claim));
     let inputs = claims.flat_map(|claim| &claim.inputs).map(|input| pin(&input.location, input.version));
     let outputs = told.manifests.iter().flat_map(|manifest| &manifest.outputs);

@@ -27,8 +27,8 @@ const PARALLEL: usize = 16;
 pub struct Retained {
     /// Inputs and outputs that retained claims and manifests, or ledger entries, name.
     pub pins: Vec<Pin>,
-    /// Runs to remove, each with whether a ledger entry names it: then its claims and manifests stay.
-    pub dropped: BTreeMap<String, bool>,
+    /// Runs to remove, each with the reason why its claims and manifests stay, where there is one.
+    pub dropped: BTreeMap<String, Option<&'static str>>,
     /// Whether `pins` may lack some, as where one root alone is known: then every version stays.
     pub every_version: bool,
     /// Nothing that was written after this time goes.
@@ -230,15 +230,14 @@ fn drop_runs<'a>(
                 None => going.push((*object, table)),
             }
         }
-        let has_entry = retained.dropped.get(name).copied().unwrap_or_default();
         for pin in kept.values() {
             let whom = pin.run.as_ref().map_or("a ledger entry".to_string(), |run| format!("run {run}"));
             plan.kept.push(Kept { path: pin.path.clone(), reason: format!("{whom} names it") });
         }
         let place = format!("runs/{name}");
         let is_told = |path: &str| within(path, &format!("{place}/stages"));
-        if has_entry || !kept.is_empty() {
-            let reason = if has_entry { "the ledger names the run" } else { "they say what made the rest" };
+        let on_record = retained.dropped.get(name).copied().flatten();
+        if let Some(reason) = on_record.or((!kept.is_empty()).then_some("they say what made the rest")) {
             if going.iter().any(|(object, _)| is_told(&object.path)) {
                 plan.kept.push(Kept { path: format!("{place}/stages"), reason: reason.to_string() });
             }

@@ -93,13 +93,13 @@ pub struct RunHandle<Z: Zone> {
     zone: Z,
 }
 
-/// Marks a run whose results were removed although the ledger names it; in the run's folder.
+/// Marks a run whose results were removed while its claims stay on record; in the run's folder.
 pub(crate) const DROPPED: &str = "dropped.json";
 
 /// Closes `run` for good: no stage begins under its id again.
 ///
-/// Its reservation stands and its noise is keyed by its content, so a stage that ran once more would publish a second
-/// result under equal noise wherever its numbers came out otherwise.
+/// For a run that the ledger names: its reservation stands and its noise is keyed by its content, so a stage that ran
+/// once more would publish a second result under equal noise wherever its numbers came out otherwise.
 pub async fn close<Z: Zone>(zone: &Z, run: &str) -> Result<(), LakeError> {
     check_name("run id", run)?;
     let mark = format!("{{\"dropped\": \"{}\"}}\n", Utc::now().to_rfc3339());
@@ -111,8 +111,8 @@ async fn refuse_dropped<Z: Zone>(zone: &Z, run: &str) -> Result<(), LakeError> {
     match read::<Z, Value>(zone, &path).await? {
         None => Ok(()),
         Some(_) => Err(LakeError::Conflict(format!(
-            "{}: run {run} was dropped: its results are removed, and the ledger still names it\n\
-             help: choose another --run, which is paid for anew",
+            "{}: run {run} was dropped: its results are removed, and what it was stays on record\n\
+             help: choose another --run",
             zone.url_of(&path)
         ))),
     }

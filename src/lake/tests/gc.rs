@@ -186,7 +186,7 @@ async fn a_dropped_run_goes_and_what_others_name_stays_with_its_manifests() {
     lake.root.put("keys/noise.key", "secret".into()).await.unwrap();
     lake.age();
     let pins = vec![pin("runs/source/loss", Some(1), Some("other")), pin("runs/source/adapter/", None, Some("other"))];
-    let dropped = ["gone", "source"].map(|run| (run.to_string(), false)).into();
+    let dropped = ["gone", "source"].map(|run| (run.to_string(), None)).into();
     let plan = lake.collect(&Retained { pins, dropped, ..retained() }).await;
     let kept: Vec<&str> = plan.kept.iter().map(|kept| kept.path.as_str()).collect();
     assert_eq!(kept, ["runs/source/adapter/", "runs/source/loss", "runs/source/stages"]);
@@ -215,7 +215,7 @@ async fn a_run_that_the_ledger_names_keeps_its_manifests_and_never_begins_again(
     finish(&lake, "paid").await;
     lake.root.put("runs/paid/train/checkpoints/step-00000001.safetensors", "state".into()).await.unwrap();
     lake.age();
-    let dropped = [("paid".to_string(), true)].into();
+    let dropped = [("paid".to_string(), Some("the ledger names the run"))].into();
     manifest::close(&lake.root, "paid").await.unwrap();
     let plan = lake.collect(&Retained { dropped, ..retained() }).await;
     assert_eq!(reasons(&plan), [("runs/paid", Reason::DroppedRun)]);
@@ -238,7 +238,7 @@ async fn an_interrupted_removal_leaves_no_table_that_cannot_be_read() {
     finish(&lake, "gone").await;
     lake.table("runs/gone/loss", 12).await;
     lake.age();
-    let retained = Retained { dropped: [("gone".to_string(), false)].into(), ..retained() };
+    let retained = Retained { dropped: [("gone".to_string(), None)].into(), ..retained() };
     let plan = lake.plan(&retained).await;
     assert!(plan.removals.iter().any(|removal| removal.path.ends_with(".checkpoint.parquet")));
     let mut versions = Vec::new();
