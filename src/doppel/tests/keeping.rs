@@ -117,7 +117,7 @@ fn lineage_goes_to_standard_output_without_what_is_private() {
     assert_eq!(told, expected.map(|(kind, stage)| (kind.into(), stage.into())));
     assert_eq!(events[0]["run"]["facets"]["parent"]["run"], events[1]["run"]["facets"]["parent"]["run"]);
     assert_eq!(events[0]["run"]["runId"], events[2]["run"]["runId"]);
-    for private in ["c0ffee", "54321", "12345", "77"] {
+    for private in ["c0ffee", "54321", "12345", "\"77\""] {
         assert!(!stdout.contains(private), "{private}: {stdout}");
     }
     // Without the private root its datasets have a namespace of their own.
