@@ -14,10 +14,7 @@ use crate::cli::RootsArgs;
 use crate::roots::Roots;
 use crate::table::table;
 
-/// Merge the small files of tables.
-///
-/// Each table gets one new version with the same rows in the same order; older versions stay readable until `doppel gc`
-/// removes what nothing pins. Stages may run meanwhile. A table with few or large files is left alone.
+/// Flags of `doppel compact`.
 #[derive(Args, Clone, Debug)]
 pub struct CompactArgs {
     /// Tables as paths below a root, such as runs/demo/synthetic; by default all tables of all runs.
@@ -47,7 +44,7 @@ pub async fn compact(args: CompactArgs) -> Result<Summary, Failure> {
     let roots = Roots::open(&args.roots).await?;
     if let Some(corpus) = args.tables.iter().find(|table| table.trim_matches('/').starts_with("corpora/")) {
         return Err(Failure::Usage(format!(
-            "{corpus}: a corpus is one commit, and its version is named in releases; a version more would tell its size\n\
+            "{corpus}: a corpus is one commit, and releases name its version; one more would tell its size\n\
              help: name tables of runs"
         )));
     }
@@ -61,7 +58,7 @@ pub async fn compact(args: CompactArgs) -> Result<Summary, Failure> {
     let missing = args.tables.iter().find(|wanted| !done.iter().any(|one| one.table == wanted.trim_matches('/')));
     if let Some(missing) = missing {
         return Err(Failure::Input(format!(
-            "{missing}: no table there in any root given\nhelp: name its path below the root, such as runs/demo/synthetic"
+            "{missing}: no table there in any root given\nhelp: name its path, such as runs/demo/synthetic"
         )));
     }
     Ok(summary(&done))

@@ -20,19 +20,7 @@ use crate::cli::RootsArgs;
 use crate::roots::{Roots, Told, told};
 use crate::table::table;
 
-/// Remove what no retained run refers to.
-///
-/// All runs are retained but those named by --drop. Removed are: data files that no version of their table names, as
-/// killed writers leave them; data files of versions that compaction superseded and nothing pins; what dropped runs
-/// left below runs/RUN, but for what a retained run or the ledger names; old scratch areas of reruns. Never: the ledger,
-/// the noise key, a corpus, and whatever a ledger entry or a retained claim or manifest names.
-///
-/// What was spent stays spent: claims and manifests of a dropped run that the ledger names, or that made a corpus, stay,
-/// and its id is closed.
-/// With one root alone only files that no version names and scratch go, since what the other zone pins is not known.
-///
-/// Parts of uploads that were cut short are no objects on S3: set a lifecycle rule that aborts incomplete multipart
-/// uploads.
+/// Flags of `doppel gc`.
 #[derive(Args, Clone, Debug)]
 pub struct GcArgs {
     /// List what would go, and remove nothing.
@@ -238,10 +226,8 @@ impl Report {
             true => text.push("gc: nothing to remove".to_owned()),
             false => {
                 text.push(table(&["zone", "path", "size", "why"], &rows, &[2]));
-                text.push(format!(
-                    "{done}: {} of the release zone, and what is listed of the private one",
-                    bytes(self.total())
-                ));
+                let private = if self.private.removals.is_empty() { "" } else { ", and the private places above" };
+                text.push(format!("{done}: {} of the release zone{private}", bytes(self.total())));
             }
         }
         text.extend(self.kept().iter().map(|(zone, kept)| format!("kept: {zone} {}: {}", kept.path, kept.reason)));

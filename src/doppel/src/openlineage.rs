@@ -25,16 +25,7 @@ const SPEC: &str = "https://openlineage.io/spec";
 /// The path that servers of the specification listen at.
 const ENDPOINT: &str = "/api/v1/lineage";
 
-/// Tell the lineage of runs as OpenLineage events.
-///
-/// Each stage, each shard by itself, is one OpenLineage run: START when it was claimed, COMPLETE when its manifest was
-/// written. The ids follow from run, stage and shard, so telling the same again changes nothing. Tables are named by
-/// OpenLineage's rules, such as namespace s3://bucket and the path in it, with their version.
-///
-/// Of the private zone names, times and the versions of corpora are told, and nothing else. Where no private root is
-/// given, what lies in it is in the namespace doppel://private.
-///
-/// OPENLINEAGE_API_KEY is sent to an HTTP endpoint as a bearer token.
+/// Flags of `doppel openlineage`.
 #[derive(Args, Clone, Debug)]
 pub struct OpenlineageArgs {
     /// This run alone; by default all runs.
@@ -184,8 +175,8 @@ impl Teller<'_> {
     }
 }
 
-/// Namespace and name of what lies at `url`, by OpenLineage's rules: `s3://bucket` and the path in it, or `file` and the
-/// absolute path.
+/// Namespace and name of what lies at `url`, by OpenLineage's rules: `s3://bucket` and the path in it, or `file` and
+/// the absolute path.
 fn split(url: &str) -> (String, String) {
     match url.strip_prefix("file://") {
         Some(path) => ("file".to_owned(), path.to_owned()),
@@ -198,9 +189,11 @@ fn split(url: &str) -> (String, String) {
 }
 
 fn dataset((namespace, name): (String, String), version: Option<String>) -> Value {
-    let version =
-        version.map(|version| facet("1-0-1", "DatasetVersionDatasetFacet", json!({ "datasetVersion": version })));
-    json!({ "namespace": namespace, "name": name, "facets": version.map_or(json!({}), |facet| json!({ "version": facet })) })
+    let mut facets = json!({});
+    if let Some(version) = version {
+        facets["version"] = facet("1-0-1", "DatasetVersionDatasetFacet", json!({ "datasetVersion": version }));
+    }
+    json!({ "namespace": namespace, "name": name, "facets": facets })
 }
 
 /// A facet of the specification with its two common fields.
