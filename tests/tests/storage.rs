@@ -282,3 +282,52 @@ async fn child_fetch() {
     let stream = lake::read_stream(&format!("{url}/tiny/sub/weights"), &options(30)).await.unwrap();
     assert_eq!(stream.bytes.try_collect::<Vec<_>>().await.unwrap().concat(), [1; 100]);
 }
+
+#[test]
+fn gc_and_compaction_keep_their_promises_on_s3() {
+    let server = server();
+    let mut environment = server.environment(Key::Both);
+    environment.push(("TEST_ROOT", server.private_url("my l\u{e4}ke/private")));
+    child("child_gc", &environment);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "started by gc_and_compaction_keep_their_promises_on_s3"]
+async fn child_gc() {
+    use lake::gc::{self, Pin, Retained};
+    let root = PrivateRoot::open(&variable("TEST_ROOT"), &options(60)).await.unwrap();
+    for run in ["kept", "gone"] {
+        let table = root.table(&format!("runs/{run}/loss"));
+        table.create(lake::schema::loss()).await.unwrap();
+        for step in 0..12 {
+            let transaction = lake::AppTransaction { id: "a/train".into(), version: step };
+            assert!(table.append(vec![loss(step)], transaction).await.unwrap());
+        }
+        assert!(table.compact(1 << 20, lake::Writers::Ended).await.unwrap());
+    }
+    // All that is there counts as old.
+    let retained = Retained {
+        pins: vec![Pin { path: "runs/kept/loss".into(), version: Some(5), run: Some("other".into()) }],
+        dropped: [("gone".to_string(), None)].into(),
+        before: chrono::Utc::now() + Duration::from_secs(3600),
+        ..Retained::default()
+    };
+    let plan = gc::plan(&root, &retained).await.unwrap();
+    gc::remove(&root, &plan).await.unwrap();
+    assert_eq!(gc::plan(&root, &retained).await.unwrap().removals, []);
+    assert_eq!(root.list("runs/gone").await.unwrap(), Vec::<String>::new());
+    let table = root.table("runs/kept/loss");
+    assert_eq!(table.read(5, &["step"]).await.unwrap().iter().map(|batch| batch.num_rows()).sum::<usize>(), 5);
+    assert_eq!(table.read(13, &["step"]).await.unwrap().iter().map(|batch| batch.num_rows()).sum::<usize>(), 12);
+    assert!(matches!(table.read(12, &["step"]).await, Err(LakeError::Malformed(_))));
+}
+
+fn loss(step: i64) -> arrow::array::RecordBatch {
+    use arrow::array::{ArrayRef, Float64Array, Int64Array, StringArray};
+    let columns: Vec<ArrayRef> = vec![
+        std::sync::Arc::new(Int64Array::from(vec![step])),
+        std::sync::Arc::new(StringArray::from(vec!["validation"])),
+        std::sync::Arc::new(Float64Array::from(vec![0.5])),
+    ];
+    arrow::array::RecordBatch::try_new(lake::schema::loss(), columns).unwrap()
+}

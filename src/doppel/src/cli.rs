@@ -40,6 +40,36 @@ pub enum Command {
     Runs(RunsArgs),
     /// Show the stages of one run, with inputs, outputs and configuration.
     Show(ShowArgs),
+    /// Remove what no retained run refers to.
+    ///
+    /// All runs are retained but those named by --drop. Removed are: data files that no version of their table names,
+    /// as killed writers leave them; data files of versions that compaction superseded and nothing pins; what dropped
+    /// runs left below runs/RUN, but for what a retained run or the ledger names; old scratch areas of reruns. Never:
+    /// the ledger, the noise key, a corpus, and whatever a ledger entry or a retained claim or manifest names.
+    ///
+    /// What was spent stays spent: claims and manifests of a dropped run that the ledger names, or that made a corpus,
+    /// stay, and its id is closed. With one root alone only files that no version names and scratch go, since what the
+    /// other zone pins is not known.
+    ///
+    /// Parts of uploads that were cut short are no objects on S3: set a lifecycle rule that aborts incomplete multipart
+    /// uploads.
+    Gc(crate::gc::GcArgs),
+    /// Merge the small files that sharded appends leave.
+    ///
+    /// Each table gets one new version with the same rows in the same order; older versions stay readable until
+    /// `doppel gc` removes what nothing pins. Stages may run meanwhile. A table with few or large files is left alone.
+    Compact(crate::compact::CompactArgs),
+    /// Tell the lineage of runs as OpenLineage events, to a file or an HTTP endpoint.
+    ///
+    /// Each stage, each shard by itself, is one OpenLineage run: START when it was claimed, COMPLETE when its manifest
+    /// was written. The ids follow from run, stage and shard, so telling the same again changes nothing. Tables are
+    /// named by OpenLineage's rules, such as namespace s3://bucket and the path in it, with their version.
+    ///
+    /// Of the private zone names, times and the versions of corpora are told, and nothing else. Where no private root
+    /// is given, what lies in it is in the namespace doppel://private.
+    ///
+    /// OPENLINEAGE_API_KEY is sent to an HTTP endpoint as a bearer token.
+    Openlineage(crate::openlineage::OpenlineageArgs),
     /// Partition raw conversations into a corpus (doppel-partition).
     #[command(disable_help_flag = true)]
     Partition(Rest),

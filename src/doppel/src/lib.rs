@@ -7,12 +7,16 @@
 pub mod account;
 pub mod budget;
 pub mod cli;
+pub mod compact;
 pub mod compare;
 pub mod execute;
 pub mod exit;
+pub mod gc;
+pub mod openlineage;
 pub mod plan;
 pub mod plot;
 pub mod preflight;
+pub mod roots;
 pub mod runs;
 pub mod stages;
 pub mod table;
@@ -39,6 +43,9 @@ pub async fn run(cli: Cli) -> Result<Summary, Failure> {
         Command::Compare(args) => exit::on_signal(compare::compare(args)).await,
         Command::Runs(args) => exit::on_signal(runs::list(args)).await,
         Command::Show(args) => exit::on_signal(runs::show(args)).await,
+        Command::Gc(args) => exit::on_signal(gc::gc(args)).await,
+        Command::Compact(args) => exit::on_signal(compact::compact(args)).await,
+        Command::Openlineage(args) => exit::on_signal(openlineage::openlineage(args)).await,
         // `main` has gone there before the command line was parsed.
         Command::Partition(_)
         | Command::Train(_)

@@ -28,8 +28,25 @@ pub(crate) fn file_name(transaction: &AppTransaction) -> String {
             id.push(c);
         }
     }
-    let random = uuid::Uuid::new_v4().simple().to_string();
-    format!("{}-{:08}-{}.parquet", id.trim_start_matches(['.', '_']), transaction.version, &random[..12])
+    format!("{}-{:08}-{}.parquet", id.trim_start_matches(['.', '_']), transaction.version, random_part())
+}
+
+/// What the files of one writer, the shard of a stage, have in common: their names without chunk and random part.
+pub(crate) fn writer(name: &str) -> &str {
+    name.rsplitn(3, '-').nth(2).unwrap_or_default()
+}
+
+/// The name of a file that takes the place of `first` and of files behind it: it sorts as `first` does among all others.
+pub(crate) fn merged_name(first: &str) -> String {
+    let stem = first.strip_suffix(".parquet").unwrap_or(first);
+    // A file that was merged before has a random part more, which is replaced.
+    let random = |part: &str| part.len() == 12 && part.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let stem = stem.rsplit_once('.').filter(|(_, part)| random(part)).map_or(stem, |(stem, _)| stem);
+    format!("{stem}.{}.parquet", random_part())
+}
+
+fn random_part() -> String {
+    uuid::Uuid::new_v4().simple().to_string()[..12].to_string()
 }
 
 /// A data file of a version.
@@ -78,5 +95,20 @@ mod tests {
         assert!(name("demo/synthesize/9-of-16", 9) < name("demo/synthesize/9-of-16", 10));
         assert!(!name("_demo/ü", 0).contains(['/', 'ü']));
         assert!(!name("_demo", 0).starts_with('_'));
+    }
+
+    #[test]
+    fn a_merged_file_takes_the_place_of_the_first() {
+        let name = |id: &str, version| file_name(&AppTransaction { id: id.into(), version });
+        let (before, first, behind) = (name("demo/a", 3), name("demo/a", 4), name("demo/a", 5));
+        let merged = merged_name(&first);
+        let again = merged_name(&merged);
+        for merged in [&merged, &again] {
+            assert!(before < *merged && *merged < behind, "{merged}");
+            assert_eq!(writer(merged), writer(&first));
+            assert_eq!(merged.len(), first.len() + 13);
+        }
+        assert_ne!(merged, again);
+        assert_ne!(writer(&first), writer(&name("demo/b", 4)));
     }
 }

@@ -4,12 +4,14 @@
 //! [`PrivateRoot`] or [`ReleaseRoot`], claims its run with [`manifest::begin`], reads pinned versions of [`Table`]s and
 //! appends to others exactly once.
 
+mod compact;
 mod connect;
 pub mod corpus;
 mod delta;
 mod error;
 mod fetch;
 mod files;
+pub mod gc;
 mod location;
 pub mod manifest;
 pub mod private;
@@ -22,6 +24,7 @@ pub mod schema;
 mod store;
 pub mod table;
 
+pub use compact::Writers;
 pub use corpus::CorpusTerms;
 pub use error::explain;
 pub use fetch::{ByteStream, LocalFolder, fetch_folder, read_stream};

@@ -93,11 +93,37 @@ pub struct RunHandle<Z: Zone> {
     zone: Z,
 }
 
+/// Marks a run whose results were removed while its claims stay on record; in the run's folder.
+pub(crate) const DROPPED: &str = "dropped.json";
+
+/// Closes `run` for good: no stage begins under its id again.
+///
+/// For a run that the ledger names: its reservation stands and its noise is keyed by its content, so a stage that ran
+/// once more would publish a second result under equal noise wherever its numbers came out otherwise.
+pub async fn close<Z: Zone>(zone: &Z, run: &str) -> Result<(), LakeError> {
+    check_name("run id", run)?;
+    let mark = format!("{{\"dropped\": \"{}\"}}\n", Utc::now().to_rfc3339());
+    zone.put_if_absent(&format!("runs/{run}/{DROPPED}"), mark.into()).await.map(drop)
+}
+
+async fn refuse_dropped<Z: Zone>(zone: &Z, run: &str) -> Result<(), LakeError> {
+    let path = format!("runs/{run}/{DROPPED}");
+    match read::<Z, Value>(zone, &path).await? {
+        None => Ok(()),
+        Some(_) => Err(LakeError::Conflict(format!(
+            "{}: run {run} was dropped: its results are removed, and what it was stays on record\n\
+             help: choose another --run",
+            zone.url_of(&path)
+        ))),
+    }
+}
+
 /// Claims (run, stage, shard) in `zone`: `inputs` of an earlier claim win if only their versions moved on;
 /// another configuration or other inputs are [`LakeError::Conflict`] naming what differs.
 pub async fn begin<Z: Zone>(zone: &Z, claim: Claim) -> Result<Begin<Z>, LakeError> {
     check_name("run id", &claim.run)?;
     check_name("stage", &claim.stage)?;
+    refuse_dropped(zone, &claim.run).await?;
     let paths = Paths::new(&claim.run, &claim.stage, claim.shard);
     if let Some(manifest) = read::<Z, Manifest>(zone, &paths.manifest).await? {
         compare(zone, &paths.manifest, &manifest.claim, &claim)?;

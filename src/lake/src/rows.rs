@@ -203,12 +203,38 @@ pub(crate) async fn open(
 
 /// Encodes `batches` as a Parquet file with the columns of `schema`, in that order.
 pub(crate) fn encode(url: &str, schema: &SchemaRef, batches: &[RecordBatch]) -> Result<Vec<u8>, LakeError> {
-    let failed = |_| LakeError::Malformed(format!("{url}: the rows cannot be encoded as Parquet"));
-    let mut writer = ArrowWriter::try_new(Vec::new(), schema.clone(), Some(properties(schema))).map_err(failed)?;
+    let mut encoder = Encoder::new(url, schema)?;
     for batch in batches {
-        writer.write(&fit(url, schema, batch)?).map_err(failed)?;
+        encoder.write(batch)?;
     }
-    writer.into_inner().map_err(failed)
+    encoder.finish()
+}
+
+/// [`encode`] for rows that come one batch after the other.
+pub(crate) struct Encoder {
+    url: String,
+    schema: SchemaRef,
+    writer: ArrowWriter<Vec<u8>>,
+}
+
+impl Encoder {
+    pub fn new(url: &str, schema: &SchemaRef) -> Result<Self, LakeError> {
+        let writer = ArrowWriter::try_new(Vec::new(), schema.clone(), Some(properties(schema)));
+        let writer = writer.map_err(|_| not_encoded(url))?;
+        Ok(Self { url: url.to_string(), schema: schema.clone(), writer })
+    }
+
+    pub fn write(&mut self, batch: &RecordBatch) -> Result<(), LakeError> {
+        self.writer.write(&fit(&self.url, &self.schema, batch)?).map_err(|_| not_encoded(&self.url))
+    }
+
+    pub fn finish(self) -> Result<Vec<u8>, LakeError> {
+        self.writer.into_inner().map_err(|_| not_encoded(&self.url))
+    }
+}
+
+fn not_encoded(url: &str) -> LakeError {
+    LakeError::Malformed(format!("{url}: the rows cannot be encoded as Parquet"))
 }
 
 fn properties(schema: &Schema) -> WriterProperties {

@@ -291,13 +291,22 @@ impl Store {
 
     /// Paths of all objects below `prefix`, relative to this store's place, sorted.
     pub(crate) async fn list(&self, prefix: &str) -> Result<Vec<String>, LakeError> {
+        Ok(self.list_stored(prefix).await?.into_iter().map(|object| object.path).collect())
+    }
+
+    /// All objects below `prefix`, by path.
+    pub(crate) async fn list_stored(&self, prefix: &str) -> Result<Vec<Stored>, LakeError> {
         let at = self.0.location.join(prefix)?;
         let url = self.url_of(prefix).to_string();
         let mut found = Vec::new();
         let mut objects = self.0.objects.list(Some(&at));
         loop {
             match self.within(&url, objects.try_next()).await {
-                Ok(Some(meta)) => found.extend(self.relative(&meta.location)),
+                Ok(Some(meta)) => found.extend(self.relative(&meta.location).map(|path| Stored {
+                    path,
+                    size: meta.size,
+                    modified: meta.last_modified,
+                })),
                 Ok(None) => break,
                 Err(LakeError::NotFound(message)) if message.contains("bucket") => {
                     return Err(LakeError::NotFound(message));
@@ -306,8 +315,8 @@ impl Store {
                 Err(error) => return Err(error),
             }
         }
-        found.retain(|path| path != MARKER);
-        found.sort();
+        found.retain(|object| object.path != MARKER);
+        found.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(found)
     }
 
@@ -323,6 +332,47 @@ impl Store {
         match self.within(&url, self.0.objects.delete(&at)).await {
             Err(LakeError::NotFound(_)) => Ok(()),
             other => other,
+        }
+    }
+
+    /// Files that a write to a local folder left behind when it was killed: the client writes to `<name>#<number>` and
+    /// renames. Such names are no objects, so nothing else sees them.
+    pub(crate) fn list_unfinished(&self) -> Result<Vec<Stored>, LakeError> {
+        let Some(root) = self.0.location.local_path() else { return Ok(Vec::new()) };
+        let mut found = Vec::new();
+        let mut folders = vec![root.clone()];
+        while let Some(folder) = folders.pop() {
+            let name = folder.display().to_string();
+            let failed = |error: &std::io::Error| explain_io(&name, error);
+            let entries = match std::fs::read_dir(&folder) {
+                Ok(entries) => entries,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(failed(&error)),
+            };
+            for entry in entries {
+                let entry = entry.map_err(|error| failed(&error))?;
+                // A file that is gone by now was finished.
+                let Ok(meta) = entry.metadata() else { continue };
+                let path = entry.path();
+                if meta.is_dir() {
+                    folders.push(path);
+                } else if let (Ok(below), Ok(modified)) = (path.strip_prefix(&root), meta.modified())
+                    && is_unfinished(&path)
+                {
+                    let path = below.display().to_string();
+                    found.push(Stored { path, size: meta.len(), modified: modified.into() });
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Removes one of [`Store::list_unfinished`].
+    pub(crate) async fn delete_unfinished(&self, path: &str) -> Result<(), LakeError> {
+        let Some(root) = self.0.location.local_path() else { return Ok(()) };
+        match tokio::fs::remove_file(root.join(path)).await {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(explain_io(path, &error)),
+            _ => Ok(()),
         }
     }
 
@@ -366,6 +416,14 @@ impl Store {
             Err(_) => Err(late(url, self.timeout())),
         }
     }
+}
+
+/// An object as a listing shows it, its path relative to the store's place.
+#[derive(Clone, Debug)]
+pub(crate) struct Stored {
+    pub path: String,
+    pub size: u64,
+    pub modified: chrono::DateTime<chrono::Utc>,
 }
 
 /// One object as it was when it was found: one that is replaced meanwhile is an error, never a mixture.
@@ -435,6 +493,11 @@ fn refused_condition(url: &str, error: &object_store::Error) -> LakeError {
         return LakeError::Usage(no_conditional_puts(url));
     }
     explain(url, error)
+}
+
+fn is_unfinished(path: &std::path::Path) -> bool {
+    let number = path.file_name().and_then(|name| name.to_str()?.rsplit_once('#'));
+    number.is_some_and(|(_, number)| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 /// Waits that grow, with jitter, so that writers that collided do not collide again.

@@ -52,8 +52,8 @@ const CHECKPOINT_INTERVAL: &str = "10";
 /// A Delta table at a path of a root; it may not exist yet.
 #[derive(Clone)]
 pub struct Table {
-    store: Store,
-    path: String,
+    pub(crate) store: Store,
+    pub(crate) path: String,
     url: Url,
     /// The latest version seen, so that the next look reads only newer commits.
     latest: Arc<Mutex<Option<DeltaTable>>>,
@@ -209,12 +209,8 @@ impl Table {
         if self.needs_engine(&table, columns)? {
             return self.scan_by_engine(&table, wanted).await;
         }
-        let data_file = |file: DataFile| {
-            let path = format!("{}/{}", self.path, file.path);
-            let (at, url) = (self.store.location().join(&path)?, self.store.url_of(&path).to_string());
-            Ok(rows::File { store: self.store.clone(), at, size: file.size, url })
-        };
-        let files: Vec<rows::File> = files(&table)?.into_iter().map(data_file).collect::<Result<_, LakeError>>()?;
+        let files: Vec<rows::File> =
+            files(&table)?.iter().map(|file| self.data_file(file)).collect::<Result<_, LakeError>>()?;
         let files = futures::stream::iter(files);
         let open = move |file| rows::open(file, wanted.clone());
         // The next file's footer is read while rows of this one are consumed.
@@ -277,6 +273,13 @@ impl Table {
         table.table_provider().await.map_err(|error| rows::engine_error(self.url(), &error))
     }
 
+    /// `file` as it is opened.
+    pub(crate) fn data_file(&self, file: &DataFile) -> Result<rows::File, LakeError> {
+        let path = format!("{}/{}", self.path, file.path);
+        let (at, url) = (self.store.location().join(&path)?, self.store.url_of(&path).to_string());
+        Ok(rows::File { store: self.store.clone(), at, size: file.size, url })
+    }
+
     async fn digest_file(&self, file: &DataFile) -> Result<blake3::Hash, LakeError> {
         let mut digest = blake3::Hasher::new();
         let (_, mut parts) =
@@ -293,7 +296,7 @@ impl Table {
     }
 
     /// Whether reading needs more than the columns of plain Parquet files, as some tables of other programs do.
-    fn needs_engine(&self, table: &DeltaTable, columns: &[&str]) -> Result<bool, LakeError> {
+    pub(crate) fn needs_engine(&self, table: &DeltaTable, columns: &[&str]) -> Result<bool, LakeError> {
         let state = table.snapshot().map_err(|error| delta::explain(self.url(), &error))?;
         let partitioned = state.metadata().partition_columns().iter().any(|name| columns.contains(&name.as_str()));
         let mapped =
@@ -338,7 +341,17 @@ impl Table {
         let body = encode
             .await
             .map_err(|_| LakeError::Transient(format!("{}: encoding was cut short\nhelp: run again", self.url)))??;
-        let path = file_name(transaction);
+        self.put_file(file_name(transaction), body, rows, true).await
+    }
+
+    /// Uploads a data file, and says how a commit adds it.
+    pub(crate) async fn put_file(
+        &self,
+        path: String,
+        body: Vec<u8>,
+        rows: usize,
+        data_change: bool,
+    ) -> Result<Add, LakeError> {
         let size = i64::try_from(body.len()).unwrap_or(i64::MAX);
         self.store.put(&format!("{}/{path}", self.path), body.into()).await?;
         Ok(Add {
@@ -346,7 +359,7 @@ impl Table {
             partition_values: HashMap::new(),
             size,
             modification_time: chrono::Utc::now().timestamp_millis(),
-            data_change: true,
+            data_change,
             // The count alone: smallest and largest values of private texts have no place in a log.
             stats: Some(format!("{{\"numRecords\":{rows}}}")),
             tags: None,
@@ -400,7 +413,7 @@ impl Table {
         )))
     }
 
-    fn arrow_schema(&self, table: &DeltaTable) -> Result<SchemaRef, LakeError> {
+    pub(crate) fn arrow_schema(&self, table: &DeltaTable) -> Result<SchemaRef, LakeError> {
         let state = table.snapshot().map_err(|error| delta::explain(self.url(), &error))?;
         let schema: arrow::datatypes::Schema =
             state.schema().as_ref().try_into_arrow().map_err(|_| {
@@ -410,7 +423,7 @@ impl Table {
     }
 
     /// The latest version; a missing table is an error.
-    async fn latest(&self) -> Result<DeltaTable, LakeError> {
+    pub(crate) async fn latest(&self) -> Result<DeltaTable, LakeError> {
         self.refresh().await.map_err(|error| match error {
             LakeError::NotFound(message) if !message.contains("bucket") => self.missing(),
             other => other,
@@ -457,7 +470,7 @@ impl Table {
         }
     }
 
-    fn log_store(&self) -> Result<LogStoreRef, LakeError> {
+    pub(crate) fn log_store(&self) -> Result<LogStoreRef, LakeError> {
         let prefix = self.store.location().join(&self.path)?;
         let objects = self.store.objects();
         let prefixed = Arc::new(PrefixStore::new(objects.clone(), prefix));
@@ -474,7 +487,7 @@ impl Table {
 
 /// One try for each commit, since the caller looks for its transaction before the next; and no clean-up of old logs, since
 /// pinned versions must stay readable.
-fn properties() -> CommitProperties {
+pub(crate) fn properties() -> CommitProperties {
     CommitProperties::default().with_max_retries(0).with_cleanup_expired_logs(Some(false))
 }
 
