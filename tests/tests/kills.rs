@@ -280,7 +280,8 @@ fn eight_shards_that_are_killed_while_they_append_to_one_table_write_each_row_on
         run(&mut shard("s3:calm", index, &server.endpoint()), "an undisturbed shard");
         0
     });
-    let usual = started.elapsed();
+    // Short of what it takes, so that few shards end before their last kill.
+    let usual = started.elapsed() / 2;
     let kills = all(&|index| {
         let proxy = Proxy::start(server.address()).expect("a proxy");
         let mut dice = Dice(seed.wrapping_add(index as u64));
