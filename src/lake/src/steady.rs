@@ -260,14 +260,14 @@ mod tests {
     }
 
     fn steady(flaky: Flaky, timeout: Duration) -> Steady {
-        let location = Location::parse("s3://lake/root").unwrap();
+        let location = Location::parse("s3://lake/zone").unwrap();
         Steady::new(Arc::new(flaky), location, timeout, Failures::default())
     }
 
     async fn with_objects(count: usize) -> Flaky {
         let flaky = Flaky::default();
         for number in 0..count {
-            flaky.put(&Path::from(format!("root/{number}")), "text".into()).await.unwrap();
+            flaky.put(&Path::from(format!("zone/{number}")), "text".into()).await.unwrap();
         }
         flaky
     }
@@ -277,7 +277,7 @@ mod tests {
         let store = steady(with_objects(7).await, Duration::from_secs(30));
         let found: Vec<String> =
             store.list(None).map_ok(|found| found.location.to_string()).try_collect().await.unwrap();
-        assert_eq!(found, (0..7).map(|number| format!("root/{number}")).collect::<Vec<_>>());
+        assert_eq!(found, (0..7).map(|number| format!("zone/{number}")).collect::<Vec<_>>());
     }
 
     #[tokio::test]
@@ -285,7 +285,7 @@ mod tests {
         let flaky = with_objects(1).await;
         *flaky.lost_answers.lock().unwrap() = 2;
         let store = steady(flaky, Duration::from_secs(30));
-        store.delete(&Path::from("root/0")).await.unwrap();
+        store.delete(&Path::from("zone/0")).await.unwrap();
         assert_eq!(store.list(None).count().await, 0);
     }
 
@@ -295,9 +295,9 @@ mod tests {
         *flaky.lost_answers.lock().unwrap() = usize::MAX;
         let store = steady(flaky, Duration::ZERO);
         let before = Instant::now();
-        store.delete(&Path::from("root/0")).await.unwrap_err();
+        store.delete(&Path::from("zone/0")).await.unwrap_err();
         let failure = store.failures.since(Some(before)).unwrap();
-        assert!(matches!(&failure, LakeError::Transient(text) if text.starts_with("s3://lake/root/0: ")), "{failure}");
+        assert!(matches!(&failure, LakeError::Transient(text) if text.starts_with("s3://lake/zone/0: ")), "{failure}");
         assert!(store.failures.since(Some(Instant::now())).is_none());
     }
 }
