@@ -6,8 +6,10 @@
 pub mod binaries;
 pub mod conversations;
 pub mod fixture;
+pub mod lakes;
 pub mod models;
 pub mod otlp;
+pub mod proxy;
 pub mod repository;
 pub mod s3;
 pub mod tiny;

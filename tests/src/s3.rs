@@ -88,6 +88,14 @@ impl S3 {
         SocketAddr::from((Ipv4Addr::LOCALHOST, self.port))
     }
 
+    /// Whether the object at `url` is there, asked of the file server below.
+    pub fn holds(&self, url: &str) -> bool {
+        let path = url.strip_prefix("s3://").expect("an S3 URL");
+        let status = http(self.ports[4], "HEAD", &format!("/buckets/{path}"));
+        assert!(matches!(status, Some(200 | 404)), "{url}: {status:?}");
+        status == Some(200)
+    }
+
     /// The environment that makes doppel, and any other S3 client, use this server with `key`.
     pub fn environment(&self, key: Key) -> Vec<(&'static str, String)> {
         environment(&self.endpoint(), key)

@@ -6,6 +6,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::s3::{PRIVATE_BUCKET, RELEASE_BUCKET};
 use crate::{binaries, conversations, models};
 
 /// Run id of all stages.
@@ -137,14 +138,20 @@ impl Workplace {
         )
     }
 
-    /// The private root of a lake.
+    /// The private root of a lake; that of `s3:NAME` is in the private bucket of the S3 server.
     pub fn private(&self, lake: &str) -> String {
-        self.path(lake).join("private").display().to_string()
+        match lake.strip_prefix("s3:") {
+            Some(name) => format!("s3://{PRIVATE_BUCKET}/{name}"),
+            None => self.path(lake).join("private").display().to_string(),
+        }
     }
 
-    /// The release root of a lake.
+    /// The release root of a lake; that of `s3:NAME` is in the release bucket of the S3 server.
     pub fn release(&self, lake: &str) -> String {
-        self.path(lake).join("release").display().to_string()
+        match lake.strip_prefix("s3:") {
+            Some(name) => format!("s3://{RELEASE_BUCKET}/{name}"),
+            None => self.path(lake).join("release").display().to_string(),
+        }
     }
 
     /// `doppel run` of a workflow of `tasks`.

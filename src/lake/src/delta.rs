@@ -30,16 +30,6 @@ pub(crate) fn explain(url: &str, error: &DeltaTableError) -> LakeError {
     {
         return LakeError::NotFound(format!("{url}: no table there"));
     }
-    // Parts of the libraries keep only the text of a storage error.
-    let network = ["error sending request", "connection", "timed out", "status code: 5", "retries"];
-    if network.iter().any(|word| text.contains(word)) && !text.contains("status code: 4") {
-        return LakeError::Transient(format!("{url}: the store or the network failed\nhelp: run again"));
-    }
-    if text.contains("status code: 403") {
-        return LakeError::Forbidden(format!(
-            "{url}: the store refused access\nhelp: check the credentials in the environment"
-        ));
-    }
     if text.contains("Unsupported") || text.contains("unsupported") {
         return LakeError::Malformed(format!(
             "{url}: the table uses a Delta feature that doppel cannot read\n\
@@ -49,20 +39,32 @@ pub(crate) fn explain(url: &str, error: &DeltaTableError) -> LakeError {
     LakeError::Malformed(format!("{url}: the table's log (_delta_log) cannot be read"))
 }
 
-/// What to do after a commit failed with `error`.
-pub(crate) fn after_commit(url: &str, error: &DeltaTableError) -> Commit {
-    let raced = || LakeError::Transient(format!("{url}: other writers kept committing first\nhelp: run again"));
+/// What to do after a commit failed with `error`; `failure` is what storage failed at meanwhile.
+pub(crate) fn after_commit(url: &str, error: &DeltaTableError, failure: Option<LakeError>) -> Commit {
     match error {
-        DeltaTableError::VersionAlreadyExists(_) => Commit::LookAgain(raced()),
+        DeltaTableError::VersionAlreadyExists(_) => Commit::LookAgain(raced(url)),
         DeltaTableError::Transaction {
             source:
                 TransactionError::VersionAlreadyExists(_)
                 | TransactionError::MaxCommitAttempts(_)
                 | TransactionError::CommitConflict(_),
-        } => Commit::LookAgain(raced()),
-        _ if text(error).contains("already exists") => Commit::LookAgain(raced()),
-        _ => sort(explain(url, error)),
+        } => Commit::LookAgain(raced(url)),
+        _ if text(error).contains("already exists") => Commit::LookAgain(raced(url)),
+        _ => sort(failure.unwrap_or_else(|| explain(url, error))),
     }
+}
+
+/// What to do after a table could not be created where there was none: a log that cannot be read is another writer's,
+/// at work on the same table, or one that the store says is there and is not.
+pub(crate) fn after_create(url: &str, error: &DeltaTableError, failure: Option<LakeError>) -> Commit {
+    match after_commit(url, error, failure) {
+        Commit::Failed(LakeError::Malformed(_) | LakeError::NotFound(_)) => Commit::LookAgain(raced(url)),
+        other => other,
+    }
+}
+
+fn raced(url: &str) -> LakeError {
+    LakeError::Transient(format!("{url}: other writers kept committing first\nhelp: run again"))
 }
 
 fn sort(error: LakeError) -> Commit {

@@ -7,7 +7,7 @@ use std::error::Error;
 use std::io::ErrorKind;
 
 /// What can go wrong with storage, by what the caller can do about it.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LakeError {
     /// The URL or option is wrong: exit code 2.
@@ -63,7 +63,16 @@ pub(crate) fn is_transient(error: &object_store::Error) -> bool {
 }
 
 fn forbidden(url: &str, error: &object_store::Error) -> LakeError {
-    let code = s3_code(&text(error)).map(|code| format!(" ({code})")).unwrap_or_default();
+    let text = text(error);
+    let code = s3_code(&text);
+    // Clocks that are being set are right a moment later, so this is tried again like a failure of the network.
+    if let Some(code @ ("RequestTimeTooSkewed" | "RequestExpired")) = code {
+        return LakeError::Transient(format!(
+            "{url}: the store refused the request for its time ({code})\n\
+             help: set the clock of this machine, or of the store, then run again"
+        ));
+    }
+    let code = code.map(|code| format!(" ({code})")).unwrap_or_default();
     LakeError::Forbidden(format!(
         "{url}: the store refused access{code}\n\
          help: check the credentials in the environment (AWS_ACCESS_KEY_ID or AWS_PROFILE, GOOGLE_*, AZURE_*) \
@@ -217,6 +226,12 @@ mod tests {
         let body = "Server returned non-2xx status code: 403: <Error><Code>InvalidAccessKeyId</Code>\
                     <AWSAccessKeyId>AKIAEXAMPLE</AWSAccessKeyId></Error>";
         check(body, "Forbidden(\"s3://lake/a: the store refused access (InvalidAccessKeyId)");
+    }
+
+    #[test]
+    fn a_wrong_clock_may_be_right_later() {
+        let body = "status code: 403: <Error><Code>RequestTimeTooSkewed</Code></Error>";
+        check(body, "Transient(\"s3://lake/a: the store refused the request for its time (RequestTimeTooSkewed)");
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub mod promises;
 pub mod root;
 mod rows;
 pub mod schema;
+mod steady;
 mod store;
 pub mod table;
 

@@ -52,6 +52,12 @@ pub trait Zone: Sealed + Clone + std::fmt::Debug + Send + Sync + 'static {
         self.store().url_of(path).to_string()
     }
 
+    /// What storage or network failed last below this root, retries and all, or refused: for errors of libraries that
+    /// kept only its text.
+    fn last_failure(&self) -> Option<LakeError> {
+        self.store().failure_since(None)
+    }
+
     /// Reads one object whole.
     fn get(&self, path: &str) -> impl Future<Output = Result<Bytes, LakeError>> + Send {
         self.store().get(path)

@@ -17,6 +17,7 @@ use crate::connect::{connect, request_timeout};
 use crate::error::{LakeError, explain, explain_io, is_transient};
 use crate::location::{Location, StoreKind};
 use crate::root::StorageOptions;
+use crate::steady::{Failures, Steady};
 
 /// Size of one range read and of one part of a multipart upload: large enough to hide latency, small enough that one of
 /// them ends within [`request_timeout`] on a slow line, and that a few in flight stay within tens of megabytes.
@@ -33,6 +34,7 @@ struct Inner {
     location: Location,
     options: StorageOptions,
     objects: Arc<dyn ObjectStore>,
+    failures: Failures,
     /// The same store without retries, for conditional puts: see [`Store::put_if_absent`].
     once: OnceLock<Arc<dyn ObjectStore>>,
     conditional: AtomicBool,
@@ -48,12 +50,16 @@ impl std::fmt::Debug for Store {
 impl Store {
     pub(crate) fn open(url: &str, options: &StorageOptions) -> Result<Self, LakeError> {
         let location = Location::parse(url)?;
-        let objects = connect(&location, options, true)?;
+        let (mut objects, failures) = (connect(&location, options, true)?, Failures::default());
+        if location.store != StoreKind::Local {
+            objects = Arc::new(Steady::new(objects, location.clone(), options.timeout, failures.clone()));
+        }
         Ok(Self(Arc::new(Inner {
             conditional: AtomicBool::new(location.store == StoreKind::Local),
             location,
             options: options.clone(),
             objects,
+            failures,
             once: OnceLock::new(),
         })))
     }
@@ -76,6 +82,11 @@ impl Store {
 
     pub(crate) fn timeout(&self) -> Duration {
         self.0.options.timeout
+    }
+
+    /// What storage or network failed last, unless it was before `start`: for errors that libraries made texts of.
+    pub(crate) fn failure_since(&self, start: impl Into<Option<Instant>>) -> Option<LakeError> {
+        self.0.failures.since(start.into())
     }
 
     /// Reads a range of the object at `at`, `url` for messages; a long one in parts, each under the deadline.
@@ -269,12 +280,19 @@ impl Store {
         }
     }
 
-    /// Repeats a conditional put that succeeded: a store that accepts it again ignores the condition.
+    /// Repeats a conditional put that succeeded: a store that accepts it again ignores the condition. Only that it
+    /// refuses shows that it does not; other errors show nothing.
     async fn prove_conditional(&self, at: &Path, url: &str, body: &Bytes) -> Result<(), LakeError> {
-        let again = self.once()?.put_opts(at, body.clone().into(), PutOptions::from(PutMode::Create)).await;
-        match again {
-            Ok(_) => Err(LakeError::Usage(no_conditional_puts(url))),
-            Err(_) => Ok(()),
+        let deadline = Instant::now() + self.timeout();
+        let mut wait = Backoff::default();
+        loop {
+            let again = self.once()?.put_opts(at, body.clone().into(), PutOptions::from(PutMode::Create)).await;
+            match again {
+                Ok(_) => return Err(LakeError::Usage(no_conditional_puts(url))),
+                Err(object_store::Error::AlreadyExists { .. }) => return Ok(()),
+                Err(error) if is_transient(&error) && Instant::now() < deadline => wait.sleep(deadline).await,
+                Err(error) => return Err(refused_condition(url, &error)),
+            }
         }
     }
 

@@ -12,13 +12,14 @@ use std::sync::Arc;
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
+use datafusion::error::DataFusionError;
 use deltalake::kernel::engine::arrow_conversion::{TryIntoArrow, TryIntoKernel};
 use deltalake::kernel::transaction::{CommitBuilder, CommitProperties};
 use deltalake::kernel::{Action, Add, StructType, Transaction};
 use deltalake::logstore::{LogStoreRef, StorageConfig, default_logstore};
 use deltalake::operations::create::CreateBuilder;
 use deltalake::protocol::{DeltaOperation, SaveMode};
-use deltalake::{DeltaTable, TableProperty};
+use deltalake::{DeltaTable, DeltaTableError, TableProperty};
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use object_store::prefix::PrefixStore;
@@ -114,6 +115,7 @@ impl Table {
                 Err(error) => return Err(error),
             }
             self.store.require_conditional_puts().await?;
+            let started = Instant::now();
             let create = CreateBuilder::new()
                 .with_log_store(self.log_store()?)
                 .with_columns(wanted.fields().cloned())
@@ -122,7 +124,7 @@ impl Table {
                 .with_commit_properties(properties());
             match create.await {
                 Ok(_) => return Ok(()),
-                Err(error) => match delta::after_commit(self.url(), &error) {
+                Err(error) => match delta::after_create(self.url(), &error, self.store.failure_since(started)) {
                     Commit::LookAgain(error) if Instant::now() >= deadline => return Err(error),
                     Commit::LookAgain(_) => wait.sleep(deadline).await,
                     Commit::Failed(error) => return Err(error),
@@ -270,7 +272,8 @@ impl Table {
         version: i64,
     ) -> Result<std::sync::Arc<dyn datafusion::catalog::TableProvider>, LakeError> {
         let table = self.at(version).await?;
-        table.table_provider().await.map_err(|error| rows::engine_error(self.url(), &error))
+        let failed = self.blame_engine();
+        table.table_provider().await.map_err(failed)
     }
 
     /// `file` as it is opened.
@@ -310,17 +313,17 @@ impl Table {
         wanted: rows::Wanted,
     ) -> Result<BoxStream<'static, Result<RecordBatch, LakeError>>, LakeError> {
         use datafusion::prelude::{SessionConfig, SessionContext};
-        let failed = |error| rows::engine_error(self.url(), &error);
+        let failed = self.blame_engine();
         // One partition, so that files and rows keep their order.
         let session = SessionContext::new_with_config(SessionConfig::new().with_target_partitions(1));
-        let provider = table.table_provider().await.map_err(failed)?;
+        let provider = table.table_provider().await.map_err(&failed)?;
         let columns = wanted.names();
-        let frame = session.read_table(provider).and_then(|frame| frame.select_columns(&columns)).map_err(failed)?;
-        let rows = frame.execute_stream().await.map_err(failed)?;
+        let frame = session.read_table(provider).and_then(|frame| frame.select_columns(&columns)).map_err(&failed)?;
+        let rows = frame.execute_stream().await.map_err(&failed)?;
         let url = self.url.to_string();
         Ok(rows
             .map(move |batch| {
-                let batch = batch.map_err(|error| rows::engine_error(&url, &error))?;
+                let batch = batch.map_err(&failed)?;
                 wanted.convert(&url, &batch)
             })
             .boxed())
@@ -372,18 +375,20 @@ impl Table {
 
     /// Commits `adds` as exactly the version after `table`.
     async fn commit(&self, table: &DeltaTable, adds: &[Add], transaction: &AppTransaction) -> Result<(), Commit> {
+        let started = Instant::now();
         let state = table.snapshot().map_err(|error| Commit::Failed(delta::explain(self.url(), &error)))?;
         let transaction = Transaction::new(&transaction.id, transaction.version);
         let operation = DeltaOperation::Write { mode: SaveMode::Append, partition_by: None, predicate: None };
         let commit = CommitBuilder::from(properties().with_application_transaction(transaction))
             .with_actions(adds.iter().cloned().map(Action::Add).collect())
             .build(Some(state), self.log_store().map_err(Commit::Failed)?, operation);
-        commit.await.map(drop).map_err(|error| delta::after_commit(self.url(), &error))
+        let failure = || self.store.failure_since(started);
+        commit.await.map(drop).map_err(|error| delta::after_commit(self.url(), &error, failure()))
     }
 
     async fn committed(&self, table: &DeltaTable, id: &str) -> Result<Option<i64>, LakeError> {
-        let failed = |error| delta::explain(self.url(), &error);
-        let state = table.snapshot().map_err(failed)?;
+        let failed = self.blame();
+        let state = table.snapshot().map_err(&failed)?;
         state.transaction_version(table.log_store().as_ref(), id).await.map_err(failed)
     }
 
@@ -459,10 +464,23 @@ impl Table {
         }
     }
 
+    /// Explains an error of what begins now: by what storage failed at meanwhile, of which libraries keep but a text.
+    fn blame(&self) -> impl Fn(DeltaTableError) -> LakeError + Send + Sync {
+        let (started, url, store) = (Instant::now(), self.url.clone(), self.store.clone());
+        move |error| store.failure_since(started).unwrap_or_else(|| delta::explain(url.as_str(), &error))
+    }
+
+    /// The same for an error of the engine.
+    fn blame_engine(&self) -> impl Fn(DataFusionError) -> LakeError + Send + Sync + 'static {
+        let (started, url, store) = (Instant::now(), self.url.clone(), self.store.clone());
+        move |error| store.failure_since(started).unwrap_or_else(|| rows::engine_error(url.as_str(), &error))
+    }
+
     async fn load(&self, load: impl Future<Output = deltalake::DeltaResult<()>> + Send) -> Result<(), LakeError> {
+        let failed = self.blame();
         // Two deadlines: a log is read in several requests, each of which may use its retries up.
         match tokio::time::timeout(self.store.timeout() * 2, load).await {
-            Ok(result) => result.map_err(|error| delta::explain(self.url(), &error)),
+            Ok(result) => result.map_err(failed),
             Err(_) => Err(LakeError::Transient(format!(
                 "{}: the log could not be read in time\nhelp: raise --storage-timeout, or run again",
                 self.url

@@ -19,15 +19,28 @@ pub use args::Args;
 pub use error::QueryError;
 pub use session::{Options, Session};
 
+use lake::Zone;
 use stage::{Failure, Summary};
+
+use crate::output::Target;
 
 /// Runs one query and writes its rows.
 pub async fn run(args: Args) -> Result<Summary, Failure> {
     let sql = args.sql_text()?;
     let target = args.target()?;
     let root = args.release_root().await?;
-    let session = Session::new(root, args.options()?);
-    let rows = session.query(&sql).await?;
-    output::write(rows, &target).await?;
-    Ok(Summary::silent())
+    let session = Session::new(root.clone(), args.options()?);
+    match answer(&session, &sql, &target).await {
+        Ok(()) => Ok(Summary::silent()),
+        // The engine keeps only the text of some storage errors; what it says then, and how, does not help.
+        Err(error @ (QueryError::Data(_) | QueryError::Bug(_))) => match root.last_failure() {
+            Some(failure) => Err(failure.into()),
+            None => Err(error.into()),
+        },
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn answer(session: &Session, sql: &str, target: &Target) -> Result<(), QueryError> {
+    output::write(session.query(sql).await?, target).await
 }

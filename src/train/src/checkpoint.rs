@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
-use lake::{PrivateRoot, Zone};
+use lake::{LakeError, PrivateRoot, Zone};
 use lm::LmError;
 use lm::adapter::Lora;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -42,19 +42,26 @@ impl<'a> Checkpoints<'a> {
 
     /// The newest checkpoint, with `fresh`'s shapes, or `fresh` where there is none.
     pub async fn resume(&self, fresh: Training) -> Result<Training, Failure> {
-        match self.root.list(&self.folder).await?.pop() {
-            None => Ok(fresh),
-            Some(path) => {
-                let body = self.root.get(&path).await?;
-                decode(&body, fresh.lora, &self.fingerprint).map_err(|error| match error {
-                    LmError::Malformed(found) => Failure::Input(format!(
-                        "{}: {found}\nhelp: remove the object to train from the start under the same reservation",
-                        self.root.url_of(&path)
-                    )),
-                    other => failure(&other),
-                })
+        let Some((path, body)) = self.newest().await? else { return Ok(fresh) };
+        decode(&body, fresh.lora, &self.fingerprint).map_err(|error| match error {
+            LmError::Malformed(found) => Failure::Input(format!(
+                "{}: {found}\nhelp: remove the object to train from the start under the same reservation",
+                self.root.url_of(&path)
+            )),
+            other => failure(&other),
+        })
+    }
+
+    async fn newest(&self) -> Result<Option<(String, Bytes)>, Failure> {
+        while let Some(path) = self.root.list(&self.folder).await?.pop() {
+            match self.root.get(&path).await {
+                Ok(body) => return Ok(Some((path, body))),
+                // A second copy of this stage has written a newer one since, and dropped this.
+                Err(LakeError::NotFound(_)) => {}
+                Err(error) => return Err(error.into()),
             }
         }
+        Ok(None)
     }
 }
 
