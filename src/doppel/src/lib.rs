@@ -5,14 +5,19 @@
 //! [`execute`].
 
 pub mod account;
+pub mod anew;
 pub mod budget;
 pub mod cli;
 pub mod compare;
+pub mod equal;
 pub mod execute;
 pub mod exit;
+pub mod lineage;
 pub mod plan;
 pub mod plot;
 pub mod preflight;
+pub mod recorded;
+pub mod rerun;
 pub mod runs;
 pub mod stages;
 pub mod table;
@@ -39,6 +44,8 @@ pub async fn run(cli: Cli) -> Result<Summary, Failure> {
         Command::Compare(args) => exit::on_signal(compare::compare(args)).await,
         Command::Runs(args) => exit::on_signal(runs::list(args)).await,
         Command::Show(args) => exit::on_signal(runs::show(args)).await,
+        Command::Rerun(args) => exit::on_signal(rerun::rerun(args)).await,
+        Command::Lineage(args) => exit::on_signal(lineage::lineage(args)).await,
         // `main` has gone there before the command line was parsed.
         Command::Partition(_)
         | Command::Train(_)

@@ -4,6 +4,7 @@
 //! [`PrivateRoot`] or [`ReleaseRoot`], claims its run with [`manifest::begin`], reads pinned versions of [`Table`]s and
 //! appends to others exactly once.
 
+pub mod compare;
 mod connect;
 pub mod corpus;
 mod delta;
@@ -12,6 +13,7 @@ mod fetch;
 mod files;
 mod location;
 pub mod manifest;
+pub mod overlay;
 pub mod private;
 mod profile;
 #[doc(hidden)]
@@ -26,6 +28,9 @@ pub use corpus::CorpusTerms;
 pub use error::explain;
 pub use fetch::{ByteStream, LocalFolder, fetch_folder, read_stream};
 pub use manifest::{Begin, Claim, Input, Manifest, Output, RunHandle};
+pub use overlay::Overlay;
 pub use private::Private;
-pub use root::{LakeError, PrivateRoot, ReleaseRoot, StorageOptions, Zone, canonical_url, check_disjoint, open_url};
+pub use root::{
+    LakeError, Pins, PrivateRoot, ReleaseRoot, StorageOptions, Zone, canonical_url, check_disjoint, open_url,
+};
 pub use table::{AppTransaction, Table, Uploaded};

@@ -16,6 +16,7 @@ use url::Url;
 use crate::connect::{connect, request_timeout};
 use crate::error::{LakeError, explain, explain_io, is_transient};
 use crate::location::{Location, StoreKind};
+use crate::overlay::{Overlay, OverlayStore, Place};
 use crate::root::StorageOptions;
 
 /// Size of one range read and of one part of a multipart upload: large enough to hide latency, small enough that one of
@@ -55,6 +56,30 @@ impl Store {
             options: options.clone(),
             objects,
             once: OnceLock::new(),
+        })))
+    }
+
+    /// This store as seen through `overlay`.
+    pub(crate) fn under(&self, overlay: &Overlay) -> Result<Self, LakeError> {
+        let scratch = Self::open(&overlay.scratch, &self.0.options)?;
+        let hidden = overlay.hidden.iter().map(|path| self.0.location.join(path)).collect::<Result<Vec<_>, _>>()?;
+        let over = |scratch_objects: &Arc<dyn ObjectStore>| -> Arc<dyn ObjectStore> {
+            let place = |store: &Self, objects: &Arc<dyn ObjectStore>| Place {
+                objects: objects.clone(),
+                root: store.0.location.path.clone(),
+            };
+            Arc::new(OverlayStore {
+                origin: place(self, &self.0.objects),
+                scratch: place(&scratch, scratch_objects),
+                hidden: hidden.clone(),
+            })
+        };
+        Ok(Self(Arc::new(Inner {
+            location: self.0.location.clone(),
+            options: self.0.options.clone(),
+            objects: over(&scratch.0.objects),
+            once: OnceLock::from(over(scratch.once()?)),
+            conditional: AtomicBool::new(scratch.0.conditional.load(Ordering::Relaxed)),
         })))
     }
 
