@@ -52,8 +52,8 @@ fn commands(recorded: &Recorded, stages: &[&Stage], new: &str) -> Vec<(Kind, Vec
     shards.map(|(kind, claim)| (kind, renamed(claim, &made, new))).collect()
 }
 
-/// The recorded flags of `claim` for the run `new`: what the old run made, the new one makes for itself; all other tables
-/// are pinned to what was read.
+/// The recorded flags of `claim` for the run `new`: what the old run made, the new one makes for itself; all other
+/// tables are pinned to what was read.
 fn renamed(claim: &Claim, made: &BTreeSet<&str>, new: &str) -> Vec<String> {
     let (old, below) = (claim.run.as_str(), format!("runs/{}/", claim.run));
     let rename = |word: &String| match flag_and_value(word) {

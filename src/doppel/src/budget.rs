@@ -266,8 +266,8 @@ pub fn mechanism(event: &Event) -> String {
     }
 }
 
-/// Refuses what stages of `run` are about to reserve, `asked`, where the budget cannot pay all of it; what they reserved
-/// before is paid.
+/// Refuses what stages of `run` are about to reserve, `asked`, where the budget cannot pay all of it; what they
+/// reserved before is paid.
 pub async fn afford(root: &PrivateRoot, corpus: &str, run: &str, asked: &[(&str, Event)]) -> Result<(), Failure> {
     let ledger = ledger::read(root, corpus).await.map_err(failure)?;
     let reserved = |of: &str| {

@@ -346,8 +346,8 @@ pub struct ShowArgs {
 ///
 /// Without --as, each finished stage runs again as it was started, on the versions that it read, under the same noise,
 /// and every output is compared: tables row for row, adapters tensor for tensor. Nothing is published and nothing is
-/// spent. What the stages write lies below reruns/RUN in the private root, and stays there only where something differs:
-/// two results under equal noise that differ tell something private, so the second must not be released.
+/// spent. What the stages write lies below reruns/RUN in the private root, and stays there only where something
+/// differs: two results under equal noise that differ tell something private, so the second must not be released.
 ///
 /// With --as, the stages but partition run once more under a new run id, on the same corpus version and with the same
 /// settings: a new release with fresh noise, which the budget must pay. The same command continues it when interrupted.

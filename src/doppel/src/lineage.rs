@@ -85,8 +85,8 @@ impl Known {
         self.stages.iter().filter(|(of, one)| *of == zone && writes(one)).map(|(_, one)| one).collect()
     }
 
-    /// What `path` came from. `above` is the way from the table that was asked for: manifests edited by hand could lead in
-    /// a circle.
+    /// What `path` came from. `above` is the way from the table that was asked for: manifests edited by hand could
+    /// lead in a circle.
     fn walk(&self, zone: &'static str, path: &str, version: Option<i64>, above: &mut Vec<String>) -> Node {
         let mut node = Node { zone, path: path.to_owned(), version, digest: None, note: None, makers: Vec::new() };
         let name = format!("{zone} {path}");

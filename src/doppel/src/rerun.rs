@@ -1,4 +1,5 @@
-//! `doppel rerun RUN`: every finished stage once more, from its pinned inputs and under its own noise, and a comparison.
+//! `doppel rerun RUN`: every finished stage once more, from its pinned inputs and under its own noise, and a
+//! comparison.
 //!
 //! A stage runs as its own binary with its recorded flags, and finds its claim, its pins and its reservation; what it
 //! wrote the first time is hidden from it by an overlay, and what it writes now lands in a scratch area. So it cannot

@@ -17,8 +17,8 @@ pub enum Difference {
 
 /// The first difference between a version of one table and a version of another, or `None` where they are equal.
 ///
-/// Floats are equal where their bits are. Digests come first, so that tables written from the same rows in the same chunks
-/// are not decoded. PRIVACY: of private tables, the number of a row is private too.
+/// Floats are equal where their bits are. Digests come first, so that tables written from the same rows in the same
+/// chunks are not decoded. PRIVACY: of private tables, the number of a row is private too.
 pub async fn first_difference(one: (&Table, i64), other: (&Table, i64)) -> Result<Option<Difference>, LakeError> {
     if one.0.digest(one.1).await? == other.0.digest(other.1).await? {
         return Ok(None);

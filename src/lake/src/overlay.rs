@@ -1,8 +1,8 @@
 //! A root that is read through a scratch area: whatever is written stays there, and the root itself does not change.
 //!
-//! For reruns. A stage that is repeated reads its pinned inputs, its claim, the ledger and the noise key where they are,
-//! while the outputs of the first time are hidden from it; what it writes lies in the scratch area, from where it can be
-//! compared. A stage needs no change for it: every table and object of a root is reached through one store.
+//! For reruns. A stage that is repeated reads its pinned inputs, its claim, the ledger and the noise key where they
+//! are, while the outputs of the first time are hidden from it; what it writes lies in the scratch area, from where it
+//! can be compared. A stage needs no change for it: every table and object of a root is reached through one store.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

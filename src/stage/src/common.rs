@@ -109,8 +109,8 @@ impl Common {
     }
 }
 
-/// With this set, a stage sees its roots through overlays and writes to scratch areas: `doppel rerun` repeats stages so,
-/// as a process of the same command, and the roots stay as they are.
+/// With this set, a stage sees its roots through overlays and writes to scratch areas: `doppel rerun` repeats stages
+/// so, as a process of the same command, and the roots stay as they are.
 pub const OVERLAYS: &str = "DOPPEL_OVERLAYS";
 
 /// What lies over each root of a stage, as JSON in [`OVERLAYS`].
