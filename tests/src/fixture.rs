@@ -161,6 +161,7 @@ fn claim(stage: &str, shard: Option<(u32, u32)>, inputs: Vec<Input>) -> Claim {
         seeds: vec![1],
         binary: format!("doppel-{stage} 0.1.0"),
         started: DateTime::<Utc>::UNIX_EPOCH,
+        command: Vec::new(),
     }
 }
 

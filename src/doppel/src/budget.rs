@@ -266,6 +266,37 @@ pub fn mechanism(event: &Event) -> String {
     }
 }
 
+/// Refuses what stages of `run` are about to reserve, `asked`, where the budget cannot pay all of it; what they
+/// reserved before is paid.
+pub async fn afford(root: &PrivateRoot, corpus: &str, run: &str, asked: &[(&str, Event)]) -> Result<(), Failure> {
+    let ledger = ledger::read(root, corpus).await.map_err(failure)?;
+    let reserved = |of: &str| {
+        ledger
+            .entries
+            .iter()
+            .any(|entry| matches!(&entry.body, Body::Reserve { run: other, stage, .. } if other == run && stage == of))
+    };
+    let asked: Vec<&Event> = asked.iter().filter(|(stage, _)| !reserved(stage)).map(|(_, event)| event).collect();
+    let Some(budget) = ledger.budget().filter(|_| !asked.is_empty()) else {
+        // Without a budget, the stage that reserves says what to do.
+        return Ok(());
+    };
+    let events: Vec<Event> = ledger.spent().into_iter().chain(asked.iter().map(|event| (*event).clone())).collect();
+    let total = privacy::epsilon(&events, budget.delta).map_err(|error| Failure::Usage(error.to_string()))?.pld;
+    if total <= budget.epsilon {
+        return Ok(());
+    }
+    let asked: Vec<String> = asked.iter().map(|event| mechanism(event)).collect();
+    Err(Failure::Budget(format!(
+        "{corpus}: run {run} would bring ε to {} at δ = {:e}; the budget is {}\nit would add: {}\n\
+         help: `doppel budget {corpus}` shows what was spent; raise the budget if its owner agrees",
+        up(total),
+        budget.delta,
+        budget.epsilon,
+        asked.join("; ")
+    )))
+}
+
 /// Whether the budgets suffice for what `invocations` will reserve, as far as their flags tell.
 pub async fn preflight(invocations: &[Invocation<'_>]) -> Vec<Finding> {
     let mut findings = Vec::new();

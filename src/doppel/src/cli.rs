@@ -70,6 +70,10 @@ pub enum Command {
     ///
     /// OPENLINEAGE_API_KEY is sent to an HTTP endpoint as a bearer token.
     Openlineage(crate::openlineage::OpenlineageArgs),
+    /// Repeat a run from its pinned inputs and compare, or make a new release from them.
+    Rerun(RerunArgs),
+    /// Walk back from a table to the raw input.
+    Lineage(LineageArgs),
     /// Partition raw conversations into a corpus (doppel-partition).
     #[command(disable_help_flag = true)]
     Partition(Rest),
@@ -363,6 +367,54 @@ pub struct ShowArgs {
     /// Run id.
     #[arg(value_parser = stage::common::run_id)]
     pub id: String,
+    /// Where the roots are.
+    #[command(flatten)]
+    pub roots: RootsArgs,
+}
+
+/// Repeat a run from its pinned inputs and compare, or make a new release from them.
+///
+/// Without --as, each finished stage runs again as it was started, on the versions that it read, under the same noise,
+/// and every output is compared: tables row for row, adapters tensor for tensor. Nothing is published and nothing is
+/// spent. What the stages write lies below reruns/RUN in the private root, and stays there only where something
+/// differs: two results under equal noise that differ tell something private, so the second must not be released.
+///
+/// With --as, the stages but partition run once more under a new run id, on the same corpus version and with the same
+/// settings: a new release with fresh noise, which the budget must pay. The same command continues it when interrupted.
+///
+/// Exit codes: 0 everything is equal, or the new release is there; 2 wrong usage, such as a model that is not found;
+/// 3 something is not equal, or there is no such run; 4 the budget does not suffice; 5 storage or network.
+#[derive(Args, Clone, Debug)]
+pub struct RerunArgs {
+    /// Run id.
+    #[arg(value_name = "RUN", value_parser = stage::common::run_id)]
+    pub id: String,
+    /// Make a new release under this run id.
+    #[arg(long = "as", value_name = "NEW", value_parser = stage::common::run_id)]
+    pub new: Option<String>,
+    /// Repeat this stage alone, by its name in `doppel show`.
+    #[arg(long, value_name = "NAME", conflicts_with = "new")]
+    pub stage: Option<String>,
+    /// Value of a flag in all stages that were given it, such as model=models/smollm2; repeatable.
+    ///
+    /// Runs record a model on a local disk by its name alone, so where it lies now must be said. Its digest must be the
+    /// recorded one.
+    #[arg(short, long = "parameter", value_name = "FLAG=VALUE", value_parser = name_value)]
+    pub parameters: Vec<(String, String)>,
+    /// Where the roots are; both are needed.
+    #[command(flatten)]
+    pub roots: RootsArgs,
+}
+
+/// Walk back from a table to the raw input.
+///
+/// By the manifests in both roots: which stage of which run wrote the table, by which binary, with which settings, and
+/// from which versions; and so on for each of those. With one root, the walk ends where the other would be read.
+#[derive(Args, Clone, Debug)]
+pub struct LineageArgs {
+    /// Table or other output, by its path below its root, such as runs/demo/selected, demo/selected or corpora/chats;
+    /// TABLE@VERSION for a version other than the latest.
+    pub table: String,
     /// Where the roots are.
     #[command(flatten)]
     pub roots: RootsArgs,

@@ -5,17 +5,22 @@
 //! [`execute`].
 
 pub mod account;
+pub mod anew;
 pub mod budget;
 pub mod cli;
 pub mod compact;
 pub mod compare;
+pub mod equal;
 pub mod execute;
 pub mod exit;
 pub mod gc;
+pub mod lineage;
 pub mod openlineage;
 pub mod plan;
 pub mod plot;
 pub mod preflight;
+pub mod recorded;
+pub mod rerun;
 pub mod roots;
 pub mod runs;
 pub mod stages;
@@ -46,6 +51,8 @@ pub async fn run(cli: Cli) -> Result<Summary, Failure> {
         Command::Gc(args) => exit::on_signal(gc::gc(args)).await,
         Command::Compact(args) => exit::on_signal(compact::compact(args)).await,
         Command::Openlineage(args) => exit::on_signal(openlineage::openlineage(args)).await,
+        Command::Rerun(args) => exit::on_signal(rerun::rerun(args)).await,
+        Command::Lineage(args) => exit::on_signal(lineage::lineage(args)).await,
         // `main` has gone there before the command line was parsed.
         Command::Partition(_)
         | Command::Train(_)

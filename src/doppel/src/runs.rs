@@ -3,18 +3,21 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use lake::{Manifest, PrivateRoot, ReleaseRoot, StorageOptions, Zone};
+use lake::{Claim, Manifest, PrivateRoot, ReleaseRoot, StorageOptions, Zone};
 use serde_json::{Value, json};
 use stage::{Failure, Summary};
 
 use crate::cli::{RootsArgs, RunsArgs, ShowArgs};
 use crate::table::table;
 
-/// What one root knows.
-struct Known {
-    zone: &'static str,
-    manifests: Vec<Manifest>,
-    claims: Vec<lake::Claim>,
+/// What one root knows of a run.
+pub struct Known {
+    /// The root's zone.
+    pub zone: &'static str,
+    /// Finished stages.
+    pub manifests: Vec<Manifest>,
+    /// Stages that began.
+    pub claims: Vec<Claim>,
 }
 
 /// Lists runs.
@@ -27,7 +30,7 @@ pub async fn list(args: RunsArgs) -> Result<Summary, Failure> {
     }
     let rows = runs.iter().map(|(run, known)| {
         let done: Vec<&Manifest> = known.iter().flat_map(|known| &known.manifests).collect();
-        let claims: Vec<&lake::Claim> = known.iter().flat_map(|known| &known.claims).collect();
+        let claims: Vec<&Claim> = known.iter().flat_map(|known| &known.claims).collect();
         let started = claims.iter().map(|claim| claim.started).min().map(|time| time.to_string()).unwrap_or_default();
         let mut stages: Vec<&str> = Vec::new();
         for claim in &claims {
@@ -65,73 +68,86 @@ pub async fn show(args: ShowArgs) -> Result<Summary, Failure> {
             format!("the run `{}` left nothing in {}\nhelp: `doppel runs` lists runs", args.id, roots.names());
         return Err(Failure::Input(message));
     }
-    let mut text = Vec::new();
-    let mut json = Vec::new();
+    let mut stages = Vec::new();
     for Known { zone, manifests, claims } in &known {
         for manifest in manifests {
-            text.push(manifest_text(zone, manifest));
-            json.push(json!({ "zone": zone, "done": true, "manifest": manifest }));
+            let json = json!({ "zone": zone, "done": true, "manifest": manifest });
+            stages.push((manifest.claim.started, stage_text(zone, &manifest.claim, Some(manifest)), json));
         }
         for claim in claims {
             let same = |manifest: &Manifest| manifest.claim.stage == claim.stage && manifest.claim.shard == claim.shard;
             if !manifests.iter().any(same) {
-                text.push(format!(
-                    "{}  {zone}  not finished; begun {}",
-                    stage(claim),
-                    seconds(&claim.started.to_string())
-                ));
-                json.push(json!({ "zone": zone, "done": false, "claim": claim }));
+                let json = json!({ "zone": zone, "done": false, "claim": claim });
+                stages.push((claim.started, stage_text(zone, claim, None), json));
             }
         }
     }
+    stages.sort_by_key(|(started, ..)| *started);
+    let (text, json): (Vec<String>, Vec<Value>) = stages.into_iter().map(|(_, text, json)| (text, json)).unzip();
     Ok(Summary { text: text.join("\n\n"), json: json!({ "run": args.id, "stages": json }) })
 }
 
-fn stage(claim: &lake::Claim) -> String {
-    match claim.shard {
-        Some((index, count)) => format!("{} {index}/{count}", claim.stage),
-        None => claim.stage.clone(),
-    }
+/// `0/2` of a sharded stage.
+pub fn shard(claim: &Claim) -> Option<String> {
+    claim.shard.map(|(index, count)| format!("{index}/{count}"))
 }
 
-fn manifest_text(zone: &str, manifest: &Manifest) -> String {
-    let claim = &manifest.claim;
-    let took = (manifest.ended - claim.started).to_std().unwrap_or_default();
-    let mut text = format!(
-        "{}  {zone}  begun {}, took {}  by {}",
-        stage(claim),
-        seconds(&claim.started.to_string()),
-        crate::table::duration(took),
-        claim.binary
-    );
+/// As much of a digest as tells it from others.
+pub fn short(digest: &str) -> &str {
+    digest.get(..16).unwrap_or(digest)
+}
+
+fn stage_text(zone: &str, claim: &Claim, manifest: Option<&Manifest>) -> String {
+    let shard = shard(claim).map(|shard| format!(" {shard}")).unwrap_or_default();
+    let began = seconds(&claim.started.to_string());
+    let time = match manifest {
+        Some(manifest) => {
+            let took = (manifest.ended - claim.started).to_std().unwrap_or_default();
+            format!("began {began}, ended {} ({})", seconds(&manifest.ended.to_string()), crate::table::duration(took))
+        }
+        None => format!("began {began}, did not end"),
+    };
+    let mut lines = vec![format!("{}{shard}  {time}", claim.stage)];
+    let mut line = |heading: &str, told: String| lines.push(format!("  {heading:<8}  {told}"));
+    let version = |version: Option<i64>| version.map(|version| format!(" at version {version}")).unwrap_or_default();
+    line("zone", zone.to_owned());
+    line("binary", claim.binary.clone());
+    if !claim.command.is_empty() {
+        line("command", claim.command.join(" "));
+    }
     for input in &claim.inputs {
-        let version = input.version.map(|version| format!(" at version {version}")).unwrap_or_default();
-        text += &format!("\n  reads   {}: {}{version}", input.name, input.location);
+        let digest = input.digest.as_deref().map(|digest| format!(", digest {}", short(digest))).unwrap_or_default();
+        line("reads", format!("{}: {}{}{digest}", input.name, input.location, version(input.version)));
     }
-    for output in &manifest.outputs {
-        let version = output.version.map(|version| format!(" at version {version}")).unwrap_or_default();
-        text += &format!("\n  writes  {}: {}{version}", output.name, output.path);
+    for output in manifest.iter().flat_map(|manifest| &manifest.outputs) {
+        line("writes", format!("{}: {}{}", output.name, output.path, version(output.version)));
     }
-    text += &format!("\n  config  {}", claim.config);
-    if !manifest.facts.is_null() {
-        text += &format!("\n  facts   {}", manifest.facts);
+    line("settings", claim.config.to_string());
+    if !claim.seeds.is_empty() {
+        line("seeds", claim.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", "));
     }
-    text
+    if let Some(manifest) = manifest.filter(|manifest| !manifest.facts.is_null()) {
+        line("facts", manifest.facts.to_string());
+    }
+    lines.join("\n")
 }
 
 /// A time without its fraction of a second.
-fn seconds(time: &str) -> String {
+pub fn seconds(time: &str) -> String {
     time.get(..19).unwrap_or(time).replace('T', " ")
 }
 
 /// The roots that were given.
-struct Roots {
-    private: Option<PrivateRoot>,
-    release: Option<ReleaseRoot>,
+pub struct Roots {
+    /// Private root.
+    pub private: Option<PrivateRoot>,
+    /// Release root.
+    pub release: Option<ReleaseRoot>,
 }
 
 impl Roots {
-    async fn open(args: &RootsArgs) -> Result<Self, Failure> {
+    /// Opens what `args` name; nothing is an error.
+    pub async fn open(args: &RootsArgs) -> Result<Self, Failure> {
         let options = StorageOptions { timeout: Duration::from_secs(args.storage_timeout) };
         let given = |url: &Option<String>| url.clone().filter(|url| !url.is_empty());
         let private = match given(&args.private) {
@@ -149,12 +165,29 @@ impl Roots {
         Ok(Self { private, release })
     }
 
-    fn names(&self) -> String {
+    /// The zones whose roots were given.
+    pub fn zones(&self) -> Vec<&'static str> {
+        let private = self.private.iter().map(|_| PrivateRoot::NAME);
+        private.chain(self.release.iter().map(|_| ReleaseRoot::NAME)).collect()
+    }
+
+    /// The latest version of a table, where the root of `zone` was given and has it.
+    pub async fn version(&self, zone: &str, path: &str) -> Result<Option<i64>, Failure> {
+        match (zone, &self.private, &self.release) {
+            (PrivateRoot::NAME, Some(root), _) => Ok(root.table(path).version().await?),
+            (ReleaseRoot::NAME, _, Some(root)) => Ok(root.table(path).version().await?),
+            _ => Ok(None),
+        }
+    }
+
+    /// Their URLs, for messages.
+    pub fn names(&self) -> String {
         let private = self.private.iter().map(|root| root.url().to_owned());
         private.chain(self.release.iter().map(|root| root.url().to_owned())).collect::<Vec<_>>().join(" and ")
     }
 
-    async fn ids(&self) -> Result<Vec<String>, Failure> {
+    /// Ids of all runs.
+    pub async fn ids(&self) -> Result<Vec<String>, Failure> {
         let mut ids = Vec::new();
         if let Some(root) = &self.private {
             ids.extend(lake::manifest::list_runs(root).await?);
@@ -167,7 +200,8 @@ impl Roots {
         Ok(ids)
     }
 
-    async fn known(&self, run: &str) -> Result<Vec<Known>, Failure> {
+    /// What each root knows of `run`.
+    pub async fn known(&self, run: &str) -> Result<Vec<Known>, Failure> {
         let mut known = Vec::new();
         if let Some(root) = &self.private {
             known.push(read(root, run).await?);

@@ -45,6 +45,7 @@ async fn write_run(folder: &Path) {
             digest: Some("c0ffee".into()),
         }],
         config: serde_json::json!({ "secret": "c0ffee" }),
+        command: Vec::new(),
         seeds: vec![12_345],
         binary: format!("doppel-{stage} 0.1.0"),
         started: chrono::DateTime::UNIX_EPOCH,

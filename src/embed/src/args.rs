@@ -27,7 +27,7 @@ pub struct Args {
     #[command(flatten)]
     pub common: stage::Common,
     /// Encoder: URL or path of a sentence-transformers folder (BERT or T5, mean pooling).
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", value_hint = stage::PLACE)]
     pub encoder: String,
     /// Which texts: those of the run in the release zone, or those of a corpus in the private zone.
     #[arg(long, value_enum)]

@@ -150,6 +150,7 @@ impl<Z: Zone> Stage<'_, Z> {
             seeds: Vec::new(),
             binary: stage::binary("doppel-embed"),
             started: chrono::Utc::now(),
+            command: stage::command(),
         })
     }
 

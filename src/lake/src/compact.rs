@@ -114,6 +114,7 @@ impl Table {
     }
 
     async fn commit_merged(&self, table: &DeltaTable, merged: &[Merged], target_size: u64) -> Result<(), Commit> {
+        let started = Instant::now();
         let state = table.snapshot().map_err(|error| Commit::Failed(delta::explain(self.url(), &error)))?;
         let removes = merged.iter().flat_map(|merged| &merged.from).map(|file| Action::Remove(remove(file)));
         let adds = merged.iter().map(|merged| Action::Add(merged.add.clone()));
@@ -124,7 +125,8 @@ impl Table {
             self.log_store().map_err(Commit::Failed)?,
             operation,
         );
-        commit.await.map(drop).map_err(|error| delta::after_commit(self.url(), &error))
+        let failure = || self.store.failure_since(started);
+        commit.await.map(drop).map_err(|error| delta::after_commit(self.url(), &error, failure()))
     }
 }
 
@@ -287,7 +289,7 @@ mod tests {
             append(&first, 0, chunk).await;
         }
         let appends = (1..4).map(|shard| {
-            let table = Table::new(first.store.clone(), "runs/demo/loss");
+            let table = Table::new(first.store.clone(), "runs/demo/loss", None);
             tokio::spawn(async move {
                 for chunk in 0..8 {
                     assert!(append(&table, shard, chunk).await);
@@ -295,7 +297,7 @@ mod tests {
             })
         });
         let compactions = (0..2).map(|_| {
-            let table = Table::new(first.store.clone(), "runs/demo/loss");
+            let table = Table::new(first.store.clone(), "runs/demo/loss", None);
             tokio::spawn(async move {
                 for _ in 0..4 {
                     table.compact(1 << 20, Writers::Running).await.unwrap();

@@ -5,6 +5,7 @@
 //! appends to others exactly once.
 
 mod compact;
+pub mod compare;
 mod connect;
 pub mod corpus;
 mod delta;
@@ -14,6 +15,7 @@ mod files;
 pub mod gc;
 mod location;
 pub mod manifest;
+pub mod overlay;
 pub mod private;
 mod profile;
 #[doc(hidden)]
@@ -30,6 +32,9 @@ pub use corpus::CorpusTerms;
 pub use error::explain;
 pub use fetch::{ByteStream, LocalFolder, fetch_folder, read_stream};
 pub use manifest::{Begin, Claim, Input, Manifest, Output, RunHandle};
+pub use overlay::Overlay;
 pub use private::Private;
-pub use root::{LakeError, PrivateRoot, ReleaseRoot, StorageOptions, Zone, canonical_url, check_disjoint, open_url};
+pub use root::{
+    LakeError, Pins, PrivateRoot, ReleaseRoot, StorageOptions, Zone, canonical_url, check_disjoint, open_url,
+};
 pub use table::{AppTransaction, Table, Uploaded};

@@ -58,6 +58,18 @@ pub struct Claim {
     pub binary: String,
     /// When the first attempt began.
     pub started: DateTime<Utc>,
+    /// The flags that the stage was started with, as far as they say what to do rather than where or how to tell it.
+    /// Places on the machine are reduced to their names. Empty in claims of versions that did not write it down; not
+    /// among what is compared, since `config` says what follows from it.
+    #[serde(default)]
+    pub command: Vec<String>,
+}
+
+impl Claim {
+    /// Path of the manifest that ends this stage, below its root.
+    pub fn manifest_path(&self) -> String {
+        Paths::new(&self.run, &self.stage, self.shard).manifest
+    }
 }
 
 /// A finished stage.
@@ -127,9 +139,11 @@ pub async fn begin<Z: Zone>(zone: &Z, claim: Claim) -> Result<Begin<Z>, LakeErro
     let paths = Paths::new(&claim.run, &claim.stage, claim.shard);
     if let Some(manifest) = read::<Z, Manifest>(zone, &paths.manifest).await? {
         compare(zone, &paths.manifest, &manifest.claim, &claim)?;
+        refuse_other_pins(zone, &manifest.claim)?;
         return Ok(Begin::Done(manifest));
     }
     refuse_other_sharding(zone, &claim).await?;
+    refuse_other_pins(zone, &claim)?;
     if zone.put_if_absent(&paths.claim, encode(&claim)?.into()).await? {
         return Ok(Begin::Fresh(RunHandle { claim, zone: zone.clone() }));
     }
@@ -137,6 +151,7 @@ pub async fn begin<Z: Zone>(zone: &Z, claim: Claim) -> Result<Begin<Z>, LakeErro
         .await?
         .ok_or_else(|| LakeError::Transient(format!("{}: removed while it was read", zone.url_of(&paths.claim))))?;
     compare(zone, &paths.claim, &earlier, &claim)?;
+    refuse_other_pins(zone, &earlier)?;
     Ok(Begin::Resumed(RunHandle { claim: earlier, zone: zone.clone() }))
 }
 
@@ -302,6 +317,32 @@ async fn refuse_other_sharding<Z: Zone>(zone: &Z, claim: &Claim) -> Result<(), L
     Ok(())
 }
 
+/// Every version that was asked for is the one that the stage reads.
+fn refuse_other_pins<Z: Zone>(zone: &Z, claim: &Claim) -> Result<(), LakeError> {
+    for (table, asked) in zone.pins() {
+        let of_table = || claim.inputs.iter().filter(|input| input.location == *table);
+        if of_table().any(|input| input.version == Some(*asked)) {
+            continue;
+        }
+        let Some(read) = of_table().find_map(|input| input.version) else {
+            let tables = claim.inputs.iter().filter(|input| input.version.is_some());
+            let tables: Vec<&str> = tables.map(|input| input.location.as_str()).collect();
+            return Err(LakeError::Usage(format!(
+                "--pin {table}={asked}: {} of run {} does not read it\nhelp: it reads {}",
+                claim.stage,
+                claim.run,
+                if tables.is_empty() { "no table".into() } else { tables.join(", ") }
+            )));
+        };
+        return Err(LakeError::Conflict(format!(
+            "--pin {table}={asked}: {} of run {} reads version {read}, which this run, or a stage that it follows, \
+             pinned before\nhelp: leave the pin out, or use another --run",
+            claim.stage, claim.run
+        )));
+    }
+    Ok(())
+}
+
 fn check_place<Z: Zone>(zone: &Z, path: &str, claim: &Claim) -> Result<(), LakeError> {
     let paths = Paths::new(&claim.run, &claim.stage, claim.shard);
     if path != paths.claim && path != paths.manifest {
@@ -401,6 +442,7 @@ mod tests {
             seeds: vec![7],
             binary: "doppel-synthesize 0.1.0".into(),
             started: DateTime::UNIX_EPOCH,
+            command: vec![],
         }
     }
 
@@ -432,6 +474,36 @@ mod tests {
         assert!(text.contains("  top_p: earlier 0.95, now 0.9"), "{text}");
         assert!(text.contains("  top_k: earlier (not set), now 5"), "{text}");
         assert!(!text.contains("count"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_pin_that_the_stage_does_not_read_at_that_version_is_refused() {
+        let (_folder, root) = root().await;
+        let pins = |table: &str, version| [(table.to_owned(), version)].into_iter().collect();
+        let other = root.clone().pinned(pins("corpora/chats", 0));
+        let error = begin(&other, claim(json!({}), 3)).await.unwrap_err();
+        assert!(matches!(&error, LakeError::Usage(text) if text.contains("it reads runs/demo/adapter")), "{error}");
+        assert!(root.list("").await.unwrap().is_empty(), "a refused stage left a claim");
+        let pinned = root.clone().pinned(pins("runs/demo/adapter", 3));
+        assert!(matches!(begin(&pinned, claim(json!({}), 3)).await.unwrap(), Begin::Fresh(_)));
+        let moved = root.clone().pinned(pins("runs/demo/adapter", 5));
+        let error = begin(&moved, claim(json!({}), 5)).await.unwrap_err();
+        assert!(matches!(&error, LakeError::Conflict(text) if text.contains("reads version 3")), "{error}");
+    }
+
+    #[tokio::test]
+    async fn the_command_is_written_down_and_not_compared() {
+        let (_folder, root) = root().await;
+        let mut first = claim(json!({}), 3);
+        first.command = vec!["--count=10".into()];
+        begin(&root, first.clone()).await.unwrap();
+        let Begin::Resumed(handle) = begin(&root, claim(json!({}), 3)).await.unwrap() else {
+            panic!("expected a resumed run")
+        };
+        assert_eq!(handle.claim.command, first.command);
+        let mut older = serde_json::to_value(&first).unwrap();
+        older.as_object_mut().unwrap().remove("command");
+        assert_eq!(serde_json::from_value::<Claim>(older).unwrap().command, Vec::<String>::new());
     }
 
     #[tokio::test]

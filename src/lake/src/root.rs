@@ -2,6 +2,7 @@
 //!
 //! Paths inside a root are relative, `/`-separated strings such as `runs/demo/adapter/adapter_config.json`.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,11 @@ use object_store::ObjectStore;
 
 pub use crate::error::LakeError;
 use crate::location::Location;
+use crate::overlay::Overlay;
 use crate::store::Store;
+
+/// Versions to read of tables, by their paths, in place of the latest.
+pub type Pins = BTreeMap<String, i64>;
 
 /// How to reach storage; credentials come from the environment, never from here.
 #[derive(Clone, Debug)]
@@ -32,6 +37,8 @@ mod sealed {
     pub trait Sealed {
         /// What the root stands on.
         fn store(&self) -> &crate::store::Store;
+        /// Versions that were asked for.
+        fn pins(&self) -> &super::Pins;
     }
 }
 
@@ -91,7 +98,8 @@ pub trait Zone: Sealed + Clone + std::fmt::Debug + Send + Sync + 'static {
 
     /// The table at `path` (which may not exist yet).
     fn table(&self, path: &str) -> crate::Table {
-        crate::Table::new(self.store().clone(), path)
+        let path = path.trim_matches('/');
+        crate::Table::new(self.store().clone(), path, self.pins().get(path).copied())
     }
 
     /// Copies all objects below `prefix` to the local folder `to`, streaming; none at all is
@@ -108,23 +116,45 @@ pub trait Zone: Sealed + Clone + std::fmt::Debug + Send + Sync + 'static {
 
 /// Where everything computed from private records without a mechanism lives.
 #[derive(Clone, Debug)]
-pub struct PrivateRoot(Store);
+pub struct PrivateRoot(Store, Arc<Pins>);
 
 /// Where outputs of mechanisms, and what follows from them alone, live.
 #[derive(Clone, Debug)]
-pub struct ReleaseRoot(Store);
+pub struct ReleaseRoot(Store, Arc<Pins>);
 
 impl PrivateRoot {
     /// Opens the root at `url`: a path, `file://`, `s3://`, `gs://` or `az://` URL. Nothing is read or written yet.
     pub async fn open(url: &str, options: &StorageOptions) -> Result<Self, LakeError> {
-        Store::open(url, options).map(Self)
+        Ok(Self(Store::open(url, options)?, Arc::default()))
+    }
+
+    /// The same root, where [`crate::Table::pin`] gives the versions of `pins`. A claim must be made of them:
+    /// [`crate::manifest::begin`] refuses a pin that it does not use.
+    pub fn pinned(self, pins: Pins) -> Self {
+        Self(self.0, Arc::new(pins))
+    }
+
+    /// The same root as seen through `overlay`, which takes all writes.
+    pub fn under(&self, overlay: &Overlay) -> Result<Self, LakeError> {
+        Ok(Self(self.0.under(overlay)?, self.1.clone()))
     }
 }
 
 impl ReleaseRoot {
     /// Opens the root at `url`: a path, `file://`, `s3://`, `gs://` or `az://` URL. Nothing is read or written yet.
     pub async fn open(url: &str, options: &StorageOptions) -> Result<Self, LakeError> {
-        Store::open(url, options).map(Self)
+        Ok(Self(Store::open(url, options)?, Arc::default()))
+    }
+
+    /// The same root, where [`crate::Table::pin`] gives the versions of `pins`. A claim must be made of them:
+    /// [`crate::manifest::begin`] refuses a pin that it does not use.
+    pub fn pinned(self, pins: Pins) -> Self {
+        Self(self.0, Arc::new(pins))
+    }
+
+    /// The same root as seen through `overlay`, which takes all writes.
+    pub fn under(&self, overlay: &Overlay) -> Result<Self, LakeError> {
+        Ok(Self(self.0.under(overlay)?, self.1.clone()))
     }
 }
 
@@ -132,11 +162,19 @@ impl Sealed for PrivateRoot {
     fn store(&self) -> &Store {
         &self.0
     }
+
+    fn pins(&self) -> &Pins {
+        &self.1
+    }
 }
 
 impl Sealed for ReleaseRoot {
     fn store(&self) -> &Store {
         &self.0
+    }
+
+    fn pins(&self) -> &Pins {
+        &self.1
     }
 }
 

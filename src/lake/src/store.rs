@@ -16,6 +16,7 @@ use url::Url;
 use crate::connect::{connect, request_timeout};
 use crate::error::{LakeError, explain, explain_io, is_transient};
 use crate::location::{Location, StoreKind};
+use crate::overlay::{Overlay, OverlayStore, Place};
 use crate::root::StorageOptions;
 use crate::steady::{Failures, Steady};
 
@@ -49,8 +50,13 @@ impl std::fmt::Debug for Store {
 
 impl Store {
     pub(crate) fn open(url: &str, options: &StorageOptions) -> Result<Self, LakeError> {
+        Self::noting(url, options, Failures::default())
+    }
+
+    /// A store that notes in `failures`.
+    fn noting(url: &str, options: &StorageOptions, failures: Failures) -> Result<Self, LakeError> {
         let location = Location::parse(url)?;
-        let (mut objects, failures) = (connect(&location, options, true)?, Failures::default());
+        let mut objects = connect(&location, options, true)?;
         if location.store != StoreKind::Local {
             objects = Arc::new(Steady::new(objects, location.clone(), options.timeout, failures.clone()));
         }
@@ -61,6 +67,31 @@ impl Store {
             objects,
             failures,
             once: OnceLock::new(),
+        })))
+    }
+
+    /// This store as seen through `overlay`.
+    pub(crate) fn under(&self, overlay: &Overlay) -> Result<Self, LakeError> {
+        let scratch = Self::noting(&overlay.scratch, &self.0.options, self.0.failures.clone())?;
+        let hidden = overlay.hidden.iter().map(|path| self.0.location.join(path)).collect::<Result<Vec<_>, _>>()?;
+        let over = |scratch_objects: &Arc<dyn ObjectStore>| -> Arc<dyn ObjectStore> {
+            let place = |store: &Self, objects: &Arc<dyn ObjectStore>| Place {
+                objects: objects.clone(),
+                root: store.0.location.path.clone(),
+            };
+            Arc::new(OverlayStore {
+                origin: place(self, &self.0.objects),
+                scratch: place(&scratch, scratch_objects),
+                hidden: hidden.clone(),
+            })
+        };
+        Ok(Self(Arc::new(Inner {
+            location: self.0.location.clone(),
+            options: self.0.options.clone(),
+            objects: over(&scratch.0.objects),
+            failures: self.0.failures.clone(),
+            once: OnceLock::from(over(scratch.once()?)),
+            conditional: AtomicBool::new(scratch.0.conditional.load(Ordering::Relaxed)),
         })))
     }
 

@@ -56,6 +56,8 @@ pub struct Table {
     pub(crate) store: Store,
     pub(crate) path: String,
     url: Url,
+    /// The version that [`Table::pin`] gives, where one was asked for.
+    asked: Option<i64>,
     /// The latest version seen, so that the next look reads only newer commits.
     latest: Arc<Mutex<Option<DeltaTable>>>,
 }
@@ -67,9 +69,9 @@ impl std::fmt::Debug for Table {
 }
 
 impl Table {
-    pub(crate) fn new(store: Store, path: &str) -> Self {
+    pub(crate) fn new(store: Store, path: &str, asked: Option<i64>) -> Self {
         let url = store.url_of(path);
-        Self { store, path: path.trim_matches('/').to_string(), url, latest: Arc::default() }
+        Self { store, path: path.to_string(), url, asked, latest: Arc::default() }
     }
 
     /// The table's URL without credentials.
@@ -87,9 +89,16 @@ impl Table {
         }
     }
 
-    /// Version to pin: the latest; a missing table is [`LakeError::NotFound`].
+    /// Version to pin: the one that was asked for, else the latest; a missing table is [`LakeError::NotFound`].
     pub async fn pin(&self) -> Result<i64, LakeError> {
-        self.version().await?.ok_or_else(|| self.missing())
+        let latest = self.version().await?.ok_or_else(|| self.missing())?;
+        match self.asked {
+            Some(asked) if asked > latest => Err(LakeError::NotFound(format!(
+                "{}: version {asked} is pinned, and the latest is {latest}\nhelp: correct --pin",
+                self.url
+            ))),
+            asked => Ok(asked.unwrap_or(latest)),
+        }
     }
 
     /// Columns of `version`, as readers of the table see them.

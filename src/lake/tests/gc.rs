@@ -104,6 +104,7 @@ fn claim(run: &str) -> Claim {
         shard: None,
         inputs: Vec::new(),
         config: serde_json::json!({}),
+        command: Vec::new(),
         seeds: Vec::new(),
         binary: "doppel-train 0.1.0".into(),
         started: Utc::now(),

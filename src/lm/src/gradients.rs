@@ -82,7 +82,7 @@ fn gradients_of(
     let keep = backward::fits(&batch, decoder.config.layers);
     let tape = backward::Tape::forward(decoder, adapters, &batch, &masks, keep)?;
     let (losses, gradient) = loss::with_gradient(decoder, tape.output(), &batch)?;
-    let mut found = tape.backward(decoder, adapters, &batch, lora, &masks, gradient, scale)?;
+    let mut found = tape.backward(lora, gradient, scale)?;
     found.push(losses.f_mul_scalar(scale)?.f_to_kind(Kind::Float)?);
     Ok(found)
 }

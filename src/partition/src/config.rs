@@ -36,7 +36,7 @@ pub struct Args {
     /// Where the conversations are: a path, file://, s3://, gs:// or az:// URL. Repeatable.
     ///
     /// A JSON array, JSON Lines or Parquet; told apart by their first bytes. Read in the order given.
-    #[arg(long, required = true, value_name = "URL")]
+    #[arg(long, required = true, value_name = "URL", value_hint = stage::PLACE)]
     pub input: Vec<String>,
     /// Name of the corpus to write: letters, digits, `.`, `_`, `-`.
     #[arg(long)]

@@ -102,6 +102,7 @@ fn claim(run: &str, config: &Config) -> Claim {
         seeds: Vec::new(),
         binary: stage::binary(STAGE),
         started: Utc::now(),
+        command: stage::command(),
     }
 }
 

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use lake::{PrivateRoot, ReleaseRoot, StorageOptions};
+use lake::{Overlay, Pins, PrivateRoot, ReleaseRoot, StorageOptions};
+use serde::{Deserialize, Serialize};
 
 use crate::Failure;
 use crate::logging::LogFormat;
@@ -26,6 +27,12 @@ pub struct Common {
     /// Holds outputs of mechanisms, and what follows from them alone. It must not be the private root, nor lie in it.
     #[arg(long, env = "DOPPEL_RELEASE", value_name = "URL", hide_env_values = true, help_heading = "Run")]
     pub release: Option<String>,
+    /// Read this version of an input table rather than the latest; repeatable.
+    ///
+    /// TABLE is the path below its root, such as corpora/sharegpt=1. A run that has begun keeps what it reads; a table
+    /// that the stage does not read is refused.
+    #[arg(long = "pin", value_name = "TABLE=VERSION", value_parser = pin, help_heading = "Run")]
+    pub pins: Vec<(String, i64)>,
     /// Deadline of one storage operation with its retries, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 180, help_heading = "Run",
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
@@ -68,13 +75,21 @@ impl Common {
     /// Opens the private root; a missing flag is a usage failure that says what to set.
     pub async fn private_root(&self) -> Result<PrivateRoot, Failure> {
         let url = required(self.private.as_deref(), "private")?;
-        Ok(PrivateRoot::open(url, &self.storage()).await?)
+        let root = PrivateRoot::open(url, &self.storage()).await?.pinned(self.pinned());
+        match Overlays::of_process()?.private {
+            Some(overlay) => Ok(root.under(&overlay)?),
+            None => Ok(root),
+        }
     }
 
     /// Opens the release root.
     pub async fn release_root(&self) -> Result<ReleaseRoot, Failure> {
         let url = required(self.release.as_deref(), "release")?;
-        Ok(ReleaseRoot::open(url, &self.storage()).await?)
+        let root = ReleaseRoot::open(url, &self.storage()).await?.pinned(self.pinned());
+        match Overlays::of_process()?.release {
+            Some(overlay) => Ok(root.under(&overlay)?),
+            None => Ok(root),
+        }
     }
 
     /// Both roots; the same or nested ones are refused, since the zones would mix.
@@ -84,9 +99,46 @@ impl Common {
         Ok((private, release))
     }
 
+    fn pinned(&self) -> Pins {
+        self.pins.iter().cloned().collect()
+    }
+
     /// Storage options from the flags.
     pub fn storage(&self) -> StorageOptions {
         StorageOptions { timeout: Duration::from_secs(self.storage_timeout) }
+    }
+}
+
+/// With this set, a stage sees its roots through overlays and writes to scratch areas: `doppel rerun` repeats stages
+/// so, as a process of the same command, and the roots stay as they are.
+pub const OVERLAYS: &str = "DOPPEL_OVERLAYS";
+
+/// What lies over each root of a stage, as JSON in [`OVERLAYS`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Overlays {
+    /// Over the private root.
+    pub private: Option<Overlay>,
+    /// Over the release root.
+    pub release: Option<Overlay>,
+}
+
+impl Overlays {
+    fn of_process() -> Result<Self, Failure> {
+        match std::env::var(OVERLAYS) {
+            Ok(text) => Self::parse(&text),
+            Err(std::env::VarError::NotPresent) => Ok(Self::default()),
+            Err(error) => Err(Failure::Usage(format!("{OVERLAYS}: {error}"))),
+        }
+    }
+
+    /// PRIVACY: an overlay that cannot be read is an error, never none at all: the stage would write to the roots.
+    fn parse(text: &str) -> Result<Self, Failure> {
+        serde_json::from_str(text).map_err(|error| {
+            Failure::Usage(format!(
+                "{OVERLAYS}: {error}\nhelp: `doppel rerun` sets it; unset it to run the stage itself"
+            ))
+        })
     }
 }
 
@@ -110,9 +162,38 @@ pub fn run_id(id: &str) -> Result<String, String> {
     }
 }
 
+/// Splits `TABLE=VERSION`.
+fn pin(text: &str) -> Result<(String, i64), String> {
+    let parts =
+        text.rsplit_once('=').and_then(|(table, version)| Some((table.trim_matches('/'), version.parse().ok()?)));
+    match parts {
+        Some((table, version)) if !table.is_empty() && version >= 0 => Ok((table.to_owned(), version)),
+        _ => Err("write it as TABLE=VERSION, such as corpora/sharegpt=1".to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pin_names_a_table_and_a_version() {
+        assert_eq!(pin("/corpora/a=b/=12"), Ok(("corpora/a=b".to_owned(), 12)));
+        for wrong in ["corpora/a", "=1", "/=1", "corpora/a=", "corpora/a=-1", "corpora/a=x"] {
+            assert!(pin(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn overlays_that_cannot_be_read_are_an_error() {
+        let overlay = Overlay { scratch: "s3://bucket/scratch".into(), hidden: vec!["runs/demo/adapter".into()] };
+        let overlays = Overlays { private: None, release: Some(overlay) };
+        let text = serde_json::to_string(&overlays).unwrap();
+        assert_eq!(Overlays::parse(&text).unwrap(), overlays);
+        for wrong in ["", "1", r#"{"privat": null}"#] {
+            assert_eq!(Overlays::parse(wrong).unwrap_err().exit_code(), 2, "{wrong}");
+        }
+    }
 
     #[test]
     fn run_ids_are_safe_as_a_part_of_a_path() {

@@ -21,6 +21,7 @@
 //! terminal, one JSON object per line elsewhere (`--log-format` decides otherwise). About private records a stage can
 //! tell a label and elapsed time ([`PrivateProgress`]); numbers leave as [`telemetry::Fact`] or [`Progress`] only.
 
+pub mod command;
 pub mod common;
 pub mod failure;
 mod logging;
@@ -29,6 +30,7 @@ pub mod progress;
 pub mod shell;
 pub mod telemetry;
 
+pub use command::{PLACE, command};
 pub use common::{Common, Format};
 pub use failure::Failure;
 pub use outcome::{Summary, print, tells_already_done};

@@ -93,6 +93,7 @@ impl Shell {
         let mut command = A::command().name(name).bin_name(name).version(version());
         let mut matches = command.try_get_matches_from_mut(std::env::args_os())?;
         let flags = Flags::read(&matches);
+        crate::command::record(&command, &matches);
         let args = A::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut command))?;
         Ok((args, flags))
     }

@@ -28,7 +28,7 @@ pub struct Args {
     #[command(flatten)]
     pub common: stage::Common,
     /// Base model: URL or path of a Hugging Face folder or a GGUF file.
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", value_hint = stage::PLACE)]
     pub model: String,
     /// Run whose adapter to sample from; this run's own unless given.
     #[arg(long, value_name = "RUN", value_parser = stage::common::run_id, conflicts_with = "no_adapter")]

@@ -101,6 +101,7 @@ impl Sources {
             seeds: vec![config.seed],
             binary: stage::binary("doppel-synthesize"),
             started: chrono::Utc::now(),
+            command: stage::command(),
         })
     }
 

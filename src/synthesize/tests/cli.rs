@@ -264,6 +264,7 @@ fn settle_train(release: &str, run: &str, template: &str) {
         seeds: vec![],
         binary: "doppel-train".into(),
         started: chrono::Utc::now(),
+        command: Vec::new(),
     };
     tokio::runtime::Runtime::new().unwrap().block_on(async {
         let release = ReleaseRoot::open(release, &StorageOptions::default()).await.unwrap();

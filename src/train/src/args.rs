@@ -30,7 +30,7 @@ pub struct Args {
     #[arg(long)]
     pub corpus: String,
     /// Base model: URL or path of a Hugging Face folder or a GGUF file.
-    #[arg(long)]
+    #[arg(long, value_hint = stage::PLACE)]
     pub model: String,
     /// LoRA rank r, at most 4096.
     #[arg(long, default_value_t = 8)]

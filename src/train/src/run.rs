@@ -166,6 +166,7 @@ impl<'a> Base<'a> {
             seeds: vec![self.config.seed],
             binary: stage::binary("doppel-train"),
             started: chrono::Utc::now(),
+            command: stage::command(),
         })
     }
 

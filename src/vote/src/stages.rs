@@ -207,6 +207,7 @@ impl Inputs {
             seeds: vec![config.seed],
             binary: stage::binary(STAGE),
             started: Utc::now(),
+            command: stage::command(),
         })
     }
 

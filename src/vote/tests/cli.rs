@@ -284,6 +284,7 @@ async fn finish<Z: Zone>(zone: &Z, run: &str, stage: &str, (input, location): (&
         seeds: Vec::new(),
         binary: "test".into(),
         started: Utc::now(),
+        command: Vec::new(),
     };
     let Begin::Fresh(handle) = lake::manifest::begin(zone, claim).await.expect("a claim") else {
         panic!("{run} has {stage} already");

@@ -24,9 +24,9 @@ pub(super) fn fits(batch: &Batch, layers: i64) -> bool {
     batch.length() * layers <= KEEP
 }
 
-/// What the forward pass kept.
-pub(super) struct Tape {
-    angles: Angles,
+/// The model with its adapters, the batch that goes through it, and what the forward pass kept.
+pub(super) struct Tape<'a> {
+    model: Model<'a>,
     layers: Vec<Kept>,
     output: Tensor,
 }
@@ -53,26 +53,26 @@ struct Inside {
     gate_up: Tensor,
 }
 
-impl Tape {
+impl<'a> Tape<'a> {
     /// Keeps the inside of every layer where `keep`, and else their inputs alone.
     pub(super) fn forward(
-        decoder: &Decoder,
-        adapters: &[Adapters],
-        batch: &Batch,
-        masks: &Masks,
+        decoder: &'a Decoder,
+        adapters: &'a [Adapters],
+        batch: &'a Batch,
+        masks: &'a Masks,
         keep: bool,
     ) -> Result<Self, LmError> {
-        let angles = decoder.rope.at(&batch.positions)?;
+        let model = Model::new(decoder, adapters, batch, masks)?;
         let mut hidden = decoder.embed(&batch.tokens)?;
         let mut layers = Vec::with_capacity(decoder.layers.len());
-        for (index, (layer, adapters)) in decoder.layers.iter().zip(adapters).enumerate() {
-            let context = Context { config: &decoder.config, layer, adapters, index, angles: &angles, batch, masks };
+        for index in 0..decoder.layers.len() {
+            let context = model.layer(index);
             let inside = context.inside(&hidden)?;
             let next = context.output(&inside)?;
             layers.push(if keep { Kept::All(Box::new(inside)) } else { Kept::Input(hidden) });
             hidden = next;
         }
-        Ok(Self { angles, layers, output: hidden })
+        Ok(Self { model, layers, output: hidden })
     }
 
     /// Output of the last layer, `[1, T, D]`.
@@ -82,23 +82,13 @@ impl Tape {
 
     /// Gradients of every example, in `lora`'s order, of the losses whose gradient with respect to [`Self::output`] is
     /// `gradient`, times `scale`. Each layer's part is dropped when it has been used.
-    pub(super) fn backward(
-        self,
-        decoder: &Decoder,
-        adapters: &[Adapters],
-        batch: &Batch,
-        lora: &Lora,
-        masks: &Masks,
-        gradient: Tensor,
-        scale: f64,
-    ) -> Result<Vec<Tensor>, LmError> {
-        let Self { angles, layers, .. } = self;
-        let back = angles.inverse()?;
+    pub(super) fn backward(self, lora: &Lora, gradient: Tensor, scale: f64) -> Result<Vec<Tensor>, LmError> {
+        let Self { model, layers, .. } = self;
+        let back = model.angles.inverse()?;
         let mut gradient = gradient;
         let mut found = Vec::with_capacity(lora.tensors.len());
         for (index, kept) in layers.into_iter().enumerate().rev() {
-            let (layer, adapters) = (&decoder.layers[index], &adapters[index]);
-            let context = Context { config: &decoder.config, layer, adapters, index, angles: &angles, batch, masks };
+            let context = model.layer(index);
             let inside = match kept {
                 Kept::All(inside) => *inside,
                 Kept::Input(input) => context.inside(&input)?,
@@ -124,13 +114,39 @@ pub(super) fn output(
     batch: &Batch,
     masks: &Masks,
 ) -> Result<Tensor, LmError> {
-    let angles = decoder.rope.at(&batch.positions)?;
+    let model = Model::new(decoder, adapters, batch, masks)?;
     let mut hidden = decoder.embed(&batch.tokens)?;
-    for (index, (layer, adapters)) in decoder.layers.iter().zip(adapters).enumerate() {
-        let context = Context { config: &decoder.config, layer, adapters, index, angles: &angles, batch, masks };
+    for index in 0..decoder.layers.len() {
+        let context = model.layer(index);
         hidden = context.output(&context.inside(&hidden)?)?;
     }
     Ok(hidden)
+}
+
+/// What all layers are computed with.
+struct Model<'a> {
+    decoder: &'a Decoder,
+    adapters: &'a [Adapters],
+    batch: &'a Batch,
+    masks: &'a Masks,
+    angles: Angles,
+}
+
+impl<'a> Model<'a> {
+    fn new(
+        decoder: &'a Decoder,
+        adapters: &'a [Adapters],
+        batch: &'a Batch,
+        masks: &'a Masks,
+    ) -> Result<Self, LmError> {
+        Ok(Self { decoder, adapters, batch, masks, angles: decoder.rope.at(&batch.positions)? })
+    }
+
+    fn layer(&self, index: usize) -> Context<'_> {
+        let Self { decoder, adapters, batch, masks, angles } = self;
+        let (config, layer, adapters) = (&decoder.config, &decoder.layers[index], &adapters[index]);
+        Context { config, layer, adapters, index, angles, batch, masks }
+    }
 }
 
 /// One layer and what it is computed with.
