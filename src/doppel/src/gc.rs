@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use stage::{Failure, Summary};
 
 use crate::cli::RootsArgs;
-use crate::roots::{Roots, Told, told};
+use crate::roots::{self, Known, Roots};
 use crate::table::table;
 
 /// Flags of `doppel gc`.
@@ -113,10 +113,10 @@ async fn retained(args: &GcArgs, roots: &Roots, report: &mut Report) -> Result<R
     }
     let mut all = Vec::new();
     if let Some(root) = &roots.release {
-        all.extend(told(root).await?);
+        all.extend(roots::all(root).await?);
     }
     if let Some(root) = &roots.private {
-        all.extend(told(root).await?);
+        all.extend(roots::all(root).await?);
     }
     for run in &args.dropped {
         match last_write(roots, run).await? {
@@ -135,7 +135,7 @@ async fn retained(args: &GcArgs, roots: &Roots, report: &mut Report) -> Result<R
 }
 
 /// Why claims and manifests of `run` stay, and its id is closed: something that is never removed came of it.
-fn on_record(run: &str, reserved: &BTreeSet<String>, all: &[Told]) -> Option<&'static str> {
+fn on_record(run: &str, reserved: &BTreeSet<String>, all: &[Known]) -> Option<&'static str> {
     if reserved.contains(run) {
         return Some("the ledger names the run");
     }
@@ -174,7 +174,7 @@ async fn ledger_pins(root: &PrivateRoot) -> Result<(Vec<Pin>, BTreeSet<String>),
 }
 
 /// What a run's claims and manifests name.
-fn pins(told: &Told) -> Vec<Pin> {
+fn pins(told: &Known) -> Vec<Pin> {
     let pin =
         |path: &str, version| Pin { path: path.trim_matches('/').to_owned(), version, run: Some(told.run.clone()) };
     let claims = told.claims.iter().chain(told.manifests.iter().map(|manifest| &manifest.claim));

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use stage::{Failure, Summary};
 
 use crate::cli::LineageArgs;
-use crate::runs::{Roots, seconds, shard, short};
+use crate::roots::Roots;
+use crate::runs::{seconds, shard, short};
 
 /// Tells where a table comes from.
 pub async fn lineage(args: LineageArgs) -> Result<Summary, Failure> {

@@ -14,7 +14,7 @@ use stage::{Failure, Summary};
 use url::Url;
 
 use crate::cli::RootsArgs;
-use crate::roots::{Roots, Told, told};
+use crate::roots::{self, Known, Roots};
 
 /// Who made the events: a name, since this program has no one address.
 const PRODUCER: &str = concat!("urn:doppel:openlineage:", env!("CARGO_PKG_VERSION"));
@@ -50,11 +50,11 @@ pub async fn openlineage(args: OpenlineageArgs) -> Result<Summary, Failure> {
     let mut events = Vec::new();
     if let Some(root) = &roots.private {
         let teller = Teller { args: &args, roots: &roots, zone: PrivateRoot::NAME };
-        events.extend(teller.events(&told(root).await?));
+        events.extend(teller.events(&roots::all(root).await?));
     }
     if let Some(root) = &roots.release {
         let teller = Teller { args: &args, roots: &roots, zone: ReleaseRoot::NAME };
-        events.extend(teller.events(&told(root).await?));
+        events.extend(teller.events(&roots::all(root).await?));
     }
     events.sort_by_key(|(time, _)| *time);
     let events: Vec<String> = events.into_iter().map(|(_, event)| event.to_string()).collect();
@@ -86,8 +86,8 @@ struct Teller<'a> {
 
 impl Teller<'_> {
     /// Events with their times.
-    fn events(&self, all: &[Told]) -> Vec<(DateTime<Utc>, Value)> {
-        let wanted = |told: &&Told| self.args.run.as_ref().is_none_or(|run| *run == told.run);
+    fn events(&self, all: &[Known]) -> Vec<(DateTime<Utc>, Value)> {
+        let wanted = |told: &&Known| self.args.run.as_ref().is_none_or(|run| *run == told.run);
         let mut events = Vec::new();
         for told in all.iter().filter(wanted) {
             for claim in &told.claims {

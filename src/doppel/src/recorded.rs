@@ -9,7 +9,7 @@ use stage::Failure;
 use stage::common::{OVERLAYS, Overlays};
 use tokio::process::Command;
 
-use crate::runs::{Known, Roots};
+use crate::roots::{Known, Roots};
 use crate::stages;
 
 /// Flags that name an input outside the roots, which the digest of the input of that name guards.
@@ -63,7 +63,7 @@ impl Recorded {
     /// Reads what `run` left in both roots.
     pub async fn read(roots: &Roots, run: &str) -> Result<Self, Failure> {
         let (mut stages, mut unfinished) = (Vec::new(), Vec::new());
-        for Known { zone, manifests, claims } in roots.known(run).await? {
+        for Known { zone, manifests, claims, .. } in roots.known(run).await? {
             let names: BTreeSet<&str> = claims.iter().map(|claim| claim.stage.as_str()).collect();
             for name in names {
                 let mut shards: Vec<Manifest> =

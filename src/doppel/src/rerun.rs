@@ -20,7 +20,7 @@ use crate::anew;
 use crate::cli::RerunArgs;
 use crate::equal::{Item, Verdict, compare};
 use crate::recorded::{Parameters, Recorded, Stage, Starter, flag_and_value};
-use crate::runs::Roots;
+use crate::roots::Roots;
 use crate::table::table;
 
 /// Repeats a run.

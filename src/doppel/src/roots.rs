@@ -39,10 +39,59 @@ impl Roots {
         }
         Ok(Self { private, release })
     }
+
+    /// The zones whose roots were given.
+    pub fn zones(&self) -> Vec<&'static str> {
+        let private = self.private.iter().map(|_| PrivateRoot::NAME);
+        private.chain(self.release.iter().map(|_| ReleaseRoot::NAME)).collect()
+    }
+
+    /// The latest version of a table, where the root of `zone` was given and has it.
+    pub async fn version(&self, zone: &str, path: &str) -> Result<Option<i64>, Failure> {
+        match (zone, &self.private, &self.release) {
+            (PrivateRoot::NAME, Some(root), _) => Ok(root.table(path).version().await?),
+            (ReleaseRoot::NAME, _, Some(root)) => Ok(root.table(path).version().await?),
+            _ => Ok(None),
+        }
+    }
+
+    /// Their URLs, for messages.
+    pub fn names(&self) -> String {
+        let private = self.private.iter().map(|root| root.url().to_owned());
+        private.chain(self.release.iter().map(|root| root.url().to_owned())).collect::<Vec<_>>().join(" and ")
+    }
+
+    /// Ids of all runs.
+    pub async fn ids(&self) -> Result<Vec<String>, Failure> {
+        let mut ids = Vec::new();
+        if let Some(root) = &self.private {
+            ids.extend(manifest::list_runs(root).await?);
+        }
+        if let Some(root) = &self.release {
+            ids.extend(manifest::list_runs(root).await?);
+        }
+        ids.sort();
+        ids.dedup();
+        Ok(ids)
+    }
+
+    /// What each root knows of `run`.
+    pub async fn known(&self, run: &str) -> Result<Vec<Known>, Failure> {
+        let mut all = Vec::new();
+        if let Some(root) = &self.private {
+            all.push(known(root, run).await?);
+        }
+        if let Some(root) = &self.release {
+            all.push(known(root, run).await?);
+        }
+        Ok(all)
+    }
 }
 
-/// What one run left in one zone.
-pub struct Told {
+/// What one root knows of a run.
+pub struct Known {
+    /// The root's zone.
+    pub zone: &'static str,
     /// Run id.
     pub run: String,
     /// Claims of finished and unfinished stages.
@@ -51,7 +100,7 @@ pub struct Told {
     pub manifests: Vec<Manifest>,
 }
 
-impl Told {
+impl Known {
     /// The manifest of the stage that `claim` began.
     pub fn manifest_of(&self, claim: &Claim) -> Option<&Manifest> {
         self.manifests
@@ -60,13 +109,17 @@ impl Told {
     }
 }
 
-/// What every run of `zone` left, by run id.
-pub async fn told<Z: Zone>(zone: &Z) -> Result<Vec<Told>, Failure> {
+/// What `root` knows of every run, by run id.
+pub async fn all<Z: Zone>(root: &Z) -> Result<Vec<Known>, Failure> {
     let mut all = Vec::new();
-    for run in manifest::list_runs(zone).await? {
-        let claims = manifest::claims_of(zone, &run).await?;
-        let manifests = manifest::manifests_of(zone, &run).await?;
-        all.push(Told { run, claims, manifests });
+    for run in manifest::list_runs(root).await? {
+        all.push(known(root, &run).await?);
     }
     Ok(all)
+}
+
+async fn known<Z: Zone>(root: &Z, run: &str) -> Result<Known, Failure> {
+    let claims = manifest::claims_of(root, run).await?;
+    let manifests = manifest::manifests_of(root, run).await?;
+    Ok(Known { zone: Z::NAME, run: run.to_owned(), claims, manifests })
 }

@@ -1,24 +1,14 @@
 //! `doppel runs` and `doppel show`: what was run, from the manifests in the roots.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
-use lake::{Claim, Manifest, PrivateRoot, ReleaseRoot, StorageOptions, Zone};
+use lake::{Claim, Manifest};
 use serde_json::{Value, json};
 use stage::{Failure, Summary};
 
-use crate::cli::{RootsArgs, RunsArgs, ShowArgs};
+use crate::cli::{RunsArgs, ShowArgs};
+use crate::roots::{Known, Roots};
 use crate::table::table;
-
-/// What one root knows of a run.
-pub struct Known {
-    /// The root's zone.
-    pub zone: &'static str,
-    /// Finished stages.
-    pub manifests: Vec<Manifest>,
-    /// Stages that began.
-    pub claims: Vec<Claim>,
-}
 
 /// Lists runs.
 pub async fn list(args: RunsArgs) -> Result<Summary, Failure> {
@@ -69,7 +59,7 @@ pub async fn show(args: ShowArgs) -> Result<Summary, Failure> {
         return Err(Failure::Input(message));
     }
     let mut stages = Vec::new();
-    for Known { zone, manifests, claims } in &known {
+    for Known { zone, manifests, claims, .. } in &known {
         for manifest in manifests {
             let json = json!({ "zone": zone, "done": true, "manifest": manifest });
             stages.push((manifest.claim.started, stage_text(zone, &manifest.claim, Some(manifest)), json));
@@ -135,86 +125,4 @@ fn stage_text(zone: &str, claim: &Claim, manifest: Option<&Manifest>) -> String 
 /// A time without its fraction of a second.
 pub fn seconds(time: &str) -> String {
     time.get(..19).unwrap_or(time).replace('T', " ")
-}
-
-/// The roots that were given.
-pub struct Roots {
-    /// Private root.
-    pub private: Option<PrivateRoot>,
-    /// Release root.
-    pub release: Option<ReleaseRoot>,
-}
-
-impl Roots {
-    /// Opens what `args` name; nothing is an error.
-    pub async fn open(args: &RootsArgs) -> Result<Self, Failure> {
-        let options = StorageOptions { timeout: Duration::from_secs(args.storage_timeout) };
-        let given = |url: &Option<String>| url.clone().filter(|url| !url.is_empty());
-        let private = match given(&args.private) {
-            Some(url) => Some(PrivateRoot::open(&url, &options).await?),
-            None => None,
-        };
-        let release = match given(&args.release) {
-            Some(url) => Some(ReleaseRoot::open(&url, &options).await?),
-            None => None,
-        };
-        if private.is_none() && release.is_none() {
-            let message = "no root is given\nhelp: pass --release URL, --private URL, or both";
-            return Err(Failure::Usage(message.to_owned()));
-        }
-        Ok(Self { private, release })
-    }
-
-    /// The zones whose roots were given.
-    pub fn zones(&self) -> Vec<&'static str> {
-        let private = self.private.iter().map(|_| PrivateRoot::NAME);
-        private.chain(self.release.iter().map(|_| ReleaseRoot::NAME)).collect()
-    }
-
-    /// The latest version of a table, where the root of `zone` was given and has it.
-    pub async fn version(&self, zone: &str, path: &str) -> Result<Option<i64>, Failure> {
-        match (zone, &self.private, &self.release) {
-            (PrivateRoot::NAME, Some(root), _) => Ok(root.table(path).version().await?),
-            (ReleaseRoot::NAME, _, Some(root)) => Ok(root.table(path).version().await?),
-            _ => Ok(None),
-        }
-    }
-
-    /// Their URLs, for messages.
-    pub fn names(&self) -> String {
-        let private = self.private.iter().map(|root| root.url().to_owned());
-        private.chain(self.release.iter().map(|root| root.url().to_owned())).collect::<Vec<_>>().join(" and ")
-    }
-
-    /// Ids of all runs.
-    pub async fn ids(&self) -> Result<Vec<String>, Failure> {
-        let mut ids = Vec::new();
-        if let Some(root) = &self.private {
-            ids.extend(lake::manifest::list_runs(root).await?);
-        }
-        if let Some(root) = &self.release {
-            ids.extend(lake::manifest::list_runs(root).await?);
-        }
-        ids.sort();
-        ids.dedup();
-        Ok(ids)
-    }
-
-    /// What each root knows of `run`.
-    pub async fn known(&self, run: &str) -> Result<Vec<Known>, Failure> {
-        let mut known = Vec::new();
-        if let Some(root) = &self.private {
-            known.push(read(root, run).await?);
-        }
-        if let Some(root) = &self.release {
-            known.push(read(root, run).await?);
-        }
-        Ok(known)
-    }
-}
-
-async fn read<Z: Zone>(root: &Z, run: &str) -> Result<Known, Failure> {
-    let manifests = lake::manifest::manifests_of(root, run).await?;
-    let claims = lake::manifest::claims_of(root, run).await?;
-    Ok(Known { zone: Z::NAME, manifests, claims })
 }

@@ -126,7 +126,7 @@ impl Table {
             self.store.require_conditional_puts().await?;
             let started = Instant::now();
             let create = CreateBuilder::new()
-                .with_log_store(self.log_store()?)
+                .with_log_store(self.log_store_as(&self.nameless()?)?)
                 .with_columns(wanted.fields().cloned())
                 .with_save_mode(SaveMode::ErrorIfExists)
                 .with_configuration_property(TableProperty::CheckpointInterval, Some(CHECKPOINT_INTERVAL))
@@ -498,10 +498,22 @@ impl Table {
     }
 
     pub(crate) fn log_store(&self) -> Result<LogStoreRef, LakeError> {
+        self.log_store_as(&self.url)
+    }
+
+    /// The table's log, which takes `url` for its place.
+    fn log_store_as(&self, url: &Url) -> Result<LogStoreRef, LakeError> {
         let prefix = self.store.location().join(&self.path)?;
         let objects = self.store.objects();
         let prefixed = Arc::new(PrefixStore::new(objects.clone(), prefix));
-        Ok(default_logstore(prefixed, objects, &self.url, &StorageConfig::default()))
+        Ok(default_logstore(prefixed, objects, url, &StorageConfig::default()))
+    }
+
+    /// The table's place without the root: the first commit records it, and a release must not tell of one machine.
+    fn nameless(&self) -> Result<Url, LakeError> {
+        Url::parse("file:///")
+            .and_then(|root| root.join(&self.path))
+            .map_err(|_| LakeError::Usage(format!("{}: no path for a table", self.url)))
     }
 
     fn missing(&self) -> LakeError {

@@ -66,6 +66,18 @@ fn check_malformed<T>(result: Result<T, LakeError>, words: &[&str]) {
 }
 
 #[tokio::test]
+async fn a_table_does_not_tell_where_its_root_is() {
+    let folder = tempfile::tempdir().unwrap();
+    table_with_three_commits(&root(folder.path()).await).await;
+    let name = folder.path().file_name().unwrap().to_str().unwrap();
+    let log = folder.path().join("corpora/demo/_delta_log");
+    for commit in std::fs::read_dir(log).unwrap() {
+        let text = String::from_utf8_lossy(&std::fs::read(commit.unwrap().path()).unwrap()).into_owned();
+        assert!(!text.contains(name), "{text}");
+    }
+}
+
+#[tokio::test]
 async fn a_log_with_a_missing_commit_names_it() {
     let folder = tempfile::tempdir().unwrap();
     let root = root(folder.path()).await;
