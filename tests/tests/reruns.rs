@@ -9,6 +9,7 @@ use arrow::datatypes::Int32Type;
 use lake::{AppTransaction, PrivateRoot, ReleaseRoot, StorageOptions, Zone, schema};
 use safetensors::SafeTensors;
 use scenarios::binaries::{self, Ran};
+use scenarios::s3::{Key, S3};
 use scenarios::tiny::{RUN, Workplace};
 use serde_json::{Value, json};
 
@@ -188,6 +189,27 @@ fn a_rerun_after_the_tables_moved_on_is_equal_spends_nothing_and_changes_nothing
     for part in ["nothing was repeated", "not repeated: vote: it did not end", "conversations.json cannot be read"] {
         assert!(told.contains(part), "expected {part:?} in:\n{told}");
     }
+}
+
+#[test]
+fn a_rerun_on_s3_is_equal() {
+    let (place, server) = (Workplace::new(), S3::start().expect("a server"));
+    let (private, release) = (server.private_url("again"), server.release_url("again"));
+    let environment = server.environment(Key::Both);
+    for task in place.pipeline(LAKE, "50") {
+        let there =
+            |word: &String| word.replace(&place.private(LAKE), &private).replace(&place.release(LAKE), &release);
+        let command: Vec<String> = task.command.iter().map(there).collect();
+        binaries::run(binaries::command(&command[0]).args(&command[1..]).envs(environment.clone()), 0);
+    }
+    let mut command = binaries::command("doppel");
+    command.args(["rerun", RUN, "--private", &private, "--release", &release, "--format", "json"]);
+    for (flag, model) in [("model", "llama"), ("encoder", "bert")] {
+        command.arg("-p").arg(format!("{flag}={}", place.path(model).display()));
+    }
+    let told = binaries::run(command.envs(environment).current_dir(place.path("")), 0).json();
+    assert_eq!((&told["equal"], &told["not_repeated"], &told["scratch"]), (&json!(true), &json!([]), &Value::Null));
+    assert_eq!(told["outputs"].as_array().map(Vec::len), Some(14));
 }
 
 #[test]
