@@ -8,6 +8,8 @@ use lake::{PrivateRoot, StorageOptions};
 use stage::common::Verbosity;
 use stage::{Failure, Format};
 
+use crate::roots::RootsArgs;
+
 /// A synthetic double of a private collection of user instructions, with a differential-privacy guarantee.
 ///
 /// `doppel run` executes a workflow file on this machine; `doppel budget`, `account` and `plan` answer questions about
@@ -418,26 +420,6 @@ pub struct LineageArgs {
     /// Where the roots are.
     #[command(flatten)]
     pub roots: RootsArgs,
-}
-
-/// Where the roots are; one is enough.
-#[derive(Args, Clone, Debug)]
-pub struct RootsArgs {
-    /// Private root.
-    #[arg(long, env = "DOPPEL_PRIVATE", value_name = "URL", hide_env_values = true)]
-    pub private: Option<String>,
-    /// Release root.
-    #[arg(long, env = "DOPPEL_RELEASE", value_name = "URL", hide_env_values = true)]
-    pub release: Option<String>,
-    /// Deadline of one storage operation with its retries, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 180)]
-    pub storage_timeout: u64,
-    /// What standard output carries.
-    #[arg(long, value_enum, default_value_t = Format::Text)]
-    pub format: Format,
-    /// Which flags shape the log.
-    #[command(flatten)]
-    pub verbosity: Verbosity,
 }
 
 #[cfg(test)]

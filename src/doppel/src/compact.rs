@@ -10,8 +10,7 @@ use lake::{Writers, Zone};
 use serde_json::json;
 use stage::{Failure, Summary};
 
-use crate::cli::RootsArgs;
-use crate::roots::Roots;
+use crate::roots::{Roots, RootsArgs};
 use crate::table::table;
 
 /// Flags of `doppel compact`.

@@ -16,8 +16,7 @@ use ledger::Body;
 use serde_json::{Value, json};
 use stage::{Failure, Summary};
 
-use crate::cli::RootsArgs;
-use crate::roots::{self, Known, Roots};
+use crate::roots::{self, Known, Roots, RootsArgs};
 use crate::table::table;
 
 /// Flags of `doppel gc`.

@@ -13,8 +13,7 @@ use serde_json::{Value, json};
 use stage::{Failure, Summary};
 use url::Url;
 
-use crate::cli::RootsArgs;
-use crate::roots::{self, Known, Roots};
+use crate::roots::{self, Known, Roots, RootsArgs};
 
 /// Who made the events: a name, since this program has no one address.
 const PRODUCER: &str = concat!("urn:doppel:openlineage:", env!("CARGO_PKG_VERSION"));

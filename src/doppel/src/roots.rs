@@ -2,10 +2,30 @@
 
 use std::time::Duration;
 
+use clap::Args;
 use lake::{Claim, Manifest, PrivateRoot, ReleaseRoot, StorageOptions, Zone, manifest};
-use stage::Failure;
+use stage::common::Verbosity;
+use stage::{Failure, Format};
 
-use crate::cli::RootsArgs;
+/// Where the roots are; one is enough.
+#[derive(Args, Clone, Debug)]
+pub struct RootsArgs {
+    /// Private root.
+    #[arg(long, env = "DOPPEL_PRIVATE", value_name = "URL", hide_env_values = true)]
+    pub private: Option<String>,
+    /// Release root.
+    #[arg(long, env = "DOPPEL_RELEASE", value_name = "URL", hide_env_values = true)]
+    pub release: Option<String>,
+    /// Deadline of one storage operation with its retries, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 180)]
+    pub storage_timeout: u64,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
 
 /// One or both roots.
 pub struct Roots {
