@@ -25,8 +25,10 @@ pub(crate) fn connect(
     options: &StorageOptions,
     retry: bool,
 ) -> Result<Arc<dyn ObjectStore>, LakeError> {
+    // A pause that began before the deadline must end soon after it, or the reason of the last failure is not told.
+    let max_backoff = (request_timeout(options.timeout) / 2).min(Duration::from_secs(5));
     let retries = RetryConfig {
-        backoff: BackoffConfig { max_backoff: Duration::from_secs(5), ..BackoffConfig::default() },
+        backoff: BackoffConfig { max_backoff, ..BackoffConfig::default() },
         max_retries: if retry { usize::MAX } else { 0 },
         retry_timeout: options.timeout,
     };
