@@ -12,13 +12,17 @@ const HEAD_BYTES: usize = 1000;
 /// Whether a text reads as English.
 pub fn is_english(text: &str) -> bool {
     let head = &text[..text.floor_char_boundary(HEAD_BYTES)];
-    match whatlang::detect(head) {
-        None => false,
-        Some(info) if info.script() != whatlang::Script::Latin => false,
-        Some(info) if info.lang() == whatlang::Lang::Eng => true,
-        // Trigrams mistake short prompts, names and code for rarer languages: they need a second opinion.
-        Some(info) => has_english_words(head) || !info.is_reliable() && head.is_ascii() && !has_foreign_words(head),
-    }
+    // Words tell most texts, in a tenth of the time that trigrams take.
+    whatlang::detect_script(head) == Some(whatlang::Script::Latin)
+        && (has_english_words(head) || has_english_trigrams(head))
+}
+
+/// Whether a text of the Latin script has trigrams like English, or too few to tell it from a rarer language, for which
+/// short prompts, names and code are mistaken.
+fn has_english_trigrams(text: &str) -> bool {
+    whatlang::detect(text).is_some_and(|info| {
+        info.lang() == whatlang::Lang::Eng || !info.is_reliable() && text.is_ascii() && !has_foreign_words(text)
+    })
 }
 
 /// Words that are frequent in English prompts and rare in other languages of the Latin script.

@@ -1,8 +1,8 @@
 //! First pass: which records stay. The paper's Appendix E, then the bound per privacy unit.
 //!
 //! Steps, in this order: first user turn, redacted, flagged, language, exact duplicates, n-gram duplicates, bound.
-//! Parsing, language and fingerprints are computed by all threads; what depends on earlier records comes after, in the
-//! order of the input, so that the result does not depend on the number of threads.
+//! Parsing, language and fingerprints are computed by all threads. What depends on earlier records goes in the order of
+//! the input, so that the result does not depend on the number of threads; it works on a batch while the next is judged.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::bound::{Bounds, Choice, Keys};
-use crate::config::{Config, Language};
+use crate::config::{Config, Dedup, Language};
 use crate::dedup::{Fingerprint, Fingerprinter, IN_MEMORY, Seen, Verdict};
 use crate::error::PartitionError;
 use crate::input::Batch;
@@ -86,17 +86,32 @@ fn record_id(source: &str, text: &str) -> String {
     hasher.finalize().to_hex()[..32].to_owned()
 }
 
-/// The state of the first pass.
+/// The first pass.
 pub struct Selection {
+    judge: Judge,
+    /// The batch that was judged last.
+    judged: Judged,
+    admission: Admission,
+    unit_columns: BTreeSet<String>,
+}
+
+/// The steps that look at one record alone.
+struct Judge {
     config: Arc<Config>,
     keys: Arc<Keys>,
     fingerprinter: Fingerprinter,
+}
+
+type Judged = Vec<Result<Result<Candidate, Dropped>, PartitionError>>;
+
+/// The steps that compare records, and what they know of those that came so far.
+struct Admission {
+    dedup: Dedup,
     seen: Seen,
     /// Units and choices of the records that deduplication tells about at the end.
     open: Vec<(u64, Choice)>,
     bounds: Bounds,
     counts: Counts,
-    unit_columns: BTreeSet<String>,
 }
 
 /// What the first pass found.
@@ -112,16 +127,16 @@ pub struct Selected {
 impl Selection {
     /// At the start of the first input.
     pub fn new(config: Arc<Config>, keys: Arc<Keys>) -> Self {
-        Self {
-            fingerprinter: Fingerprinter::new(config.dedup, config.ngram, keys.dedup_seed()),
+        let admission = Admission {
+            dedup: config.dedup,
             seen: Seen::new(IN_MEMORY),
             open: Vec::new(),
             bounds: Bounds::new(config.max_per_unit),
             counts: Counts::default(),
-            unit_columns: BTreeSet::new(),
-            config,
-            keys,
-        }
+        };
+        let fingerprinter = Fingerprinter::new(config.dedup, config.ngram, keys.dedup_seed());
+        let judge = Judge { config, keys, fingerprinter };
+        Self { judge, judged: Vec::new(), admission, unit_columns: BTreeSet::new() }
     }
 
     /// Takes the next batch.
@@ -129,41 +144,30 @@ impl Selection {
         if let Some(column) = batch.unit_column().filter(|column| !self.unit_columns.contains(*column)) {
             self.unit_columns.insert(column.to_owned());
         }
-        let judged: Vec<_> =
-            (0..batch.len()).into_par_iter().map(|index| batch.read(index).map(|record| self.judge(record))).collect();
-        for verdict in judged {
-            let ordinal = self.counts.read;
-            self.counts.read += 1;
-            match verdict? {
-                Ok(candidate) => self.admit(&candidate, ordinal)?,
-                Err(dropped) => *self.counter(dropped) += 1,
-            }
-        }
-        Ok(())
+        let before = std::mem::take(&mut self.judged);
+        let (judged, admitted) = rayon::join(|| self.judge.all(batch), || self.admission.all(before));
+        self.judged = judged;
+        admitted
     }
 
     /// What stays, in the order of the input.
     pub fn finish(mut self) -> Result<Selected, PartitionError> {
-        let settled = std::mem::replace(&mut self.seen, Seen::new(0)).settle()?;
-        for ((unit, choice), new) in std::mem::take(&mut self.open).into_iter().zip(settled) {
-            match new {
-                true => self.offer(unit, choice),
-                false => self.counts.ngram_duplicates += 1,
-            }
-        }
-        let mut counts = self.counts;
-        counts.units = self.bounds.units() as u64;
-        let choices = self.bounds.into_selection();
-        counts.kept = choices.len() as u64;
-        counts.over_bound -= counts.kept;
+        self.admission.all(self.judged)?;
+        let (choices, counts) = self.admission.finish()?;
         if counts.kept == 0 {
-            return Err(PartitionError::Empty { corpus: self.config.corpus.clone(), reason: reason(&counts) });
+            let corpus = self.judge.config.corpus.clone();
+            return Err(PartitionError::Empty { corpus, reason: reason(&counts) });
         }
         Ok(Selected { choices, counts, unit_columns: self.unit_columns })
     }
+}
 
-    /// The steps that look at one record alone.
-    fn judge(&self, record: Record) -> Result<Candidate, Dropped> {
+impl Judge {
+    fn all(&self, batch: &Batch) -> Judged {
+        (0..batch.len()).into_par_iter().map(|index| batch.read(index).map(|record| self.one(record))).collect()
+    }
+
+    fn one(&self, record: Record) -> Result<Candidate, Dropped> {
         let Record { source, text, language, redacted, flagged } = record;
         let text = text.filter(|text| !text.trim().is_empty()).ok_or(Dropped::WithoutUserTurn)?;
         if redacted {
@@ -187,17 +191,47 @@ impl Selection {
             fingerprint: self.fingerprinter.of(&kept.text),
         })
     }
+}
 
-    /// The steps that compare records.
-    fn admit(&mut self, candidate: &Candidate, ordinal: u64) -> Result<(), PartitionError> {
+impl Admission {
+    fn all(&mut self, judged: Judged) -> Result<(), PartitionError> {
+        for verdict in judged {
+            let ordinal = self.counts.read;
+            self.counts.read += 1;
+            match verdict? {
+                Ok(candidate) => self.one(&candidate, ordinal)?,
+                Err(dropped) => *self.counter(dropped) += 1,
+            }
+        }
+        Ok(())
+    }
+
+    fn one(&mut self, candidate: &Candidate, ordinal: u64) -> Result<(), PartitionError> {
         let choice = Choice { priority: candidate.priority, ordinal };
-        match self.seen.insert(self.config.dedup, &candidate.fingerprint)? {
+        match self.seen.insert(self.dedup, &candidate.fingerprint)? {
             Verdict::Exact => self.counts.exact_duplicates += 1,
             Verdict::Ngram => self.counts.ngram_duplicates += 1,
             Verdict::New => self.offer(candidate.unit, choice),
             Verdict::Open => self.open.push((candidate.unit, choice)),
         }
         Ok(())
+    }
+
+    /// The records that stay, and what became of all.
+    fn finish(mut self) -> Result<(Vec<Choice>, Counts), PartitionError> {
+        let settled = std::mem::replace(&mut self.seen, Seen::new(0)).settle()?;
+        for ((unit, choice), new) in std::mem::take(&mut self.open).into_iter().zip(settled) {
+            match new {
+                true => self.offer(unit, choice),
+                false => self.counts.ngram_duplicates += 1,
+            }
+        }
+        let mut counts = self.counts;
+        counts.units = self.bounds.units() as u64;
+        let choices = self.bounds.into_selection();
+        counts.kept = choices.len() as u64;
+        counts.over_bound -= counts.kept;
+        Ok((choices, counts))
     }
 
     fn offer(&mut self, unit: u64, choice: Choice) {
@@ -243,12 +277,13 @@ mod tests {
         let flags = ["partition", "--run=r", "--private=p", "--input=i", "--corpus=c", "--max-per-unit=2", "--ngram=3"];
         let config = Arc::new(Config::new(&Args::parse_from(flags)).unwrap());
         let mut selection = Selection::new(config, Arc::new(Keys::new(&NoiseKey::new([5; 32]), "c")));
-        selection.seen = Seen::new(in_memory);
+        selection.admission.seen = Seen::new(in_memory);
         for ordinal in 0..500_u64 {
             let word = ordinal * 7919 % 997 % 150;
             let text = (word..word + 4).map(|word| format!("w{word}")).collect::<Vec<_>>().join(" ");
-            let fingerprint = selection.fingerprinter.of(&text);
-            selection.admit(&Candidate { unit: ordinal % 9, priority: ordinal ^ 85, fingerprint }, ordinal).unwrap();
+            let fingerprint = selection.judge.fingerprinter.of(&text);
+            let candidate = Candidate { unit: ordinal % 9, priority: ordinal ^ 85, fingerprint };
+            selection.admission.one(&candidate, ordinal).unwrap();
         }
         selection.finish().unwrap()
     }
