@@ -3,7 +3,7 @@
 #
 #   infra/setup.sh [libtorch] [models] [data] [s3]     no argument: all of these
 #   TORCH=cuda infra/setup.sh libtorch                 the whole CUDA wheels instead of the lean CPU form
-#   infra/setup.sh python | lint | bench               what checks, linters and benchmarks of this repository need
+#   infra/setup.sh python | lint | bench | llama       what checks, linters and benchmarks of this repository need
 #
 # An item appears in the cache under its final name only when complete, and beside it NAME.pin with the pins that it was
 # made from; so a second run downloads nothing, an interrupted one starts that item over, and so does a changed pin.
@@ -182,6 +182,25 @@ bench() {
   install downloads-bench.txt bench "the peers of the benchmarks"
 }
 
+# It is compiled for this machine, as its makers advise, by tools that are pinned, too.
+llama() {
+  local name tools=$work/tools
+  name=llama-$(sha256sum "$here/downloads-llama.txt" | cut -c1-12)
+  [ -e "$cache/$name" ] || {
+    need python3 g++
+    printf 'setup: building llama.cpp (some minutes)\n' >&2
+    grep -v '^llama' "$here/downloads-llama.txt" >"$work/tools.txt"
+    grep '^llama' "$here/downloads-llama.txt" >"$work/llama.txt"
+    local pip=(python3 -m pip install --quiet --root-user-action=ignore --no-deps --require-hashes --retries 2)
+    { "${pip[@]}" --only-binary=:all: --target "$tools" --requirement "$work/tools.txt" &&
+      PATH=$tools/bin:$PATH PYTHONPATH=$tools "${pip[@]}" --no-binary=:all: --no-build-isolation \
+        --target "$work/$name" --requirement "$work/llama.txt"; } >"$work/pip.log" 2>&1 ||
+      explain "$work/pip.log" "llama.cpp"
+    cp -r "$tools/diskcache" "$work/$name/"
+    mv "$work/$name" "$cache/$name"
+  }
+}
+
 libtorch() {
   case $torch in
   cpu | cuda) "libtorch_$torch" ;;
@@ -192,7 +211,7 @@ libtorch() {
 [ $# -gt 0 ] || set -- libtorch models data s3
 for item in "$@"; do
   case $item in
-  libtorch | models | data | s3 | python | lint | bench) "$item" ;;
-  *) fail "unknown item $item; expected libtorch, models, data, s3, python, lint or bench" ;;
+  libtorch | models | data | s3 | python | lint | bench | llama) "$item" ;;
+  *) fail "unknown item $item; expected libtorch, models, data, s3, python, lint, bench or llama" ;;
   esac
 done

@@ -1,90 +1,275 @@
 """doppel beside its peers, in turn, on the same machine in one run: `infra/bench.sh` builds, installs and calls this.
 
 Each comparison runs doppel, then the peer, and so on, and takes the median of the pairs' ratios: on a shared machine
-single times say little. Prints one JSON line per comparison, then a table.
+single times say little. Where a peer has settings, all are tried first and the best one stays. Prints one JSON line per
+comparison, a table, and a plot. `ratio` is above 1 where doppel is better. `limit` is what the machine's matrix product,
+measured in the same run, would give if nothing but the products that the work needs took time; there is none for work of
+another kind.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).parent
 
 
-def comparisons(args):
-    """(name, doppel's command, the peer, the peer's command)"""
-    cache = args.cache
-    peers = [sys.executable, f"{HERE}/peers.py"]
-    model = ["--model", f"{cache}/models/smollm2-135m-instruct", "--data", f"{cache}/data/sharegpt.json"]
-    encoder = ["--encoder", f"{cache}/models/all-minilm-l6-v2", "--data", f"{cache}/data/sharegpt.json"]
+@dataclass
+class Work:
+    """One comparison: commands that print JSON, and what of it is compared."""
+
+    name: str
+    ours: list
+    peer: str
+    # Commands by the setting that they try.
+    theirs: dict
+    # The kind of matrix product that limits it, if one does.
+    dtype: str | None = None
+    # Whether memory is compared as well: the most that a process held, or a field of its JSON and the unit of it.
+    memory: str | None = None
+    unit_of_memory: str = "MB"
+
+
+@dataclass
+class Comparison:
+    """What was measured of one work."""
+
+    name: str
+    peer: str
+    unit: str
+    less_is_better: bool = False
+    flops: float = 0.0
+    pairs: list = field(default_factory=list)
+
+    def row(self, gflops):
+        ratios = [theirs / ours if self.less_is_better else ours / theirs for ours, theirs in self.pairs]
+        doppel, peer = (statistics.median(side) for side in zip(*self.pairs))
+        limit = gflops * 1e9 / self.flops if self.flops and gflops else None
+        return {
+            "name": self.name,
+            "doppel": significant(doppel),
+            "peer": significant(peer),
+            "unit": self.unit,
+            "ratio": round(statistics.median(ratios), 2),
+            "limit": limit and significant(limit),
+            "share_of_limit": limit and round(doppel / limit, 2),
+            "against": self.peer,
+        }
+
+
+def significant(number):
+    return float(f"{number:.3g}")
+
+
+def works(args, texts, python):
+    if args.device == "cuda":
+        yield from cuda_works(args, texts, python)
+        return
+    model, encoder = f"{args.cache}/models/smollm2-135m-instruct", f"{args.cache}/models/all-minilm-l6-v2"
+
+    def tried(work, batches, *flags):
+        return {f"batch {batch}": [*python, work, "--batch", batch, *flags] for batch in batches}
+
     for dtype in ["bf16", "f32"]:
-        yield (
-            f"train {dtype}",
-            [args.lm, "train", dtype, "256"],
-            "Opacus + PEFT, batch 8",
-            [*peers, "train", *model, "--dtype", dtype, "--count", "96"],
+        kind = ["--dtype", dtype]
+        for length, ours, theirs, batches in [(128, 256, 96, [8, 16]), (1024, 64, 32, [4, 8])]:
+            yield Work(
+                f"train to {length} tokens, {dtype}",
+                [args.lm, "train", model, texts, *kind, "--count", ours, "--length", length],
+                "Opacus + PEFT",
+                tried(
+                    "train", batches, *kind, "--model", model, "--texts", texts, "--count", theirs, "--length", length
+                ),
+                dtype=dtype,
+                memory="peak",
+            )
+        yield Work(
+            f"sample, {dtype}",
+            [args.lm, "sample", model, *kind, "--count", 192],
+            "transformers.generate",
+            tried("sample", [32, 64], *kind, "--model", model, "--count", 128),
+            dtype=dtype,
         )
-        yield (
-            f"sample {dtype}",
-            [args.lm, "sample", dtype, "192"],
-            "transformers.generate, batch 32",
-            [*peers, "sample", *model, "--dtype", dtype, "--count", "96", "--batch", "32"],
+        yield Work(
+            f"embed, {dtype}",
+            [args.lm, "embed", encoder, texts, *kind, "--count", 1024],
+            "sentence-transformers",
+            tried("embed", [32, 128], *kind, "--model", encoder, "--texts", texts, "--count", 1024),
+            dtype=dtype,
         )
-        yield (
-            f"embed {dtype}",
-            [args.lm, "embed", dtype, "1024"],
-            "sentence-transformers, batch 32",
-            [*peers, "embed", *encoder, "--dtype", dtype, "--count", "1024"],
-        )
-    yield (
-        "cluster",
-        [args.vote, "cluster", "180000", "256", "1000"],
-        "faiss",
-        [*peers, "cluster", "--count", "180000", "--dimension", "256", "--clusters", "1000"],
+    yield Work(
+        "sample, bf16, beside decoding",
+        [args.lm, "sample", model, "--count", 192],
+        "llama.cpp, Q4_1",
+        tried("decode", [16, 64], "--model", model),
+        dtype="bf16",
     )
+    shape = ["--count", 180_000, "--clusters", 1000, "--dimension"]
+    yield Work(
+        "cluster 180,000 x 256, K = 1000",
+        [args.vote, "cluster", 180_000, 256, 1000],
+        "faiss",
+        {"": [*python, "cluster", *shape, 256]},
+        dtype="f32",
+        memory="peak",
+    )
+    yield Work(
+        "vote 180,000 x 768, K = 1000",
+        [args.vote, "vote", 180_000, 768, 1000],
+        "scikit-learn + faiss",
+        {"": [*python, "vote", *shape, 768]},
+        dtype="f32",
+        memory="peak",
+    )
+    yield Work(
+        "deduplicate by 10-grams, one core",
+        [args.partition, texts],
+        "NLTK and sets",
+        {"": [*python, "dedup", "--texts", texts]},
+        memory="bytes_per_ngram",
+        unit_of_memory="bytes/n-gram",
+    )
+    yield Work("account by PLD", [args.account], "dp-accounting", {"": [*python, "account"]})
+    for stage, imports in [("partition", "nltk"), ("train", "opacus, peft, transformers")]:
+        yield Work(
+            f"start {stage}",
+            ["time", args.binaries / f"doppel-{stage}", "--version"],
+            f"import {imports}",
+            {"": ["time", sys.executable, "-c", f"import {imports}"]},
+        )
 
 
-def rate(command):
-    """The first line of JSON with a rate that the command prints, and its unit."""
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    for line in ran.stdout.splitlines():
-        if line.startswith("{") and "rate" in json.loads(line):
-            found = json.loads(line)
-            return found["rate"], found["unit"]
-    sys.exit(f"{' '.join(command)}: no rate\n{ran.stderr[-2000:]}")
+def cuda_works(args, texts, python):
+    """Models of Llama's shapes and random weights, on one GPU."""
+    for shape, length, count, tokens in [("7b", 1024, 512, 16384), ("13b", 128, 512, 8192)]:
+        folder = args.models / shape
+        if not folder.exists():
+            source = f"{args.cache}/models/smollm2-135m-instruct"
+            run([*python, "model", "--model", source, "--shape", shape, "--out", folder, "--device", args.device])
+        theirs = [*python, "train", "--device", "cuda", "--model", folder, "--texts", texts, "--length", length]
+        yield Work(
+            f"train {shape} to {length} tokens, bf16",
+            [args.lm, "train", folder, texts, "--count", count, "--length", length, "--tokens", tokens],
+            "Opacus + PEFT",
+            {f"batch {batch}": [*theirs, "--count", 64, "--batch", batch] for batch in [4, 8]},
+            dtype="bf16",
+            memory="peak",
+        )
+        theirs = [*python, "sample", "--device", "cuda", "--model", folder]
+        yield Work(
+            f"sample {shape}, bf16",
+            [args.lm, "sample", folder, "--count", 2048, "--batch", 512],
+            "transformers.generate",
+            {f"batch {batch}": [*theirs, "--count", batch, "--batch", batch] for batch in [128, 256, 512]},
+            dtype="bf16",
+        )
+
+
+def run(command):
+    """What the command printed as JSON, all lines together, and the most memory that it held."""
+    if command[0] == "time":
+        return {"rate": 1 / min(seconds(command[1:]) for _ in range(5)), "unit": "starts/s"}
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=errors, text=True)
+        output = child.stdout.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            errors.seek(0)
+            sys.exit(f"{' '.join(map(str, command))}: exit code {child.returncode}\n{errors.read()[-2000:]}")
+    found = {"peak": usage.ru_maxrss / 1024}
+    for line in output.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    return found
+
+
+def seconds(command):
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def compare(work, pairs):
+    """The rate, and the memory if that is compared."""
+    setting, first = best(work)
+    peer = f"{work.peer}, {setting}" if setting else work.peer
+    rate, memory = Comparison(work.name, peer, ""), Comparison(f"{work.name}: memory", peer, "", less_is_better=True)
+    for index in range(pairs):
+        ours, theirs = run(work.ours), first if index == 0 else run(work.theirs[setting])
+        rate.unit, rate.flops = ours["unit"], ours.get("flops", 0)
+        rate.pairs.append((ours["rate"], theirs["rate"]))
+        if work.memory:
+            memory.unit = work.unit_of_memory
+            memory.pairs.append((ours[work.memory], theirs[work.memory]))
+    return [rate, memory] if work.memory else [rate]
+
+
+def best(work):
+    """The peer's setting of the highest rate, and what it gave."""
+    tried = [(setting, run(command)) for setting, command in work.theirs.items()]
+    return max(tried, key=lambda one: one[1]["rate"])
+
+
+def table(rows):
+    heads = ["name", "doppel", "peer", "unit", "ratio", "limit", "share_of_limit", "against"]
+    print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for row in rows:
+        cells = [f"{row[head]:,.6g}" if isinstance(row[head], float) else row[head] for head in heads]
+        print("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
+
+
+def plot(rows):
+    """Ratios on a logarithmic scale, so that twice as good and half as good look alike."""
+    octave, left, right = 8, 2, 7
+    width = max(len(row["name"]) for row in rows)
+    ticks = "".join(f"{f'{2.0**power:g}x':<{octave}}" for power in range(-left, right + 1))
+    print(f"\n{'':{width}}  {ticks.rstrip()}")
+    for row in rows:
+        end = round(octave * min(max(math.log2(row["ratio"]), -left), right))
+        bar = " " * (octave * left + min(end, 0)) + "█" * max(abs(end), 1)
+        print(f"{row['name']:{width}}  {bar}  {row['ratio']:g}x")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", required=True, help="DOPPEL_CACHE")
     parser.add_argument("--lm", required=True, help="binary of the bench `speed` of lm")
     parser.add_argument("--vote", required=True, help="binary of the bench `speed` of vote")
+    parser.add_argument("--partition", required=True, help="binary of the bench `speed` of partition")
+    parser.add_argument("--account", required=True, help="binary of the bench `account` of privacy")
+    parser.add_argument("--binaries", required=True, type=Path, help="folder of doppel's binaries")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--models", type=Path, help="where models of random weights are kept; of use with a GPU alone")
     parser.add_argument("--pairs", type=int, default=3, help="how often each comparison runs")
     parser.add_argument("--only", default="", help="only comparisons whose name begins with this")
     args = parser.parse_args()
-    rows = []
-    for name, ours, peer, theirs in comparisons(args):
-        if not name.startswith(args.only):
-            continue
-        pairs = []
-        for _ in range(args.pairs):
-            (doppel, unit), (other, _) = rate(ours), rate(theirs)
-            pairs.append((doppel, other))
-        row = {
-            "name": name,
-            "doppel": statistics.median(pair[0] for pair in pairs),
-            "peer": statistics.median(pair[1] for pair in pairs),
-            "unit": unit,
-            "ratio": round(statistics.median(pair[0] / pair[1] for pair in pairs), 2),
-        }
-        print(json.dumps(row), flush=True)
-        rows.append((row, peer))
-    print("\n| work | doppel | peer | unit | ratio | the peer |\n|---|---|---|---|---|---|")
-    for row, peer in rows:
-        print(f"| {row['name']} | {row['doppel']:.1f} | {row['peer']:.1f} | {row['unit']} | {row['ratio']} | {peer} |")
+    args.models = args.models or Path(args.cache, "bench-models")
+    rows, limits = [], {}
+    with tempfile.NamedTemporaryFile(suffix=".json") as texts:
+        peers = [sys.executable, HERE / "peers.py"]
+        run([*peers, "texts", "--data", f"{args.cache}/data/sharegpt.json", "--texts", texts.name])
+        for work in works(args, texts.name, peers):
+            if not work.name.startswith(args.only):
+                continue
+            if work.dtype and work.dtype not in limits:
+                limits[work.dtype] = run([*peers, "matmul", "--dtype", work.dtype, "--device", args.device])["rate"]
+                print(json.dumps({"matmul": work.dtype, "gflops": round(limits[work.dtype])}), flush=True)
+            for comparison in compare(work, args.pairs):
+                row = comparison.row(limits.get(work.dtype))
+                print(json.dumps(row), flush=True)
+                rows.append(row)
+    if rows:
+        table(rows)
+        plot(rows)
 
 
 if __name__ == "__main__":

@@ -1,68 +1,97 @@
-//! Rates of the three heavy jobs on the real model and real texts: `cargo bench -p lm -- train bf16`.
+//! Rates of the three heavy jobs on a real model and real texts; `tests/bench/compare.py` calls it beside the peers.
 //!
-//! Arguments: `train|sample|embed`, `bf16|f32`, then optionally a count (examples, sequences, texts), and tokens per
-//! micro-batch, sequences per batch or tokens per batch. `DOPPEL_CACHE` is where `make setup` put SmolLM2 and ShareGPT. Prints one JSON line, with the
-//! processor time used: on a shared machine it says more than the wall clock.
+//!     cargo bench -p lm -- train MODEL TEXTS --dtype=bf16 --count=256 --length=128 --tokens=2048
+//!     cargo bench -p lm -- sample MODEL --count=256 --batch=64
+//!     cargo bench -p lm -- embed ENCODER TEXTS --count=1024 --tokens=4096
+//!     cargo bench -p lm -- load MODEL
+//!
+//! MODEL and ENCODER are folders as the stages take them, TEXTS a file with a JSON array of strings. `--tokens` is what a
+//! micro-batch or a batch holds. Prints one JSON line: the rate, the processor time used (on a shared machine it says more
+//! than the wall clock), and `flops`, the floating-point operations of matrix products that one unit of work cannot do
+//! without: 2 for each parameter and token forward, as many backward to the inputs; the frozen weights need no gradient.
 #![allow(clippy::print_stdout)]
 
 use std::error::Error;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use clap::Parser;
 use lm::adapter::{Lora, LoraConfig, Target};
-use lm::checkpoint::Checkpoint;
+use lm::checkpoint::{Checkpoint, DecoderConfig};
 use lm::decoder::Decoder;
 use lm::device::{Compute, DeviceChoice, DtypeChoice};
 use lm::encoder::Encoder;
 use lm::generate::{Request, Sampling, generate};
 use lm::gradients::{Example, example_gradients, micro_batches};
-use serde_json::Value;
 
-/// Texts are cut here, as in the table of peers.
-const LENGTH: usize = 128;
+type Outcome = Result<(), Box<dyn Error>>;
 
-fn main() -> Result<(), Box<dyn Error>> {
+/// Tokens that a sequence may have at most when sampling.
+const NEW_TOKENS: usize = 96;
+
+#[derive(Parser)]
+struct Args {
+    /// `cargo test --benches` runs this without arguments: that it starts is all that it checks.
+    work: Option<String>,
+    model: Option<PathBuf>,
+    texts: Option<PathBuf>,
+    #[arg(long, default_value = "bf16")]
+    dtype: String,
+    #[arg(long, default_value_t = 256)]
+    count: usize,
+    #[arg(long, default_value_t = 128)]
+    length: usize,
+    #[arg(long)]
+    tokens: Option<usize>,
+    #[arg(long, default_value_t = 64)]
+    batch: usize,
+    /// Cargo adds it.
+    #[arg(long)]
+    bench: bool,
+}
+
+fn main() -> Outcome {
     lm::tune_memory();
-    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let argument = |index: usize| arguments.get(index).map(String::as_str);
-    let dtype = if argument(1) == Some("f32") { DtypeChoice::F32 } else { DtypeChoice::Bf16 };
-    let number = |index: usize, default: usize| argument(index).map_or(Ok(default), str::parse);
+    let args = Args::parse();
+    let Some(work) = &args.work else { return Ok(()) };
+    let dtype = if args.dtype == "f32" { DtypeChoice::F32 } else { DtypeChoice::Bf16 };
     let compute = Compute::resolve(DeviceChoice::Auto, dtype)?;
-    if argument(0) == Some("embed") {
-        return embed(compute, number(2, 1024)?, number(3, 4096)?);
+    let model = args.model.as_deref().ok_or("which model?")?;
+    if work == "embed" {
+        return embed(&args, &Encoder::load(model, compute)?, model);
     }
-    let checkpoint = Checkpoint::open(&cache()?.join("models/smollm2-135m-instruct"))?;
+    let clock = Clock::start();
+    let checkpoint = Checkpoint::open(model)?;
     let decoder = Decoder::load(&checkpoint, compute)?;
-    match argument(0) {
-        Some("train") => train(&checkpoint, &decoder, number(2, 256)?, number(3, 1024)?),
-        Some("sample") => sample(&checkpoint, &decoder, number(2, 256)?, number(3, 64)?),
-        // `cargo test --benches` runs this without arguments: that it starts is all that it checks.
-        _ => Ok(()),
+    match work.as_str() {
+        "train" => train(&args, &checkpoint, &decoder),
+        "sample" => sample(&args, &checkpoint, &decoder),
+        "load" => clock.report(1.0, "models/s", 0.0),
+        other => Err(format!("{other}: expected train, sample, embed or load").into()),
     }
 }
 
-fn train(checkpoint: &Checkpoint, decoder: &Decoder, count: usize, tokens: usize) -> Result<(), Box<dyn Error>> {
+fn train(args: &Args, checkpoint: &Checkpoint, decoder: &Decoder) -> Outcome {
     let tokenizer = checkpoint.tokenizer()?;
-    let texts = first_turns(count)?;
     let mut examples = Vec::new();
-    for text in &texts {
-        let mut ids = tokenizer.encode(text, true)?;
-        ids.truncate(LENGTH);
+    for text in args.texts()? {
+        let mut ids = tokenizer.encode(&text, true)?;
+        ids.truncate(args.length);
         examples.push(Example { tokens: ids, prefix: 1, dropout_seed: 0 });
     }
     let config = LoraConfig { rank: 8, alpha: 16.0, targets: Target::ALL.to_vec(), dropout: 0.0 };
     let lora = Lora::new(config, &decoder.config, decoder.compute.device, 1)?;
     let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
-    let batches: Vec<Vec<Example>> = micro_batches(&lengths, tokens)
+    let batches: Vec<Vec<Example>> = micro_batches(&lengths, args.tokens.unwrap_or(2048))
         .into_iter()
         .map(|batch| batch.into_iter().map(|index| examples[index].clone()).collect())
         .collect();
     if let Some(batch) = batches.last() {
-        example_gradients(decoder, &lora, batch, LENGTH)?;
+        example_gradients(decoder, &lora, batch, args.length)?;
     }
     let clock = Clock::start();
     for batch in &batches {
-        let found = example_gradients(decoder, &lora, batch, LENGTH)?;
+        let found = example_gradients(decoder, &lora, batch, args.length)?;
         // What a step does with them at the least.
         let norms: tch::Tensor = found
             .gradients
@@ -71,12 +100,11 @@ fn train(checkpoint: &Checkpoint, decoder: &Decoder, count: usize, tokens: usize
             .sum();
         let _ = norms.sum(tch::Kind::Double).double_value(&[]);
     }
-    clock.report("train", count as f64, "examples/s");
-    println!("{{\"tokens\": {}, \"micro_batches\": {}}}", lengths.iter().sum::<usize>(), batches.len());
-    Ok(())
+    let tokens = lengths.iter().sum::<usize>() as f64 / lengths.len() as f64;
+    clock.report(examples.len() as f64, "examples/s", 4.0 * parameters(&decoder.config) * tokens)
 }
 
-fn sample(checkpoint: &Checkpoint, decoder: &Decoder, count: usize, batch: usize) -> Result<(), Box<dyn Error>> {
+fn sample(args: &Args, checkpoint: &Checkpoint, decoder: &Decoder) -> Outcome {
     let tokenizer = checkpoint.tokenizer()?;
     let prompt = tokenizer.encode("<|im_start|>user\n", true)?;
     let sampling = Sampling {
@@ -84,29 +112,60 @@ fn sample(checkpoint: &Checkpoint, decoder: &Decoder, count: usize, batch: usize
         top_p: 0.95,
         top_k: 0,
         repetition_penalty: 1.0,
-        max_new_tokens: 96,
+        max_new_tokens: NEW_TOKENS,
         stop: decoder.config.eos.clone(),
     };
-    let requests = (0..count as u64).map(|index| Request { index, prompt: prompt.clone(), seed: index });
+    let requests = (0..args.count as u64).map(|index| Request { index, prompt: prompt.clone(), seed: index });
     let mut tokens = 0;
     let clock = Clock::start();
-    generate(decoder, &sampling, requests, batch, |completion| {
+    generate(decoder, &sampling, requests, args.batch, |completion| {
         tokens += completion.tokens.len();
         Ok(())
     })?;
-    clock.report("sample", tokens as f64, "tokens/s");
-    Ok(())
+    clock.report(tokens as f64, "tokens/s", 2.0 * parameters(&decoder.config))
 }
 
-fn embed(compute: Compute, count: usize, tokens: usize) -> Result<(), Box<dyn Error>> {
-    let encoder = Encoder::load(&cache()?.join("models/all-minilm-l6-v2"), compute)?;
-    let texts = first_turns(count)?;
+fn embed(args: &Args, encoder: &Encoder, folder: &Path) -> Outcome {
+    let texts = args.texts()?;
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let tokens = args.tokens.unwrap_or(4096);
     encoder.embed(&texts[..texts.len().min(32)], tokens)?;
     let clock = Clock::start();
     encoder.embed(&texts, tokens)?;
-    clock.report("embed", texts.len() as f64, "texts/s");
-    Ok(())
+    clock.report(texts.len() as f64, "texts/s", 2.0 * encoder_parameters(folder)? * mean_tokens(folder, &texts)?)
+}
+
+/// Parameters that multiply each token: all but the norms, which are few, and an embedding that is not the output's.
+fn parameters(config: &DecoderConfig) -> f64 {
+    let attention = 2 * config.hidden_size * config.head_dim * (config.heads + config.kv_heads);
+    let layer = attention + 3 * config.hidden_size * config.intermediate_size;
+    (config.layers * layer + config.vocab_size * config.hidden_size) as f64
+}
+
+/// The same for a BERT.
+fn encoder_parameters(folder: &Path) -> Result<f64, Box<dyn Error>> {
+    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.join("config.json"))?)?;
+    let size = |name: &str| config[name].as_f64().ok_or(format!("no {name} in config.json"));
+    let width = size("hidden_size")?;
+    Ok(size("num_hidden_layers")? * (4.0 * width * width + 2.0 * width * size("intermediate_size")?))
+}
+
+/// Tokens that the encoder reads of a text.
+fn mean_tokens(folder: &Path, texts: &[&str]) -> Result<f64, Box<dyn Error>> {
+    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.join("sentence_bert_config.json"))?)?;
+    let longest = config["max_seq_length"].as_u64().ok_or("no max_seq_length")? as usize;
+    let tokenizer = lm::tokenizer::Tokenizer::from_folder(folder)?;
+    let encoded = tokenizer.encode_batch(texts, true)?;
+    Ok(encoded.iter().map(|ids| ids.len().min(longest)).sum::<usize>() as f64 / texts.len() as f64)
+}
+
+impl Args {
+    fn texts(&self) -> Result<Vec<String>, Box<dyn Error>> {
+        let file = self.texts.as_deref().ok_or("which texts?")?;
+        let mut texts: Vec<String> = serde_json::from_slice(&std::fs::read(file)?)?;
+        texts.truncate(self.count);
+        Ok(texts)
+    }
 }
 
 struct Clock {
@@ -119,13 +178,15 @@ impl Clock {
         Self { wall: Instant::now(), processor: processor_seconds() }
     }
 
-    fn report(&self, name: &str, amount: f64, unit: &str) {
+    fn report(&self, amount: f64, unit: &str, flops: f64) -> Outcome {
         let (wall, processor) = (self.wall.elapsed().as_secs_f64(), processor_seconds() - self.processor);
+        let rate = amount / wall;
         println!(
-            "{{\"name\": \"{name}\", \"rate\": {:.2}, \"unit\": \"{unit}\", \"amount\": {amount}, \
-             \"seconds\": {wall:.2}, \"processor_seconds\": {processor:.2}}}",
-            amount / wall
+            "{}",
+            serde_json::json!({ "rate": rate, "unit": unit, "flops": flops, "amount": amount, "seconds": wall,
+                "processor_seconds": processor })
         );
+        Ok(())
     }
 }
 
@@ -134,31 +195,4 @@ fn processor_seconds() -> f64 {
     // SAFETY: the pointer is to a live value of the type that the call fills.
     unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
-}
-
-fn cache() -> Result<PathBuf, Box<dyn Error>> {
-    match std::env::var_os("DOPPEL_CACHE") {
-        Some(cache) => Ok(PathBuf::from(cache)),
-        None => Ok(PathBuf::from(std::env::var_os("HOME").ok_or("no HOME")?).join(".cache/doppel")),
-    }
-}
-
-/// The first `count` human first turns of ShareGPT, whose JSON array is cut off at the end.
-fn first_turns(count: usize) -> Result<Vec<String>, Box<dyn Error>> {
-    let bytes = std::fs::read(cache()?.join("data/sharegpt.json"))?;
-    let next_object = |from: usize| bytes[from..].iter().position(|&byte| byte == b'{').map(|offset| from + offset);
-    let mut at = next_object(0);
-    let mut turns = Vec::new();
-    while let Some(start) = at.filter(|_| turns.len() < count) {
-        let mut stream = serde_json::Deserializer::from_slice(&bytes[start..]).into_iter::<Value>();
-        let Some(Ok(record)) = stream.next() else { break };
-        at = next_object(start + stream.byte_offset());
-        let first = &record["conversations"][0];
-        if let (Some("human"), Some(text)) = (first["from"].as_str(), first["value"].as_str())
-            && !text.trim().is_empty()
-        {
-            turns.push(text.to_string());
-        }
-    }
-    Ok(turns)
 }

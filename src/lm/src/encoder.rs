@@ -151,6 +151,8 @@ impl Encoder {
 pub(crate) struct Batch {
     /// `[texts, length]` i64.
     ids: Tensor,
+    /// Tokens of each text, at least 1.
+    lengths: Vec<usize>,
     /// `[texts, length]` f32, 1 for tokens and 0 for padding; `None` where nothing is padded.
     mask: Option<Tensor>,
     /// What attention adds to its scores, `[texts, 1, 1, length]` in the transformer's kind: 0 or -inf.
@@ -169,14 +171,15 @@ impl Batch {
         }
         let shape = [rows.len() as i64, width as i64];
         let ids = Tensor::f_from_slice(&ids)?.f_reshape(shape)?.f_to_device(compute.device)?;
+        let lengths = rows.iter().map(|row| row.len().max(1)).collect();
         if rows.iter().all(|row| row.len() == width) {
-            return Ok(Self { ids, mask: None, blocked: None });
+            return Ok(Self { ids, lengths, mask: None, blocked: None });
         }
         let mask = Tensor::f_from_slice(&mask)?.f_reshape(shape)?.f_to_device(compute.device)?;
         let padding = mask.f_eq(0.0)?.f_reshape([shape[0], 1, 1, shape[1]])?;
         let blocked = Tensor::f_zeros([shape[0], 1, 1, shape[1]], (compute.kind, compute.device))?
             .f_masked_fill(&padding, f64::NEG_INFINITY)?;
-        Ok(Self { ids, mask: Some(mask), blocked: Some(blocked) })
+        Ok(Self { ids, lengths, mask: Some(mask), blocked: Some(blocked) })
     }
 
     /// Mean over a text's own tokens: `[texts, length, width]` → `[texts, width]`.

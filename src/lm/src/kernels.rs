@@ -89,6 +89,13 @@ kernels! {
     fn cross_entropy / cross_entropy_body<E: Element>(
         logits: &mut [E], vocab: usize, labels: &[i64], losses: &mut [f32],
     );
+    /// Softmax of rows of `scale` · scores, each `length` wide. Row i sees as many as `visible` says, which goes on from its
+    /// start when it ends; the others become 0.
+    fn softmax / softmax_body<E: Element>(scores: &mut [E], length: usize, scale: f32, visible: &[usize]);
+    /// Gradient with respect to the scores, in place of that with respect to what [`softmax`] gave.
+    fn softmax_backward / softmax_backward_body<E: Element>(
+        gradient: &mut [E], probabilities: &[E], length: usize, scale: f32, visible: &[usize],
+    );
     /// The highest of `scores` · `inverse`, and the sum of exp(score · `inverse` − that).
     fn mass / mass_body<E: Element>(scores: &[E], inverse: f32, out: &mut [f32; 2]);
     /// Turns the first `turned` heads of each row in place; rows are positions 0, 1, … `length` - 1, again and again.
@@ -212,6 +219,45 @@ fn cross_entropy_body<E: Element>(logits: &mut [E], vocab: usize, labels: &[i64]
         }
         // From the unrounded probability: near 1 the rounded one has lost what matters.
         row[*label as usize] = E::narrow(exp(wanted - best) * inverse - 1.0);
+    }
+}
+
+#[inline(always)]
+fn softmax_body<E: Element>(scores: &mut [E], length: usize, scale: f32, visible: &[usize]) {
+    let mut powers = vec![0f32; length.next_multiple_of(LANES)];
+    for (scores, &seen) in scores.chunks_exact_mut(length).zip(visible.iter().cycle()) {
+        let best = largest(&scores[..seen]) * scale;
+        // Whole vectors, for speed; what is not seen counts nothing.
+        let whole = seen.next_multiple_of(LANES);
+        for (power, score) in powers[..whole].iter_mut().zip(&*scores) {
+            *power = exp(score.wide() * scale - best);
+        }
+        powers[seen..whole].fill(0.0);
+        let inverse = 1.0 / sum(whole, |at| powers[at]);
+        for (score, power) in scores.iter_mut().zip(&powers[..whole]) {
+            *score = E::narrow(power * inverse);
+        }
+        scores[seen..].fill(E::narrow(0.0));
+    }
+}
+
+/// With p the probabilities and g their gradient: ∂s = scale · p · (g − Σ g·p).
+#[inline(always)]
+fn softmax_backward_body<E: Element>(
+    gradient: &mut [E],
+    probabilities: &[E],
+    length: usize,
+    scale: f32,
+    visible: &[usize],
+) {
+    let rows = gradient.chunks_exact_mut(length).zip(probabilities.chunks_exact(length));
+    for ((gradient, probabilities), &seen) in rows.zip(visible.iter().cycle()) {
+        let (gradient, hidden) = gradient.split_at_mut(seen);
+        let mean = sum(seen, |at| gradient[at].wide() * probabilities[at].wide());
+        for (gradient, probability) in gradient.iter_mut().zip(probabilities) {
+            *gradient = E::narrow(probability.wide() * (gradient.wide() - mean) * scale);
+        }
+        hidden.fill(E::narrow(0.0));
     }
 }
 

@@ -184,6 +184,9 @@ fn check<E: Element>(tensor: &Tensor) -> Result<(), LmError> {
     }
 }
 
+/// Longest sequences whose scores are held whole, in bf16 on CPU: those of one example and a head take 2 MiB then.
+const LONGEST: i64 = 1024;
+
 /// Causal attention and what its gradient needs.
 pub(crate) struct Attention {
     q: Tensor,
@@ -191,27 +194,47 @@ pub(crate) struct Attention {
     v: Tensor,
     /// `[batch, heads, length, head_dim]`.
     pub(crate) output: Tensor,
-    /// Row-wise log of the sum of exponentials, where the kernel gave it.
-    normaliser: Option<Tensor>,
+    way: Way,
+}
+
+/// How attention is computed.
+enum Way {
+    /// Whole matrices of scores ([`products`]).
+    Products,
+    /// libtorch's kernel for CPU, with the row-wise log of the sum of exponentials that it gave. In bf16 it multiplies blocks
+    /// of 32 rows one by one, and calling the product takes longer than the product.
+    Flash(Tensor),
+    /// Whatever libtorch has for the device, with its gradient.
+    Autograd,
 }
 
 impl Attention {
     /// Attention of q `[batch, heads, length, head_dim]` to k and v, which may have fewer heads.
     pub(crate) fn forward(q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
-        if q.device() == Device::Cpu {
-            let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
-            let (output, normaliser) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
-                &q,
-                &wide_k,
-                &wide_v,
-                0.0,
-                true,
-                None::<&Tensor>,
-                None,
-            )?;
-            return Ok(Self { q, k, v, output, normaliser: Some(normaliser) });
+        if q.device() != Device::Cpu {
+            return Self::by_autograd(q, k, v);
         }
-        Self::by_autograd(q, k, v)
+        if by_products(&q) {
+            return Self::by_products(q, k, v);
+        }
+        let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
+        let (output, normaliser) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
+            &q,
+            &wide_k,
+            &wide_v,
+            0.0,
+            true,
+            None::<&Tensor>,
+            None,
+        )?;
+        Ok(Self { q, k, v, output, way: Way::Flash(normaliser) })
+    }
+
+    fn by_products(q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
+        let shape = q.size();
+        let (q, k, v) = products::joined(&q, &k, &v)?;
+        let output = products::probabilities(&q, &k, &products::causal(shape[2]))?.f_bmm(&v)?.f_reshape(shape)?;
+        Ok(Self { q, k, v, output, way: Way::Products })
     }
 
     /// Autograd over this one operation: its kernels differ by device, kind and head width.
@@ -223,7 +246,7 @@ impl Attention {
             let none = None::<&Tensor>;
             Ok(Tensor::f_scaled_dot_product_attention(&q, &wide_k, &wide_v, none, 0.0, true, None, false)?)
         })?;
-        Ok(Self { q, k, v, output, normaliser: None })
+        Ok(Self { q, k, v, output, way: Way::Autograd })
     }
 
     /// The output alone, where no gradient is wanted.
@@ -234,14 +257,18 @@ impl Attention {
 
     /// Gradients of q, k and v, of which the output's gradient is `gradient`.
     pub(crate) fn backward(self, gradient: &Tensor) -> Result<(Tensor, Tensor, Tensor), LmError> {
-        let Self { q, k, v, output, normaliser } = self;
-        let Some(normaliser) = normaliser else {
-            let objective = tch::with_grad(|| output.f_mul(gradient)?.f_sum(Kind::Float))?;
-            let found = Tensor::f_run_backward(&[objective], &[&q, &k, &v], false, false)?;
-            return match <[Tensor; 3]>::try_from(found) {
-                Ok([q, k, v]) => Ok((q, k, v)),
-                Err(_) => Err(LmError::Malformed("attention: libtorch gave no gradient".into())),
-            };
+        let Self { q, k, v, output, way } = self;
+        let normaliser = match way {
+            Way::Products => return products::backward(gradient, &q, &k, &v),
+            Way::Flash(normaliser) => normaliser,
+            Way::Autograd => {
+                let objective = tch::with_grad(|| output.f_mul(gradient)?.f_sum(Kind::Float))?;
+                let found = Tensor::f_run_backward(&[objective], &[&q, &k, &v], false, false)?;
+                return match <[Tensor; 3]>::try_from(found) {
+                    Ok([q, k, v]) => Ok((q, k, v)),
+                    Err(_) => Err(LmError::Malformed("attention: libtorch gave no gradient".into())),
+                };
+            }
         };
         let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
         let (of_q, of_k, of_v) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward(
@@ -257,6 +284,96 @@ impl Attention {
             None,
         )?;
         Ok((of_q, summed(&of_k, &k)?, summed(&of_v, &v)?))
+    }
+}
+
+/// Attention of each text to its own first `lengths` positions: q, k and v `[texts, heads, length, head_dim]`, and
+/// `blocked` what the scores get added, if anything, to say the same.
+pub(crate) fn attend(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    lengths: &[usize],
+    blocked: Option<&Tensor>,
+) -> Result<Tensor, LmError> {
+    if !by_products(q) {
+        return Ok(Tensor::f_scaled_dot_product_attention(q, k, v, blocked, 0.0, false, None, false)?);
+    }
+    let shape = q.size();
+    let (q, k, v) = products::joined(q, k, v)?;
+    let visible: Vec<Vec<usize>> = lengths.iter().map(|&length| vec![length]).collect();
+    Ok(products::probabilities(&q, &k, &visible)?.f_bmm(&v)?.f_reshape(shape)?)
+}
+
+/// Whether whole products are the faster way on this device, in this kind and at this length.
+fn by_products(q: &Tensor) -> bool {
+    q.device() == Device::Cpu && q.kind() == Kind::BFloat16 && q.size()[2] <= LONGEST
+}
+
+/// Attention by whole products, for CPU. The query heads that share a key-value head stand below each other, so that one
+/// product takes them all and no key is repeated: `[batch · kv_heads, heads ÷ kv_heads · length, head_dim]`.
+mod products {
+    use super::*;
+
+    /// q, k and v, laid out for products.
+    pub(super) fn joined(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor, Tensor), LmError> {
+        let (batch, heads, length, width) = k.size4()?;
+        let rows = q.size()[1] / heads * length;
+        let keys = [batch * heads, length, width];
+        Ok((q.f_reshape([batch * heads, rows, width])?, k.f_reshape(keys)?, v.f_reshape(keys)?))
+    }
+
+    /// How much each position attends to each: `[batch · kv_heads, heads ÷ kv_heads · length, length]`. `visible` says for
+    /// each of an example's rows, or for all alike, how many positions it sees; there is one entry for each example, or one
+    /// for all.
+    pub(super) fn probabilities(q: &Tensor, k: &Tensor, visible: &[Vec<usize>]) -> Result<Tensor, LmError> {
+        let (_, length, width) = k.size3()?;
+        let mut scores = q.f_bmm(&k.f_transpose(1, 2)?)?;
+        on_cpu!(scores, E => {
+            let scores = values_mut::<E>(&mut scores)?;
+            for (scores, visible) in scores.chunks_mut((scores.len() / visible.len()).max(1)).zip(visible) {
+                kernels::softmax::<E>(scores, length as usize, scale(width), visible);
+            }
+            Ok(())
+        }, Err(elsewhere()))?;
+        Ok(scores)
+    }
+
+    /// Gradients of q, k and v in their own shapes, of which that of causal attention's output is `gradient`
+    /// `[batch, heads, length, head_dim]`.
+    pub(super) fn backward(
+        gradient: &Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<(Tensor, Tensor, Tensor), LmError> {
+        let (batch, heads, length, width) = gradient.size4()?;
+        let gradient = gradient.f_reshape(q.size())?;
+        let visible = causal(length);
+        let probabilities = probabilities(q, k, &visible)?;
+        let of_v = probabilities.f_transpose(1, 2)?.f_bmm(&gradient)?;
+        let mut of_scores = gradient.f_bmm(&v.f_transpose(1, 2)?)?;
+        on_cpu!(of_scores, E => {
+            let (of_scores, probabilities) = (values_mut::<E>(&mut of_scores)?, values(&probabilities)?);
+            kernels::softmax_backward(of_scores, probabilities, length as usize, scale(width), &visible[0]);
+            Ok(())
+        }, Err(elsewhere()))?;
+        let (of_q, of_k) = (of_scores.f_bmm(k)?, of_scores.f_transpose(1, 2)?.f_bmm(q)?);
+        let keys = [batch, -1, length, width];
+        Ok((of_q.f_reshape([batch, heads, length, width])?, of_k.f_reshape(keys)?, of_v.f_reshape(keys)?))
+    }
+
+    /// Each position sees itself and those before it, in every example.
+    pub(super) fn causal(length: i64) -> [Vec<usize>; 1] {
+        [(1..=length as usize).collect()]
+    }
+
+    fn scale(width: i64) -> f32 {
+        1.0 / (width as f32).sqrt()
+    }
+
+    fn elsewhere() -> LmError {
+        LmError::Malformed("attention by products on another device than the CPU".into())
     }
 }
 
@@ -334,12 +451,14 @@ mod tests {
         let input = |seed: usize, heads: i64| wave(seed, &[2, 13, heads, 8]).transpose(1, 2);
         let gradient = wave(9, &[2, 13, 6, 8]).transpose(1, 2);
         tch::no_grad(|| {
-            let one = Attention::forward(input(1, 6), input(2, 2), input(3, 2)).unwrap();
-            let other = Attention::by_autograd(input(1, 6), input(2, 2), input(3, 2)).unwrap();
-            assert!(largest_difference(&one.output, &other.output) < 1e-6);
-            let (one, other) = (one.backward(&gradient).unwrap(), other.backward(&gradient).unwrap());
-            for (one, other) in [(&one.0, &other.0), (&one.1, &other.1), (&one.2, &other.2)] {
-                assert!(largest_difference(one, other) < 1e-5);
+            for way in [Attention::forward, Attention::by_products] {
+                let one = way(input(1, 6), input(2, 2), input(3, 2)).unwrap();
+                let other = Attention::by_autograd(input(1, 6), input(2, 2), input(3, 2)).unwrap();
+                assert!(largest_difference(&one.output, &other.output) < 1e-6);
+                let (one, other) = (one.backward(&gradient).unwrap(), other.backward(&gradient).unwrap());
+                for (one, other) in [(&one.0, &other.0), (&one.1, &other.1), (&one.2, &other.2)] {
+                    assert!(largest_difference(one, other) < 1e-5);
+                }
             }
         });
     }

@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use super::{Batch, size};
 use crate::checkpoint::Weights;
-use crate::{LmError, device::Compute};
+use crate::{LmError, device::Compute, ops};
 
 /// What `config.json` says.
 pub(super) struct BertConfig {
@@ -153,19 +153,19 @@ impl Bert {
         let words = Tensor::f_embedding(&self.words, &batch.ids, -1, false, false)?;
         let mut hidden = self.norm.forward(&words.f_add(&self.positions.f_narrow(0, 0, length)?)?)?;
         for layer in &self.layers {
-            hidden = layer.forward(&hidden, self.heads, batch.blocked.as_ref())?;
+            hidden = layer.forward(&hidden, self.heads, batch)?;
         }
         Ok(hidden)
     }
 }
 
 impl Layer {
-    fn forward(&self, hidden: &Tensor, heads: i64, blocked: Option<&Tensor>) -> Result<Tensor, LmError> {
+    fn forward(&self, hidden: &Tensor, heads: i64, batch: &Batch) -> Result<Tensor, LmError> {
         let (texts, length, width) = hidden.size3()?;
         let split = self.attention.forward(hidden)?.f_reshape([texts, length, 3, heads, width / heads])?;
         let part = |index: i64| split.f_select(2, index)?.f_transpose(1, 2);
         let (query, key, value) = (part(0)?, part(1)?, part(2)?);
-        let attended = Tensor::f_scaled_dot_product_attention(&query, &key, &value, blocked, 0.0, false, None, false)?;
+        let attended = ops::attend(&query, &key, &value, &batch.lengths, batch.blocked.as_ref())?;
         let attended = attended.f_transpose(1, 2)?.f_reshape([texts, length, width])?;
         let hidden = self.attention_norm.forward(&self.output.forward(&attended)?.f_add(hidden)?)?;
         let inner = self.up.forward(&hidden)?.f_gelu("none")?;
