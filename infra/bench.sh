@@ -16,8 +16,7 @@ else
   infra/setup.sh llama
 fi
 
-cargo build --workspace --bins --locked
-built=$(cargo build --workspace --benches --locked --message-format=json)
+built=$(cargo build --workspace --bins --benches --locked --message-format=json)
 
 # Prints where the bench $2 of package $1 was built.
 built() {
