@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests/bench"))
 
 import numpy
 import torch
-from peers import first_turns, load_decoder
+from peers import first_turns, load_model
 
 # Largest absolute differences. Logits of SmolLM2 reach 30 and come out of thirty layers of float32 sums in another
 # order; components of an embedding are at most 1.
@@ -52,7 +52,7 @@ class Doppel:
     def pipeline(self):
         """Texts and our embeddings of them; the adapter is left in the lake."""
         raw = self.args.folder / "conversations.json"
-        turns = first_turns(self.args.cache / "data/sharegpt.json", 300)
+        turns = first_turns(self.args.cache / "data/sharegpt.json")[:300]
         record = lambda index, text: {"id": str(index), "conversations": [{"from": "human", "value": text}]}
         raw.write_text(json.dumps([record(*turn) for turn in enumerate(turns)]))
         self.run("doppel", "budget", "set", "--corpus=chats", "--delta=1e-5", "--epsilon=50", f"--private={self.private}")
@@ -86,7 +86,7 @@ def differences_of_logits(doppel, texts):
     """(what the adapter moves, how far ours are from peft's), each the largest over all logits."""
     import peft
 
-    model, tokenizer = load_decoder(str(doppel.model), "f32")
+    model, tokenizer = load_model(doppel.model, torch.float32)
     rows = [ids for text in texts if (ids := tokenizer(text)["input_ids"][:TOKENS])]
     ours = doppel.logits(rows)
     with torch.inference_mode():

@@ -95,12 +95,17 @@ def matmul(args):
 
 
 def load_decoder(args):
+    return load_model(args.model, numbers(args), args.device)
+
+
+def load_model(folder, dtype, device="cpu"):
+    """A decoder of a folder, which may hold a GGUF file, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = {"gguf_file": "model.gguf"} if Path(args.model, "model.gguf").exists() else {}
-    tokenizer = AutoTokenizer.from_pretrained(args.model, **gguf)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=numbers(args), **gguf)
-    return model.to(args.device), tokenizer
+    gguf = {"gguf_file": "model.gguf"} if Path(folder, "model.gguf").exists() else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf)
+    return model.to(device), tokenizer
 
 
 def load_texts(args):
