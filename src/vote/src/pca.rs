@@ -2,6 +2,7 @@
 //!
 //! Rows arrive in chunks, so the embeddings themselves need not be in memory: what is kept is their covariance.
 
+use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::{Accum, Mat, MatRef, Par, Side};
 use rayon::prelude::*;
 
@@ -53,10 +54,20 @@ impl Covariance {
             }
             let shifted = view(&shifted, columns);
             let mut products = Mat::<f32>::zeros(columns, columns);
-            let threads = Par::rayon(0);
-            faer::linalg::matmul::matmul(&mut products, Accum::Replace, shifted.transpose(), shifted, 1.0, threads);
+            // The rest is symmetric, and the decomposition does not look at it.
+            triangular::matmul(
+                &mut products,
+                BlockStructure::TriangularLower,
+                Accum::Replace,
+                shifted.transpose(),
+                BlockStructure::Rectangular,
+                shifted,
+                BlockStructure::Rectangular,
+                1.0,
+                Par::rayon(0),
+            );
             for column in 0..columns {
-                for row in 0..columns {
+                for row in column..columns {
                     self.products[(row, column)] += f64::from(products[(row, column)]);
                 }
             }
