@@ -121,12 +121,30 @@ fn sum(count: usize, f: impl Fn(usize) -> f32) -> f32 {
     let mut partial = [0f32; LANES];
     let whole = count / LANES * LANES;
     for first in (0..whole).step_by(LANES) {
-        for (lane, partial) in partial.iter_mut().enumerate() {
-            *partial += f(first + lane);
+        // All terms before any addition: with both in one loop the compiler computes half of the terms one by one.
+        let mut terms = [0f32; LANES];
+        for (lane, term) in terms.iter_mut().enumerate() {
+            *term = f(first + lane);
+        }
+        for (partial, term) in partial.iter_mut().zip(terms) {
+            *partial += term;
         }
     }
     let tail: f32 = (whole..count).map(&f).sum();
-    partial.iter().sum::<f32>() + tail
+    reduced(partial, |a, b| a + b) + tail
+}
+
+/// All lanes as one, by halves: one after the other, each would wait for the one before.
+#[inline(always)]
+fn reduced(mut lanes: [f32; LANES], both: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = both(lanes[lane], lanes[lane + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
 
 #[inline(always)]
@@ -208,14 +226,18 @@ fn swiglu_backward_body<E: Element>(gradient: &[E], gate_up: &[E], inner: usize,
 
 #[inline(always)]
 fn cross_entropy_body<E: Element>(logits: &mut [E], vocab: usize, labels: &[i64], losses: &mut [f32]) {
+    let mut powers = vec![0f32; vocab];
     for ((row, label), loss) in logits.chunks_exact_mut(vocab).zip(labels).zip(losses) {
         let best = largest(row);
-        let total = sum(vocab, |at| exp(row[at].wide() - best));
+        for (power, value) in powers.iter_mut().zip(&*row) {
+            *power = exp(value.wide() - best);
+        }
+        let total = sum(vocab, |at| powers[at]);
         let wanted = row[*label as usize].wide();
         *loss = best + total.ln() - wanted;
         let inverse = 1.0 / total;
-        for value in row.iter_mut() {
-            *value = E::narrow(exp(value.wide() - best) * inverse);
+        for (value, power) in row.iter_mut().zip(&powers) {
+            *value = E::narrow(power * inverse);
         }
         // From the unrounded probability: near 1 the rounded one has lost what matters.
         row[*label as usize] = E::narrow(exp(wanted - best) * inverse - 1.0);
@@ -228,13 +250,13 @@ fn softmax_body<E: Element>(scores: &mut [E], length: usize, scale: f32, visible
     for (scores, &seen) in scores.chunks_exact_mut(length).zip(visible.iter().cycle()) {
         let best = largest(&scores[..seen]) * scale;
         // Whole vectors, for speed; what is not seen counts nothing.
-        let whole = seen.next_multiple_of(LANES);
-        for (power, score) in powers[..whole].iter_mut().zip(&*scores) {
+        let powers = &mut powers[..seen.next_multiple_of(LANES)];
+        for (power, score) in powers.iter_mut().zip(&*scores) {
             *power = exp(score.wide() * scale - best);
         }
-        powers[seen..whole].fill(0.0);
-        let inverse = 1.0 / sum(whole, |at| powers[at]);
-        for (score, power) in scores.iter_mut().zip(&powers[..whole]) {
+        powers[seen..].fill(0.0);
+        let inverse = 1.0 / sum(powers.len(), |at| powers[at]);
+        for (score, power) in scores.iter_mut().zip(&*powers) {
             *score = E::narrow(power * inverse);
         }
         scores[seen..].fill(E::narrow(0.0));
@@ -253,6 +275,7 @@ fn softmax_backward_body<E: Element>(
     let rows = gradient.chunks_exact_mut(length).zip(probabilities.chunks_exact(length));
     for ((gradient, probabilities), &seen) in rows.zip(visible.iter().cycle()) {
         let (gradient, hidden) = gradient.split_at_mut(seen);
+        let probabilities = &probabilities[..seen];
         let mean = sum(seen, |at| gradient[at].wide() * probabilities[at].wide());
         for (gradient, probability) in gradient.iter_mut().zip(probabilities) {
             *gradient = E::narrow(probability.wide() * (gradient.wide() - mean) * scale);
@@ -271,13 +294,13 @@ fn mass_body<E: Element>(scores: &[E], inverse: f32, out: &mut [f32; 2]) {
 fn largest<E: Element>(row: &[E]) -> f32 {
     let mut best = [f32::NEG_INFINITY; LANES];
     let (blocks, rest) = row.as_chunks::<LANES>();
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
     for block in blocks {
         for (best, value) in best.iter_mut().zip(block) {
-            let value = value.wide();
-            *best = if value > *best { value } else { *best };
+            *best = larger(*best, value.wide());
         }
     }
-    rest.iter().map(|value| value.wide()).chain(best).fold(f32::NEG_INFINITY, f32::max)
+    rest.iter().map(|value| value.wide()).fold(reduced(best, larger), larger)
 }
 
 #[inline(always)]

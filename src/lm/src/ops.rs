@@ -29,6 +29,9 @@ macro_rules! on_cpu {
     };
 }
 
+// Below the macro, which it uses.
+mod products;
+
 /// RMSNorm of the last dimension.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor, LmError> {
     on_cpu!(x, E => {
@@ -199,7 +202,7 @@ pub(crate) struct Attention {
 
 /// How attention is computed.
 enum Way {
-    /// Whole matrices of scores ([`products`]).
+    /// Products of whole blocks of scores ([`products`]).
     Products,
     /// libtorch's kernel for CPU, with the row-wise log of the sum of exponentials that it gave. In bf16 it multiplies blocks
     /// of 32 rows one by one, and calling the product takes longer than the product.
@@ -233,7 +236,7 @@ impl Attention {
     fn by_products(q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
         let shape = q.size();
         let (q, k, v) = products::joined(&q, &k, &v)?;
-        let output = products::probabilities(&q, &k, &products::causal(shape[2]))?.f_bmm(&v)?.f_reshape(shape)?;
+        let output = products::causal(&q, &k, &v)?.f_reshape(shape)?;
         Ok(Self { q, k, v, output, way: Way::Products })
     }
 
@@ -301,80 +304,12 @@ pub(crate) fn attend(
     }
     let shape = q.size();
     let (q, k, v) = products::joined(q, k, v)?;
-    let visible: Vec<Vec<usize>> = lengths.iter().map(|&length| vec![length]).collect();
-    Ok(products::probabilities(&q, &k, &visible)?.f_bmm(&v)?.f_reshape(shape)?)
+    Ok(products::of_lengths(&q, &k, &v, lengths)?.f_reshape(shape)?)
 }
 
 /// Whether whole products are the faster way on this device, in this kind and at this length.
 fn by_products(q: &Tensor) -> bool {
     q.device() == Device::Cpu && q.kind() == Kind::BFloat16 && q.size()[2] <= LONGEST
-}
-
-/// Attention by whole products, for CPU. The query heads that share a key-value head stand below each other, so that one
-/// product takes them all and no key is repeated: `[batch · kv_heads, heads ÷ kv_heads · length, head_dim]`.
-mod products {
-    use super::*;
-
-    /// q, k and v, laid out for products.
-    pub(super) fn joined(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor, Tensor), LmError> {
-        let (batch, heads, length, width) = k.size4()?;
-        let rows = q.size()[1] / heads * length;
-        let keys = [batch * heads, length, width];
-        Ok((q.f_reshape([batch * heads, rows, width])?, k.f_reshape(keys)?, v.f_reshape(keys)?))
-    }
-
-    /// How much each position attends to each: `[batch · kv_heads, heads ÷ kv_heads · length, length]`. `visible` says for
-    /// each of an example's rows, or for all alike, how many positions it sees; there is one entry for each example, or one
-    /// for all.
-    pub(super) fn probabilities(q: &Tensor, k: &Tensor, visible: &[Vec<usize>]) -> Result<Tensor, LmError> {
-        let (_, length, width) = k.size3()?;
-        let mut scores = q.f_bmm(&k.f_transpose(1, 2)?)?;
-        on_cpu!(scores, E => {
-            let scores = values_mut::<E>(&mut scores)?;
-            for (scores, visible) in scores.chunks_mut((scores.len() / visible.len()).max(1)).zip(visible) {
-                kernels::softmax::<E>(scores, length as usize, scale(width), visible);
-            }
-            Ok(())
-        }, Err(elsewhere()))?;
-        Ok(scores)
-    }
-
-    /// Gradients of q, k and v in their own shapes, of which that of causal attention's output is `gradient`
-    /// `[batch, heads, length, head_dim]`.
-    pub(super) fn backward(
-        gradient: &Tensor,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-    ) -> Result<(Tensor, Tensor, Tensor), LmError> {
-        let (batch, heads, length, width) = gradient.size4()?;
-        let gradient = gradient.f_reshape(q.size())?;
-        let visible = causal(length);
-        let probabilities = probabilities(q, k, &visible)?;
-        let of_v = probabilities.f_transpose(1, 2)?.f_bmm(&gradient)?;
-        let mut of_scores = gradient.f_bmm(&v.f_transpose(1, 2)?)?;
-        on_cpu!(of_scores, E => {
-            let (of_scores, probabilities) = (values_mut::<E>(&mut of_scores)?, values(&probabilities)?);
-            kernels::softmax_backward(of_scores, probabilities, length as usize, scale(width), &visible[0]);
-            Ok(())
-        }, Err(elsewhere()))?;
-        let (of_q, of_k) = (of_scores.f_bmm(k)?, of_scores.f_transpose(1, 2)?.f_bmm(q)?);
-        let keys = [batch, -1, length, width];
-        Ok((of_q.f_reshape([batch, heads, length, width])?, of_k.f_reshape(keys)?, of_v.f_reshape(keys)?))
-    }
-
-    /// Each position sees itself and those before it, in every example.
-    pub(super) fn causal(length: i64) -> [Vec<usize>; 1] {
-        [(1..=length as usize).collect()]
-    }
-
-    fn scale(width: i64) -> f32 {
-        1.0 / (width as f32).sqrt()
-    }
-
-    fn elsewhere() -> LmError {
-        LmError::Malformed("attention by products on another device than the CPU".into())
-    }
 }
 
 /// Key-value heads, one for each query head.
@@ -448,10 +383,15 @@ mod tests {
 
     #[test]
     fn attention_is_the_same_by_autograd() {
-        let input = |seed: usize, heads: i64| wave(seed, &[2, 13, heads, 8]).transpose(1, 2);
-        let gradient = wave(9, &[2, 13, 6, 8]).transpose(1, 2);
-        tch::no_grad(|| {
-            for way in [Attention::forward, Attention::by_products] {
+        // The second length fills no whole number of the blocks that products are made of.
+        for (length, way) in [
+            (13, Attention::forward as fn(_, _, _) -> _),
+            (13, Attention::by_products),
+            (2 * products::BLOCK + 13, Attention::by_products),
+        ] {
+            let input = |seed: usize, heads: i64| wave(seed, &[2, length, heads, 8]).transpose(1, 2);
+            let gradient = wave(9, &[2, length, 6, 8]).transpose(1, 2);
+            tch::no_grad(|| {
                 let one = way(input(1, 6), input(2, 2), input(3, 2)).unwrap();
                 let other = Attention::by_autograd(input(1, 6), input(2, 2), input(3, 2)).unwrap();
                 assert!(largest_difference(&one.output, &other.output) < 1e-6);
@@ -459,7 +399,7 @@ mod tests {
                 for (one, other) in [(&one.0, &other.0), (&one.1, &other.1), (&one.2, &other.2)] {
                     assert!(largest_difference(one, other) < 1e-5);
                 }
-            }
-        });
+            });
+        }
     }
 }
