@@ -108,21 +108,20 @@ impl Encoder {
         let ids = self.tokenizer.encode_batch(&texts, true)?;
         let lengths: Vec<usize> = ids.iter().map(Vec::len).collect();
         let batches = batches(&lengths, batch_tokens);
-        let count = workers::count(self.compute.device).min(batches.len()).max(1);
-        // Dealt in turn: batches come by falling length, so that everyone gets about the same.
-        let deal = |worker: usize| batches.iter().skip(worker).step_by(count).collect::<Vec<_>>();
         let encoder = Shared::new(self);
-        let found = workers::each((0..count).map(deal).collect(), |mine| {
-            let mut vectors = Vec::new();
-            for batch in mine {
+        let found = workers::fold(
+            self.compute.device,
+            batches,
+            || Ok(Vec::new()),
+            |vectors, batch| {
                 let rows: Vec<&[i64]> = batch.iter().map(|&index| ids[index].as_slice()).collect();
                 let flat = encoder.get().forward(&rows)?.f_to_device(Device::Cpu)?.f_reshape([-1i64])?;
                 let flat = Vec::<f32>::try_from(flat)?;
                 let each = batch.iter().zip(flat.chunks_exact(encoder.get().dimension));
                 vectors.extend(each.map(|(&index, vector)| (index, vector.to_vec())));
-            }
-            Ok(vectors)
-        })?;
+                Ok(())
+            },
+        )?;
         let mut vectors = vec![Vec::new(); texts.len()];
         for (index, vector) in found.into_iter().flatten() {
             vectors[index] = vector;
@@ -208,15 +207,23 @@ impl Step {
     }
 }
 
+/// Padded tokens that a batch has at least before a text is too short for it: products of fewer are slow.
+const ENOUGH: usize = 512;
+
 /// Indices by length, in batches of at most `tokens` padded tokens (at least one text each), longest first, so that
-/// memory runs out at once or not at all.
+/// memory runs out at once or not at all. A text that would be padding by more than a twentieth begins a new one.
 fn batches(lengths: &[usize], tokens: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..lengths.len()).collect();
     order.sort_by_key(|&index| (std::cmp::Reverse(lengths[index]), index));
     let mut batches: Vec<Vec<usize>> = Vec::new();
     for index in order {
+        let fits = |batch: &[usize]| {
+            let width = lengths[batch[0]];
+            let alike = 20 * lengths[index] >= 19 * width || batch.len() * width < ENOUGH;
+            alike && (batch.len() + 1) * width <= tokens
+        };
         match batches.last_mut() {
-            Some(batch) if (batch.len() + 1) * lengths[batch[0]] <= tokens => batch.push(index),
+            Some(batch) if fits(batch) => batch.push(index),
             _ => batches.push(vec![index]),
         }
     }

@@ -53,31 +53,60 @@ pub fn example_gradients(
     block_length: usize,
 ) -> Result<ExampleGradients, LmError> {
     lora.check(&decoder.config)?;
-    if block_length == 0 {
-        return Err(LmError::Usage("block length 0\nhelp: give a --block-length of at least 1".into()));
-    }
+    let scale = scale(block_length)?;
     if examples.is_empty() {
         return empty(decoder, lora);
     }
-    let scale = 1.0 / block_length as f64;
     let adapters = tch::no_grad(|| adapters(decoder, lora))?;
     let parts = in_parts(decoder, lora, &adapters, examples, |decoder, lora, adapters, examples| {
-        gradients_of(decoder, lora, adapters, examples, scale)
+        gradients_of(decoder, lora, adapters, examples, Batch::new(decoder, examples)?, scale)
     })?;
     let mut gradients = join(parts)?;
     let losses = gradients.pop().unwrap_or_default();
     Ok(ExampleGradients { losses, gradients })
 }
 
-/// Gradients of examples for each adapter tensor, then their losses.
+/// What the gradients of [`example_gradients`] add up to, in the adapter tensors' shapes, for less: no example's own is
+/// computed.
+pub fn summed_gradients(
+    decoder: &Decoder,
+    lora: &Lora,
+    examples: &[Example],
+    block_length: usize,
+) -> Result<Vec<Tensor>, LmError> {
+    lora.check(&decoder.config)?;
+    let scale = scale(block_length)?;
+    let adapters = tch::no_grad(|| adapters(decoder, lora))?;
+    let parts = in_parts(decoder, lora, &adapters, examples, |decoder, lora, adapters, examples| {
+        gradients_of(decoder, lora, adapters, examples, Batch::new(decoder, examples)?.together(), scale)
+    })?;
+    let mut sums: Vec<Tensor> =
+        lora.tensors.iter().map(|(_, tensor)| tensor.f_zeros_like()).collect::<Result<_, _>>()?;
+    for part in parts {
+        for (sum, gradient) in sums.iter_mut().zip(part.tensors) {
+            let _ = sum.f_add_(&gradient.f_squeeze_dim(0)?)?;
+        }
+    }
+    Ok(sums)
+}
+
+/// What a token's loss is multiplied by.
+fn scale(block_length: usize) -> Result<f64, LmError> {
+    match block_length {
+        0 => Err(LmError::Usage("block length 0\nhelp: give a --block-length of at least 1".into())),
+        _ => Ok(1.0 / block_length as f64),
+    }
+}
+
+/// Gradients for each adapter tensor, one for each of the batch's sums, then the losses of the examples.
 fn gradients_of(
     decoder: &Decoder,
     lora: &Lora,
     adapters: &[Adapters],
     examples: &[Example],
+    batch: Batch,
     scale: f64,
 ) -> Result<Vec<Tensor>, LmError> {
-    let batch = Batch::new(decoder, examples)?;
     let masks = dropout::Masks::new(lora.config.dropout, decoder, examples, &batch);
     let keep = backward::fits(&batch, decoder.config.layers);
     let tape = backward::Tape::forward(decoder, adapters, &batch, &masks, keep)?;
@@ -85,6 +114,26 @@ fn gradients_of(
     let mut found = tape.backward(lora, gradient, scale)?;
     found.push(losses.f_mul_scalar(scale)?.f_to_kind(Kind::Float)?);
     Ok(found)
+}
+
+/// How many micro-batches [`fold`] works on at once.
+pub fn workers(decoder: &Decoder) -> usize {
+    workers::count(decoder.compute.device)
+}
+
+/// Lets all workers of the decoder's device take micro-batches from the front until none is left, each adding to a state of
+/// its own that `start` makes; their states, of which there is none without micro-batches. Gradients that `work` computes
+/// are not split any further.
+pub fn fold<P: Send, S: Send>(
+    decoder: &Decoder,
+    lora: &Lora,
+    micro_batches: Vec<P>,
+    start: impl Fn() -> Result<S, LmError> + Sync,
+    work: impl Fn(&Decoder, &Lora, &mut S, P) -> Result<(), LmError> + Sync,
+) -> Result<Vec<S>, LmError> {
+    let device = decoder.compute.device;
+    let (decoder, lora) = (Shared::new(decoder), Shared::new(lora));
+    workers::fold(device, micro_batches, start, |state, part| work(decoder.get(), lora.get(), state, part))
 }
 
 /// Sum of token losses and number of label tokens of each example, without gradient: `(Vec<f64>, Vec<u64>)`.
@@ -194,12 +243,18 @@ pub fn micro_batches(lengths: &[usize], tokens: usize) -> Vec<Vec<usize>> {
     batches
 }
 
-/// Padded lengths are multiples of this: few enough to find company, and 4 tokens of padding an example.
-const LENGTH_STEP: usize = 8;
+/// Padded lengths are multiples of this. Kernels of products take four rows at once and add up what is left over in another
+/// order, and where an example begins is a matter of company (measured with MKL and oneDNN: whole fours give equal bits
+/// wherever they stand, pairs do not).
+const LENGTH_STEP: usize = 4;
+
+/// Examples are padded to this length at least: a product of a few numbers has another kernel, and how many numbers a
+/// product has is a matter of company, too.
+const SHORTEST: usize = 8;
 
 /// Length that an example is padded to, by itself.
 fn padded(example: &Example) -> usize {
-    example.tokens.len().max(1).next_multiple_of(LENGTH_STEP)
+    example.tokens.len().max(SHORTEST).next_multiple_of(LENGTH_STEP)
 }
 
 /// Examples one behind the other, each padded on the right.
@@ -210,6 +265,8 @@ pub(crate) struct Batch {
     positions: Tensor,
     /// Neighbours of one padded length.
     groups: Vec<Group>,
+    /// Tokens over which the factors' gradients are summed: those of each example of a group.
+    sums: Vec<Group>,
     examples: i64,
     /// Positions in `tokens` whose next token is a label.
     rows: Vec<i64>,
@@ -272,7 +329,14 @@ impl Batch {
         }
         let place = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(decoder.compute.device);
         let (tokens, positions) = (place(&tokens)?.f_unsqueeze(0)?, place(&positions)?);
-        Ok(Self { tokens, positions, groups, examples: examples.len() as i64, rows, labels: ids, owners })
+        let sums = groups.clone();
+        Ok(Self { tokens, positions, groups, sums, examples: examples.len() as i64, rows, labels: ids, owners })
+    }
+
+    /// The same, with one sum over all examples.
+    fn together(self) -> Self {
+        let sums = vec![Group { first: 0, examples: 1, length: self.length() }];
+        Self { sums, ..self }
     }
 
     /// Number of tokens, padding included.

@@ -2,9 +2,12 @@
 //!
 //! libtorch would split every small operation and wait for the slowest thread at its end, some thousand times a step;
 //! where a processor is shared, each wait can cost a time slice. Instead each worker takes some of the examples through
-//! the whole model on one thread, and there is one wait at the end.
+//! the whole model on one thread, and there is one wait at the end: of a micro-batch where that is split ([`each`]), or of
+//! all micro-batches where workers take them from a queue ([`fold`]).
 
-use std::sync::OnceLock;
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::ScopedJoinHandle;
 
 use tch::Device;
@@ -33,11 +36,18 @@ impl<'a, T> Shared<'a, T> {
     }
 }
 
+thread_local! {
+    /// Whether this thread is a worker, whose own work is not split again.
+    static WORKER: Cell<bool> = const { Cell::new(false) };
+}
+
 /// How many workers computing on `device` pays for: what libtorch would have used (`OMP_NUM_THREADS`, or all processors).
 pub(crate) fn count(device: Device) -> usize {
     static THREADS: OnceLock<usize> = OnceLock::new();
     match device {
-        Device::Cpu => *THREADS.get_or_init(|| usize::try_from(tch::get_num_threads()).unwrap_or(1).clamp(1, 64)),
+        Device::Cpu if !WORKER.get() => {
+            *THREADS.get_or_init(|| usize::try_from(tch::get_num_threads()).unwrap_or(1).clamp(1, 64))
+        }
         _ => 1,
     }
 }
@@ -58,6 +68,7 @@ pub(crate) fn each<P: Send, R: Send>(
         let work = &work;
         let start = |part: P| {
             scope.spawn(move || {
+                WORKER.set(true);
                 tch::set_num_threads(1);
                 tch::no_grad(|| work(part))
             })
@@ -66,6 +77,29 @@ pub(crate) fn each<P: Send, R: Send>(
         let join =
             |handle: ScopedJoinHandle<'_, _>| handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         handles.into_iter().map(join).collect()
+    })
+}
+
+/// Lets the workers of `device` take parts from the front until none is left, each with a state of its own that `start`
+/// makes; their states. Nobody waits for another before the end, so parts may differ in size. After an error no more parts
+/// are begun.
+pub(crate) fn fold<P: Send, S: Send>(
+    device: Device,
+    parts: Vec<P>,
+    start: impl Fn() -> Result<S, LmError> + Sync,
+    work: impl Fn(&mut S, P) -> Result<(), LmError> + Sync,
+) -> Result<Vec<S>, LmError> {
+    let workers = count(device).min(parts.len());
+    let queue = Mutex::new(VecDeque::from(parts));
+    let queue = || queue.lock().unwrap_or_else(PoisonError::into_inner);
+    each((0..workers).collect(), |_| {
+        let mut state = start()?;
+        loop {
+            // The lock ends with the statement.
+            let part = queue().pop_front();
+            let Some(part) = part else { return Ok(state) };
+            work(&mut state, part).inspect_err(|_| queue().clear())?;
+        }
     })
 }
 

@@ -6,7 +6,7 @@
 use lm::LmError;
 use lm::adapter::Lora;
 use lm::decoder::Decoder;
-use lm::gradients::{Example, example_gradients, micro_batches};
+use lm::gradients::{self, Example, example_gradients, micro_batches, summed_gradients};
 use privacy::AccountingError;
 use privacy::keyed::{Context, NoiseKey};
 use privacy::training::{ClippedSum, TrainingMechanism};
@@ -48,7 +48,8 @@ pub fn sample<'a>(
 
 /// Sum over `units` of their gradients, each clipped to the mechanism's norm over all trainable parameters.
 ///
-/// A baseline's gradients are summed as they are. A unit whose gradient is not finite counts as zero.
+/// A unit whose gradient is not finite counts as zero. A baseline's gradients are summed as they are, without being told
+/// apart; there it is a micro-batch that counts as zero.
 /// Guarantee (private): adding or removing one unit moves the sum by at most [`ClippedSum::sensitivity`] in L2, given
 /// every unit's gradient.
 /// Source: Yu et al. 2024, Algorithm 1.
@@ -62,18 +63,32 @@ pub fn sum_gradients(
 ) -> Result<ClippedSum, LmError> {
     let lengths: Vec<usize> = lora.tensors.iter().map(|(_, tensor)| tensor.numel()).collect();
     let mut sum = rules(mechanism).map_err(accounting)?.empty_sum(&lengths);
-    let zeros = |&length: &usize| Tensor::f_zeros([length as i64], (Kind::Int64, decoder.compute.device));
-    let mut totals: Vec<Tensor> = lengths.iter().map(zeros).collect::<Result<_, _>>()?;
-    let rows = GRADIENT_BYTES / (4 * lengths.iter().sum::<usize>()).max(1);
-    for batch in pack(units, limits.micro_batch_tokens, rows) {
-        let gradients = unit_gradients(decoder, lora, &batch, step, limits)?;
-        let factors = clip_factors(mechanism, &gradients)?;
-        for (total, gradient) in totals.iter_mut().zip(&gradients) {
-            let _ = total.f_add_(&clipped(gradient, &factors, sum.granularity())?)?;
-        }
+    let (granularity, device, workers) = (sum.granularity(), decoder.compute.device, gradients::workers(decoder));
+    let limits = Limits { micro_batch_tokens: (limits.micro_batch_tokens / workers).max(1), ..limits };
+    let rows = GRADIENT_BYTES / workers / (4 * lengths.iter().sum::<usize>()).max(1);
+    let zeros = |&length: &usize| Ok(Tensor::f_zeros([length as i64], (Kind::Int64, device))?);
+    let totals = gradients::fold(
+        decoder,
+        lora,
+        pack(units, limits.micro_batch_tokens, rows, workers),
+        || lengths.iter().map(zeros).collect::<Result<Vec<Tensor>, LmError>>(),
+        |decoder, lora, totals, batch| {
+            let gradients = match mechanism {
+                Mechanism::Private(_) => unit_gradients(decoder, lora, &batch, step, limits)?,
+                Mechanism::Baseline { .. } => batch_gradient(decoder, lora, &batch, step, limits)?,
+            };
+            let factors = clip_factors(mechanism, &gradients)?;
+            for (total, gradient) in totals.iter_mut().zip(&gradients) {
+                let _ = total.f_add_(&clipped(gradient, &factors, granularity)?)?;
+            }
+            Ok(())
+        },
+    )?;
+    // Whole numbers: whoever added what, the sum is the same.
+    for totals in totals {
+        let totals = totals.iter().map(|total| Ok(Vec::<i64>::try_from(total.f_to_device(Device::Cpu)?)?));
+        sum.add_rounded(&totals.collect::<Result<Vec<_>, LmError>>()?).map_err(accounting)?;
     }
-    let totals = totals.iter().map(|total| Ok(Vec::<i64>::try_from(total.f_to_device(Device::Cpu)?)?));
-    sum.add_rounded(&totals.collect::<Result<Vec<_>, LmError>>()?).map_err(accounting)?;
     Ok(sum)
 }
 
@@ -95,11 +110,7 @@ fn unit_gradients(
     step: u64,
     limits: Limits,
 ) -> Result<Vec<Tensor>, LmError> {
-    let mut examples: Vec<Example> = units.iter().flat_map(|unit| unit.examples.iter().cloned()).collect();
-    for example in &mut examples {
-        // A fresh mask for each step, from public values and the example alone.
-        example.dropout_seed = example.dropout_seed.wrapping_add(step.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-    }
+    let examples = examples(units, step);
     let gradients = |examples: &[Example]| -> Result<Vec<Tensor>, LmError> {
         let found = example_gradients(decoder, lora, examples, limits.block_length)?.gradients;
         found.iter().map(|gradient| Ok(gradient.f_flatten(1, -1)?)).collect()
@@ -113,16 +124,52 @@ fn unit_gradients(
         Tensor::f_zeros([units.len() as i64, tensor.numel() as i64], (Kind::Float, decoder.compute.device))
     };
     let mut sums: Vec<Tensor> = lora.tensors.iter().map(zeros).collect::<Result<_, _>>()?;
-    let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
-    for part in micro_batches(&lengths, limits.micro_batch_tokens) {
-        let owners: Vec<i64> = part.iter().map(|&index| owners[index]).collect();
+    for (indices, part) in parts(&examples, limits) {
+        let owners: Vec<i64> = indices.iter().map(|&index| owners[index]).collect();
         let owners = Tensor::f_from_slice(&owners)?.f_to_device(decoder.compute.device)?;
-        let part: Vec<Example> = part.into_iter().map(|index| examples[index].clone()).collect();
         for (sum, gradient) in sums.iter_mut().zip(gradients(&part)?) {
             let _ = sum.f_index_add_(0, &owners, &gradient)?;
         }
     }
     Ok(sums)
+}
+
+/// `[1, parameters]` f32 for each adapter tensor: the gradient summed over all examples of `units`.
+fn batch_gradient(
+    decoder: &Decoder,
+    lora: &Lora,
+    units: &[&Unit],
+    step: u64,
+    limits: Limits,
+) -> Result<Vec<Tensor>, LmError> {
+    let zeros = |(_, tensor): &(String, Tensor)| Tensor::f_zeros_like(tensor);
+    let mut sums: Vec<Tensor> = lora.tensors.iter().map(zeros).collect::<Result<_, _>>()?;
+    for (_, part) in parts(&examples(units, step), limits) {
+        for (sum, gradient) in sums.iter_mut().zip(summed_gradients(decoder, lora, &part, limits.block_length)?) {
+            let _ = sum.f_add_(&gradient)?;
+        }
+    }
+    sums.iter().map(|sum| Ok(sum.f_reshape([1, -1])?)).collect()
+}
+
+/// The examples of `units` as `step` sees them.
+fn examples(units: &[&Unit], step: u64) -> Vec<Example> {
+    let mut examples: Vec<Example> = units.iter().flat_map(|unit| unit.examples.iter().cloned()).collect();
+    for example in &mut examples {
+        // A fresh mask for each step, from public values and the example alone.
+        example.dropout_seed = example.dropout_seed.wrapping_add(step.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    }
+    examples
+}
+
+/// `(indices, the examples at them)` of each micro-batch.
+fn parts(examples: &[Example], limits: Limits) -> impl Iterator<Item = (Vec<usize>, Vec<Example>)> {
+    let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
+    let parts = micro_batches(&lengths, limits.micro_batch_tokens).into_iter();
+    parts.map(|part| {
+        let of_part = part.iter().map(|&index| examples[index].clone()).collect();
+        (part, of_part)
+    })
 }
 
 /// `[units]` f64: what each unit's gradient is multiplied by; 0 for a gradient that is not finite.
@@ -155,23 +202,34 @@ fn clipped(gradient: &Tensor, factors: &Tensor, granularity: f64) -> Result<Tens
     Ok(whole.f_round_()?.f_sum_dim_intlist(0, false, Kind::Double)?.f_to_kind(Kind::Int64)?)
 }
 
+/// Tokens below which products are not worth cutting a micro-batch smaller.
+const SMALLEST: usize = 256;
+
 /// Groups whole units by length, so that padding is rare, into micro-batches of at most `tokens` padded tokens and
-/// `count` units, but one unit at the least.
-fn pack<'a>(units: &[&'a Unit], tokens: usize, count: usize) -> Vec<Vec<&'a Unit>> {
+/// `count` units, but one unit at the least. Towards the end they become smaller, so that `workers` who take them in turn
+/// end together.
+fn pack<'a>(units: &[&'a Unit], tokens: usize, count: usize, workers: usize) -> Vec<Vec<&'a Unit>> {
     let longest = |unit: &Unit| unit.examples.iter().map(|example| example.tokens.len()).max().unwrap_or(0);
+    let tokens_of = |unit: &Unit| unit.examples.iter().map(|example| example.tokens.len()).sum::<usize>();
     let mut sorted: Vec<&Unit> = units.to_vec();
     sorted.sort_by(|a, b| longest(b).cmp(&longest(a)).then_with(|| a.id.cmp(&b.id)));
+    let mut left: usize = units.iter().map(|unit| tokens_of(unit)).sum();
     let mut batches: Vec<Vec<&Unit>> = Vec::new();
-    let (mut width, mut rows) = (0, 0);
+    let (mut width, mut rows, mut limit) = (0, 0, 0);
     for unit in sorted {
         rows += unit.examples.len();
         match batches.last_mut() {
-            Some(batch) if rows * width <= tokens && batch.len() < count => batch.push(unit),
+            Some(batch) if rows * width <= limit && batch.len() < count => batch.push(unit),
             _ => {
                 (width, rows) = (longest(unit), unit.examples.len());
+                limit = match workers {
+                    1 => tokens,
+                    _ => tokens.min(SMALLEST.max(left / (2 * workers))),
+                };
                 batches.push(vec![unit]);
             }
         }
+        left -= tokens_of(unit);
     }
     batches
 }
@@ -215,6 +273,23 @@ mod tests {
         for tokens in [3 * 20, 8 * 20] {
             assert!(distance(&one, &sum(&decoder, &lora, &units, tokens)) < 1e-5);
         }
+    }
+
+    #[test]
+    fn a_baseline_sums_gradients_as_they_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let (decoder, lora) = testing::tiny(folder.path());
+        let mut units = testing::units(8);
+        units.push(Unit { id: "several".into(), examples: (20..24).map(testing::example).collect() });
+        let units: Vec<&Unit> = units.iter().collect();
+        let limits = Limits { block_length: 32, micro_batch_tokens: 3 * 20 };
+        let rows = unit_gradients(&decoder, &lora, &units, 0, limits).unwrap();
+        let expected: Vec<f32> =
+            rows.iter().flat_map(|g| Vec::<f32>::try_from(g.sum_dim_intlist(0, false, Kind::Float)).unwrap()).collect();
+        let baseline = Mechanism::Baseline { sampling_probability: 0.5, steps: 3, expected_batch_size: 8.0 };
+        let found = sum_gradients(&decoder, &lora, &baseline, &units, 0, limits).unwrap().without_noise(1.0).concat();
+        assert!(norm(&expected) > 2.0 * CLIP_NORM, "a private run would clip these");
+        assert!(distance(&found, &expected) < 1e-4 * norm(&expected));
     }
 
     #[test]

@@ -80,7 +80,7 @@ impl<'a> Tape<'a> {
         &self.output
     }
 
-    /// Gradients of every example, in `lora`'s order, of the losses whose gradient with respect to [`Self::output`] is
+    /// Gradients of every sum of the batch, in `lora`'s order, of the losses whose gradient with respect to [`Self::output`] is
     /// `gradient`, times `scale`. Each layer's part is dropped when it has been used.
     pub(super) fn backward(self, lora: &Lora, gradient: Tensor, scale: f64) -> Result<Vec<Tensor>, LmError> {
         let Self { model, layers, .. } = self;
@@ -266,8 +266,8 @@ impl Context<'_> {
         Ok(joint.f_reshape([group.examples, group.length, -1])?)
     }
 
-    /// `([examples, R, in], [examples, out, R])`: every example's gradients of joined factors, from the input that the
-    /// adapter saw, the gradient of its output, and that gradient times B.
+    /// `([sums, R, in], [sums, out, R])`: gradients of joined factors for every example, or for whatever the batch sums over,
+    /// from the input that the adapter saw, the gradient of its output, and that gradient times B.
     fn factor_gradients(
         &self,
         input: &Tensor,
@@ -277,7 +277,7 @@ impl Context<'_> {
     ) -> Result<(Tensor, Tensor), LmError> {
         let seen = input.f_linear(&factors.a, None::<&Tensor>)?;
         let (mut a, mut b) = (Vec::new(), Vec::new());
-        for group in &self.batch.groups {
+        for group in &self.batch.sums {
             a.push(group.of(low)?.f_transpose(1, 2)?.f_bmm(&group.of(input)?)?);
             b.push(group.of(output)?.f_transpose(1, 2)?.f_bmm(&group.of(&seen)?)?);
         }

@@ -69,6 +69,24 @@ fn gradients_are_those_of_autograd_one_example_at_a_time() {
 }
 
 #[test]
+fn summed_gradients_are_the_sum_of_all() {
+    let decoder = tiny("llama3");
+    let lora = adapter(&decoder, 0.2);
+    let each = example_gradients(&decoder, &lora, &examples(), BLOCK).unwrap().gradients;
+    let sums = summed_gradients(&decoder, &lora, &examples(), BLOCK).unwrap();
+    for (sum, each) in sums.iter().zip(each) {
+        let expected = each.sum_dim_intlist(0, false, Kind::Double);
+        let scale = expected.abs().max().double_value(&[]);
+        assert!(largest_difference(&sum.to_kind(Kind::Double), &expected) <= 1e-6 + 1e-5 * scale);
+    }
+    assert_eq!(sums.len(), lora.tensors.len());
+    for (sum, (_, tensor)) in summed_gradients(&decoder, &lora, &[], BLOCK).unwrap().iter().zip(&lora.tensors) {
+        assert_eq!(sum.size(), tensor.size());
+        assert_eq!(sum.abs().max().double_value(&[]), 0.0);
+    }
+}
+
+#[test]
 fn gradients_are_those_of_finite_differences() {
     let decoder = tiny("smollm2");
     let mut lora = adapter(&decoder, 0.0);
