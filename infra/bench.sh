@@ -29,5 +29,5 @@ for line in sys.stdin:
 
 lm=$(built lm speed)
 PYTHONPATH=$peers:$llama:$DOPPEL_CACHE/libtorch-2.11.0-cuda/site python3 tests/bench/compare.py --device "$device" \
-  --cache "$DOPPEL_CACHE" --lm "$lm" --vote "$(built vote speed)" --partition "$(built partition speed)" \
+  --cache "$DOPPEL_CACHE" --train "$(built train speed)" --lm "$lm" --vote "$(built vote speed)" --partition "$(built partition speed)" \
   --account "$(built privacy account)" --binaries "$(dirname "$(dirname "$lm")")" "$@"

@@ -70,8 +70,8 @@ def significant(number):
 
 
 def works(args, texts, python):
-    if args.device == "cuda":
-        yield from cuda_works(args, texts, python)
+    if args.shapes:
+        yield from llama_works(args, texts, python)
         return
     model, encoder = f"{args.cache}/models/smollm2-135m-instruct", f"{args.cache}/models/all-minilm-l6-v2"
 
@@ -83,7 +83,7 @@ def works(args, texts, python):
         for length, ours, theirs, batches in [(128, 256, 96, [8, 16]), (1024, 64, 32, [4, 8])]:
             yield Work(
                 f"train to {length} tokens, {dtype}",
-                [args.lm, "train", model, texts, *kind, "--count", ours, "--length", length],
+                [args.train, "--model", model, "--texts", texts, *kind, "--count", ours, "--length", length],
                 "Opacus + PEFT",
                 tried(
                     "train", batches, *kind, "--model", model, "--texts", texts, "--count", theirs, "--length", length
@@ -105,6 +105,8 @@ def works(args, texts, python):
             tried("embed", [32, 128], *kind, "--model", encoder, "--texts", texts, "--count", 1024),
             dtype=dtype,
         )
+    step = [args.train, "--model", model, "--texts", texts, "--count", 256, "--length", 128]
+    yield Work("train with privacy, bf16", step, "doppel without privacy", {"": [*step, "--no-dp"]}, dtype="bf16")
     yield Work(
         "sample, bf16, beside decoding",
         [args.lm, "sample", model, "--count", 192],
@@ -147,28 +149,36 @@ def works(args, texts, python):
         )
 
 
-def cuda_works(args, texts, python):
-    """Models of Llama's shapes and random weights, on one GPU."""
-    for shape, length, count, tokens in [("7b", 1024, 512, 16384), ("13b", 128, 512, 8192)]:
+# Examples, their longest length, and the tokens of a micro-batch, for models of Llama's shapes.
+LLAMA = {"tiny": (64, 128, 2048), "7b": (512, 1024, 16384), "13b": (512, 128, 8192)}
+
+
+def llama_works(args, texts, python):
+    """Models of Llama's shapes and random weights: what a GPU is measured with."""
+    device = ["--device", args.device]
+    for shape in args.shapes.split(","):
+        count, length, tokens = LLAMA[shape]
         folder = args.models / shape
         if not folder.exists():
             source = f"{args.cache}/models/smollm2-135m-instruct"
-            run([*python, "model", "--model", source, "--shape", shape, "--out", folder, "--device", args.device])
-        theirs = [*python, "train", "--device", "cuda", "--model", folder, "--texts", texts, "--length", length]
+            run([*python, "model", "--model", source, "--shape", shape, "--out", folder, *device])
+        ours = [args.train, "--model", folder, "--texts", texts, "--length", length]
+        theirs = [*python, "train", *device, "--model", folder, "--texts", texts, "--length", length]
         yield Work(
             f"train {shape} to {length} tokens, bf16",
-            [args.lm, "train", folder, texts, "--count", count, "--length", length, "--tokens", tokens],
+            [*ours, "--count", count, "--tokens", tokens],
             "Opacus + PEFT",
             {f"batch {batch}": [*theirs, "--count", 64, "--batch", batch] for batch in [4, 8]},
             dtype="bf16",
-            memory="peak",
+            # Of a GPU's memory the process knows nothing here.
+            memory="peak" if args.device == "cpu" else None,
         )
-        theirs = [*python, "sample", "--device", "cuda", "--model", folder]
+        theirs = [*python, "sample", *device, "--model", folder]
         yield Work(
             f"sample {shape}, bf16",
-            [args.lm, "sample", folder, "--count", 2048, "--batch", 512],
+            [args.lm, "sample", folder, "--count", 4 * count, "--batch", count],
             "transformers.generate",
-            {f"batch {batch}": [*theirs, "--count", batch, "--batch", batch] for batch in [128, 256, 512]},
+            {f"batch {batch}": [*theirs, "--count", batch, "--batch", batch] for batch in [count // 4, count // 2, count]},
             dtype="bf16",
         )
 
@@ -242,16 +252,22 @@ def plot(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", required=True, help="DOPPEL_CACHE")
+    parser.add_argument("--train", required=True, help="binary of the bench `speed` of train")
     parser.add_argument("--lm", required=True, help="binary of the bench `speed` of lm")
     parser.add_argument("--vote", required=True, help="binary of the bench `speed` of vote")
     parser.add_argument("--partition", required=True, help="binary of the bench `speed` of partition")
     parser.add_argument("--account", required=True, help="binary of the bench `account` of privacy")
     parser.add_argument("--binaries", required=True, type=Path, help="folder of doppel's binaries")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--models", type=Path, help="where models of random weights are kept; of use with a GPU alone")
+    parser.add_argument(
+        "--shapes", help="measure models of these shapes of Llama, with random weights: tiny, 7b, 13b (with a GPU: 7b,13b)"
+    )
+    parser.add_argument("--models", type=Path, help="where these are kept")
     parser.add_argument("--pairs", type=int, default=3, help="how often each comparison runs")
     parser.add_argument("--only", default="", help="only comparisons whose name begins with this")
     args = parser.parse_args()
+    if args.shapes is None and args.device == "cuda":
+        args.shapes = "7b,13b"
     args.models = args.models or Path(args.cache, "bench-models")
     rows, limits = [], {}
     with tempfile.NamedTemporaryFile(suffix=".json") as texts:

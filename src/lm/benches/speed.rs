@@ -1,14 +1,13 @@
-//! Rates of the three heavy jobs on a real model and real texts; `tests/bench/compare.py` calls it beside the peers.
+//! Rates of sampling and embedding on a real model and real texts; `tests/bench/compare.py` calls it beside the peers.
 //!
-//!     cargo bench -p lm -- train MODEL TEXTS --dtype=bf16 --count=256 --length=128 --tokens=2048
-//!     cargo bench -p lm -- sample MODEL --count=256 --batch=64
+//!     cargo bench -p lm -- sample MODEL --dtype=bf16 --count=256 --batch=64
 //!     cargo bench -p lm -- embed ENCODER TEXTS --count=1024 --tokens=4096
 //!     cargo bench -p lm -- load MODEL
 //!
 //! MODEL and ENCODER are folders as the stages take them, TEXTS a file with a JSON array of strings. `--tokens` is what a
-//! micro-batch or a batch holds. Prints one JSON line: the rate, the processor time used (on a shared machine it says more
-//! than the wall clock), and `flops`, the floating-point operations of matrix products that one unit of work cannot do
-//! without: 2 for each parameter and token forward, as many backward to the inputs; the frozen weights need no gradient.
+//! batch holds. Prints one JSON line: the rate, the processor time used (on a shared machine it says more than the wall
+//! clock), and `flops`, the floating-point operations of matrix products that one unit of work cannot do without: 2 for
+//! each parameter and token.
 #![allow(clippy::print_stdout)]
 
 use std::error::Error;
@@ -16,13 +15,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Parser;
-use lm::adapter::{Lora, LoraConfig, Target};
 use lm::checkpoint::{Checkpoint, DecoderConfig};
 use lm::decoder::Decoder;
 use lm::device::{Compute, DeviceChoice, DtypeChoice};
 use lm::encoder::Encoder;
 use lm::generate::{Request, Sampling, generate};
-use lm::gradients::{Example, example_gradients, micro_batches};
 
 type Outcome = Result<(), Box<dyn Error>>;
 
@@ -39,10 +36,8 @@ struct Args {
     dtype: String,
     #[arg(long, default_value_t = 256)]
     count: usize,
-    #[arg(long, default_value_t = 128)]
-    length: usize,
-    #[arg(long)]
-    tokens: Option<usize>,
+    #[arg(long, default_value_t = 4096)]
+    tokens: usize,
     #[arg(long, default_value_t = 64)]
     batch: usize,
     /// Cargo adds it.
@@ -64,44 +59,10 @@ fn main() -> Outcome {
     let checkpoint = Checkpoint::open(model)?;
     let decoder = Decoder::load(&checkpoint, compute)?;
     match work.as_str() {
-        "train" => train(&args, &checkpoint, &decoder),
         "sample" => sample(&args, &checkpoint, &decoder),
         "load" => clock.report(1.0, "models/s", 0.0),
-        other => Err(format!("{other}: expected train, sample, embed or load").into()),
+        other => Err(format!("{other}: expected sample, embed or load").into()),
     }
-}
-
-fn train(args: &Args, checkpoint: &Checkpoint, decoder: &Decoder) -> Outcome {
-    let tokenizer = checkpoint.tokenizer()?;
-    let mut examples = Vec::new();
-    for text in args.texts()? {
-        let mut ids = tokenizer.encode(&text, true)?;
-        ids.truncate(args.length);
-        examples.push(Example { tokens: ids, prefix: 1, dropout_seed: 0 });
-    }
-    let config = LoraConfig { rank: 8, alpha: 16.0, targets: Target::ALL.to_vec(), dropout: 0.0 };
-    let lora = Lora::new(config, &decoder.config, decoder.compute.device, 1)?;
-    let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
-    let batches: Vec<Vec<Example>> = micro_batches(&lengths, args.tokens.unwrap_or(2048))
-        .into_iter()
-        .map(|batch| batch.into_iter().map(|index| examples[index].clone()).collect())
-        .collect();
-    if let Some(batch) = batches.last() {
-        example_gradients(decoder, &lora, batch, args.length)?;
-    }
-    let clock = Clock::start();
-    for batch in &batches {
-        let found = example_gradients(decoder, &lora, batch, args.length)?;
-        // What a step does with them at the least.
-        let norms: tch::Tensor = found
-            .gradients
-            .iter()
-            .map(|g| g.flatten(1, -1).square().sum_dim_intlist(1, false, tch::Kind::Double))
-            .sum();
-        let _ = norms.sum(tch::Kind::Double).double_value(&[]);
-    }
-    let tokens = lengths.iter().sum::<usize>() as f64 / lengths.len() as f64;
-    clock.report(examples.len() as f64, "examples/s", 4.0 * parameters(&decoder.config) * tokens)
 }
 
 fn sample(args: &Args, checkpoint: &Checkpoint, decoder: &Decoder) -> Outcome {
@@ -128,10 +89,9 @@ fn sample(args: &Args, checkpoint: &Checkpoint, decoder: &Decoder) -> Outcome {
 fn embed(args: &Args, encoder: &Encoder, folder: &Path) -> Outcome {
     let texts = args.texts()?;
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-    let tokens = args.tokens.unwrap_or(4096);
-    encoder.embed(&texts[..texts.len().min(32)], tokens)?;
+    encoder.embed(&texts[..texts.len().min(32)], args.tokens)?;
     let clock = Clock::start();
-    encoder.embed(&texts, tokens)?;
+    encoder.embed(&texts, args.tokens)?;
     clock.report(texts.len() as f64, "texts/s", 2.0 * encoder_parameters(folder)? * mean_tokens(folder, &texts)?)
 }
 
