@@ -1,8 +1,8 @@
 //! Choosing one token from a row of logits.
 //!
-//! Order as in transformers: repetition penalty, temperature, top-k, top-p. The vocabulary is never sorted whole: tokens
-//! within a few nats of the best one are gathered and sorted, and only where their mass does not reach top-p is the net
-//! thrown wider.
+//! Order as in transformers: repetition penalty, temperature, top-k, top-p. The vocabulary is never sorted: tokens within a
+//! few nats of the best one are gathered, those that are kept are selected from them, and only where their mass does not
+//! reach top-p is the net thrown wider.
 
 use std::collections::HashSet;
 
@@ -76,41 +76,67 @@ fn gather(scores: &[f32], inverse: f32, floor: f32) -> Vec<Scored> {
     near
 }
 
-/// Sorts `near` as far as needed; how many of it are kept, or `None` where a wider net is needed to know.
-fn truncate(near: &mut Vec<Scored>, mass: &Mass, sampling: &Sampling, complete: bool) -> Option<usize> {
-    // Highest first; of equals the lower id, so that the set is defined.
-    near.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    let mut total = f64::from(mass.total);
+/// Moves the candidates that are kept to the front, in no order, and counts them; `None` where a wider net is needed to
+/// know.
+fn truncate(near: &mut [Scored], mass: &Mass, sampling: &Sampling, complete: bool) -> Option<usize> {
+    let (mut count, mut total) = (near.len(), f64::from(mass.total));
     if sampling.top_k > 0 {
         if near.len() < sampling.top_k && !complete {
             return None;
         }
-        near.truncate(sampling.top_k);
-        total = near.iter().map(|(score, _)| f64::from((score - mass.best).exp())).sum();
+        count = count.min(sampling.top_k);
+        highest(near, count);
+        total = weight(&near[..count], mass.best);
     }
     if sampling.top_p >= 1.0 {
-        return Some(near.len());
+        return Some(count);
     }
-    let wanted = sampling.top_p * total;
-    let mut reached = 0.0;
-    for (index, (score, _)) in near.iter().enumerate() {
-        reached += f64::from((score - mass.best).exp());
-        if reached >= wanted {
-            return Some(index + 1);
+    let kept = nucleus(&mut near[..count], sampling.top_p * total, mass.best);
+    kept.or((complete || sampling.top_k > 0).then_some(count))
+}
+
+/// The fewest candidates whose weights reach `wanted`, moved to the front and counted; `None` where all do not reach it.
+/// Quickselect by weight: on average it looks at each candidate a few times, and sorts none.
+fn nucleus(near: &mut [Scored], wanted: f64, best: f32) -> Option<usize> {
+    if near.is_empty() || weight(near, best) < wanted {
+        return None;
+    }
+    // The last one that is needed stands in first..last; what is before it has weight `reached`, too little.
+    let (mut first, mut last, mut reached) = (0, near.len(), 0.0);
+    while last - first > 1 {
+        let open = &mut near[first..last];
+        let half = open.len() / 2;
+        highest(open, half);
+        let upper = weight(&open[..half], best);
+        if reached + upper >= wanted {
+            last = first + half;
+        } else {
+            first += half;
+            reached += upper;
         }
     }
-    (complete || sampling.top_k > 0).then_some(near.len())
+    Some(last)
+}
+
+/// Moves the `count` highest to the front; of equals the lower id is the higher, so that the set is defined.
+fn highest(near: &mut [Scored], count: usize) {
+    if (1..near.len()).contains(&count) {
+        near.select_nth_unstable_by(count - 1, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    }
+}
+
+/// Sum of exp(score − `best`).
+fn weight(scored: &[Scored], best: f32) -> f64 {
+    scored.iter().map(|(score, _)| f64::from(kernels::exp(score - best))).sum()
 }
 
 /// The candidate at share `uniform` of the mass.
 fn pick(kept: &[Scored], best: f32, uniform: f64) -> usize {
-    let weight = |score: f32| f64::from((score - best).exp());
-    let total: f64 = kept.iter().map(|(score, _)| weight(*score)).sum();
-    let mut left = uniform * total;
-    for (score, id) in kept {
-        left -= weight(*score);
+    let mut left = uniform * weight(kept, best);
+    for one in kept {
+        left -= weight(std::slice::from_ref(one), best);
         if left < 0.0 {
-            return *id;
+            return one.1;
         }
     }
     kept.last().map_or(0, |(_, id)| *id)
