@@ -307,16 +307,16 @@ impl Batch {
                 decoder.config.max_positions
             )));
         }
-        let length_of = |example: &Example| padded(example).min(context);
         let (mut tokens, mut positions, mut groups) = (Vec::new(), Vec::new(), Vec::new());
         let (mut rows, mut ids, mut owners) = (Vec::new(), Vec::new(), Vec::new());
-        for alike in examples.chunk_by(|one, other| length_of(one) == length_of(other)) {
-            let length = length_of(&alike[0]);
+        for alike in examples.chunk_by(|one, other| padded(one) == padded(other)) {
+            let length = padded(&alike[0]);
             groups.push(Group { first: tokens.len() as i64, examples: alike.len() as i64, length: length as i64 });
             for example in alike {
                 let first = tokens.len();
                 tokens.extend_from_slice(&example.tokens);
                 tokens.resize(first + length, 0);
+                // Padding may go beyond the context: no token sees it.
                 positions.extend(0..length as i64);
             }
         }

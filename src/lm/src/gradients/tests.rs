@@ -140,6 +140,14 @@ fn an_example_does_not_depend_on_its_company() {
 }
 
 #[test]
+fn nor_where_padding_goes_beyond_the_context() {
+    let mut decoder = tiny("llama3");
+    // No multiple of what lengths are padded to.
+    decoder.config.max_positions = 30;
+    check_company(&decoder, &adapter(&decoder, 0.0), &examples(), examples().len());
+}
+
+#[test]
 fn nor_does_one_of_a_real_model() {
     let example = |index: usize| Example {
         tokens: (0..5 + index * 37 % 90).map(|place| ((index * 7919 + place * place * 31) % 40_000) as i64).collect(),
