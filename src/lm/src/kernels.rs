@@ -115,22 +115,23 @@ pub(crate) struct Heads {
 
 const LANES: usize = 32;
 
-/// Sum of f(i) over 0..count in a fixed order, with `LANES` partial sums.
+/// Sum of f over the columns of equally long `rows`, in a fixed order, with `LANES` partial sums.
 #[inline(always)]
-fn sum(count: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub(crate) fn sum<T: Copy, const N: usize>(rows: [&[T]; N], f: impl Fn([T; N]) -> f32) -> f32 {
     let mut partial = [0f32; LANES];
-    let whole = count / LANES * LANES;
-    for first in (0..whole).step_by(LANES) {
+    let parts = rows.map(|row| row.as_chunks::<LANES>());
+    for block in 0..rows[0].len() / LANES {
+        let blocks = parts.map(|(blocks, _)| &blocks[block]);
         // All terms before any addition: with both in one loop the compiler computes half of the terms one by one.
         let mut terms = [0f32; LANES];
         for (lane, term) in terms.iter_mut().enumerate() {
-            *term = f(first + lane);
+            *term = f(blocks.map(|block| block[lane]));
         }
         for (partial, term) in partial.iter_mut().zip(terms) {
             *partial += term;
         }
     }
-    let tail: f32 = (whole..count).map(&f).sum();
+    let tail: f32 = (0..rows[0].len() % LANES).map(|at| f(parts.map(|(_, rest)| rest[at]))).sum();
     reduced(partial, |a, b| a + b) + tail
 }
 
@@ -151,7 +152,7 @@ fn reduced(mut lanes: [f32; LANES], both: impl Fn(f32, f32) -> f32) -> f32 {
 fn rms_norm_body<E: Element>(x: &[E], weight: &[E], epsilon: f32, out: &mut [E]) {
     let width = weight.len();
     for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-        let squares = sum(width, |at| x[at].wide() * x[at].wide());
+        let squares = sum([x], |[x]| x.wide() * x.wide());
         let inverse = 1.0 / (squares / width as f32 + epsilon).sqrt();
         for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
             *out = E::narrow(E::narrow(x.wide() * inverse).wide() * weight.wide());
@@ -173,8 +174,8 @@ fn rms_norm_backward_body<E: Element>(
     for (row, (x, out)) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).enumerate() {
         let here = row * width..(row + 1) * width;
         let gradient = &gradient[here.clone()];
-        let squares = sum(width, |at| x[at].wide() * x[at].wide());
-        let dot = sum(width, |at| gradient[at].wide() * weight[at].wide() * x[at].wide());
+        let squares = sum([x], |[x]| x.wide() * x.wide());
+        let dot = sum([gradient, weight, x], |[gradient, weight, x]| gradient.wide() * weight.wide() * x.wide());
         let inverse = 1.0 / (squares / width as f32 + epsilon).sqrt();
         let shift = inverse * inverse * dot / width as f32;
         let value = |at: usize| (gradient[at].wide() * weight[at].wide() - x[at].wide() * shift) * inverse;
@@ -232,7 +233,7 @@ fn cross_entropy_body<E: Element>(logits: &mut [E], vocab: usize, labels: &[i64]
         for (power, value) in powers.iter_mut().zip(&*row) {
             *power = exp(value.wide() - best);
         }
-        let total = sum(vocab, |at| powers[at]);
+        let total = sum([&powers], |[power]| power);
         let wanted = row[*label as usize].wide();
         *loss = best + total.ln() - wanted;
         let inverse = 1.0 / total;
@@ -255,7 +256,7 @@ fn softmax_body<E: Element>(scores: &mut [E], length: usize, scale: f32, visible
             *power = exp(score.wide() * scale - best);
         }
         powers[seen..].fill(0.0);
-        let inverse = 1.0 / sum(powers.len(), |at| powers[at]);
+        let inverse = 1.0 / sum([powers], |[power]| power);
         for (score, power) in scores.iter_mut().zip(&*powers) {
             *score = E::narrow(power * inverse);
         }
@@ -276,7 +277,7 @@ fn softmax_backward_body<E: Element>(
     for ((gradient, probabilities), &seen) in rows.zip(visible.iter().cycle()) {
         let (gradient, hidden) = gradient.split_at_mut(seen);
         let probabilities = &probabilities[..seen];
-        let mean = sum(seen, |at| gradient[at].wide() * probabilities[at].wide());
+        let mean = sum([&*gradient, probabilities], |[gradient, probability]| gradient.wide() * probability.wide());
         for (gradient, probability) in gradient.iter_mut().zip(probabilities) {
             *gradient = E::narrow(probability.wide() * (gradient.wide() - mean) * scale);
         }
@@ -287,11 +288,12 @@ fn softmax_backward_body<E: Element>(
 #[inline(always)]
 fn mass_body<E: Element>(scores: &[E], inverse: f32, out: &mut [f32; 2]) {
     let best = largest(scores) * inverse;
-    *out = [best, sum(scores.len(), |at| exp(scores[at].wide() * inverse - best))];
+    *out = [best, sum([scores], |[score]| exp(score.wide() * inverse - best))];
 }
 
+/// The largest of a row.
 #[inline(always)]
-fn largest<E: Element>(row: &[E]) -> f32 {
+pub(crate) fn largest<E: Element>(row: &[E]) -> f32 {
     let mut best = [f32::NEG_INFINITY; LANES];
     let (blocks, rest) = row.as_chunks::<LANES>();
     let larger = |a: f32, b: f32| if b > a { b } else { a };
@@ -312,12 +314,28 @@ fn rotate_body<E: Element>(rows: &mut [E], heads: Heads, cos: &[E], sin: &[E]) {
         let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
         for head in values.chunks_exact_mut(heads.width).take(heads.turned) {
             let (first, second) = head.split_at_mut(half);
-            for (((first, second), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                let (a, b, cos, sin) = (first.wide(), second.wide(), cos.wide(), sin.wide());
-                *first = E::narrow(a * cos - b * sin);
-                *second = E::narrow(b * cos + a * sin);
+            // Whole vectors first: heads are too narrow for the loop that the compiler makes of any length.
+            let (firsts, first) = first.as_chunks_mut::<PAIRS>();
+            let (seconds, second) = second.as_chunks_mut::<PAIRS>();
+            let (all_cos, cos) = cos.as_chunks::<PAIRS>();
+            let (all_sin, sin) = sin.as_chunks::<PAIRS>();
+            for (((first, second), cos), sin) in firsts.iter_mut().zip(seconds).zip(all_cos).zip(all_sin) {
+                turn(first, second, cos, sin);
             }
+            turn(first, second, cos, sin);
         }
+    }
+}
+
+/// Pairs that [`rotate`] turns at once.
+const PAIRS: usize = 16;
+
+#[inline(always)]
+fn turn<E: Element>(first: &mut [E], second: &mut [E], cos: &[E], sin: &[E]) {
+    for (((first, second), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+        let (a, b, cos, sin) = (first.wide(), second.wide(), cos.wide(), sin.wide());
+        *first = E::narrow(a * cos - b * sin);
+        *second = E::narrow(b * cos + a * sin);
     }
 }
 

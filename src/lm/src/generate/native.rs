@@ -8,6 +8,7 @@
 //! The residual stream and everything elementwise are float32; the inputs of products and the cache are of the compute
 //! kind.
 
+mod attention;
 mod elementwise;
 mod products;
 
@@ -19,7 +20,8 @@ use tch::{Device, Kind, Tensor};
 use crate::LmError;
 use crate::checkpoint::DecoderConfig;
 use crate::decoder::Decoder;
-use elementwise::{add, angles, attend, gated, narrow, norm, turn};
+use attention::{BLOCK, attend, put_key};
+use elementwise::{add, angles, gated, narrow, norm, turn};
 use products::{Matrix, copy};
 
 pub(crate) use products::Factor;
@@ -114,8 +116,9 @@ pub(super) struct Engine<E> {
     model: Arc<Model<E>>,
     slots: usize,
     capacity: usize,
-    /// Of each layer: slot, key-value head, position, element.
+    /// Of each layer: slot, key-value head, and what [`put_key`] lays out.
     keys: Vec<Vec<E>>,
+    /// Of each layer: slot, key-value head, position, element.
     values: Vec<Vec<E>>,
     hidden: Vec<f32>,
     input: Vec<E>,
@@ -129,7 +132,7 @@ pub(super) struct Engine<E> {
 /// A prompt that has been computed, for the next sequence that begins with the same.
 struct Prompt<E> {
     tokens: Vec<i64>,
-    /// Of each layer: key-value head, position, element; keys, then values.
+    /// Of each layer: keys and values of every head, laid out as the engine's.
     cached: Vec<(Vec<E>, Vec<E>)>,
     logits: Vec<f32>,
 }
@@ -208,7 +211,7 @@ impl<E: Factor> Engine<E> {
         }
         let config = &self.model.config;
         let (heads, width) = (config.kv_heads as usize, config.head_dim as usize);
-        let (old, new) = (self.capacity * width, room.next_multiple_of(32) * width);
+        let (old, new) = (self.capacity * width, room.next_multiple_of(BLOCK) * width);
         for cache in self.keys.iter_mut().chain(&mut self.values) {
             let mut larger = vec![E::narrow(0.0); self.slots * heads * new];
             if old > 0 {
@@ -221,7 +224,12 @@ impl<E: Factor> Engine<E> {
         self.capacity = new / width;
     }
 
-    /// Range of the first `length` positions of a head in a layer's cache.
+    /// Range of the first `length` positions of a head in a layer's cache, up to a whole block.
+    fn blocks(&self, slot: usize, head: usize, length: usize) -> std::ops::Range<usize> {
+        self.span(slot, head, length.next_multiple_of(BLOCK))
+    }
+
+    /// The same to the position, which is what values need.
     fn span(&self, slot: usize, head: usize, length: usize) -> std::ops::Range<usize> {
         let (heads, width) = (self.model.config.kv_heads as usize, self.model.config.head_dim as usize);
         let first = (slot * heads + head) * self.capacity * width;
@@ -231,17 +239,16 @@ impl<E: Factor> Engine<E> {
     fn saved(&self, slot: usize, prompt: &[i64]) -> Prompt<E> {
         let heads = self.model.config.kv_heads as usize;
         let of = |cache: &Vec<E>| -> Vec<E> {
-            (0..heads).flat_map(|head| cache[self.span(slot, head, prompt.len())].iter().copied()).collect()
+            (0..heads).flat_map(|head| cache[self.blocks(slot, head, prompt.len())].iter().copied()).collect()
         };
         let cached = self.keys.iter().zip(&self.values).map(|(keys, values)| (of(keys), of(values))).collect();
         Prompt { tokens: prompt.to_vec(), cached, logits: self.logits[..self.vocabulary().0].to_vec() }
     }
 
     fn restore(&mut self, slot: usize, known: &Prompt<E>) {
-        let (heads, width) = (self.model.config.kv_heads as usize, self.model.config.head_dim as usize);
-        for head in 0..heads {
-            let span = self.span(slot, head, known.tokens.len());
-            let from = head * known.tokens.len() * width..(head + 1) * known.tokens.len() * width;
+        for head in 0..self.model.config.kv_heads as usize {
+            let span = self.blocks(slot, head, known.tokens.len());
+            let from = head * span.len()..(head + 1) * span.len();
             for (layer, (keys, values)) in known.cached.iter().enumerate() {
                 self.keys[layer][span.clone()].copy_from_slice(&keys[from.clone()]);
                 self.values[layer][span.clone()].copy_from_slice(&values[from.clone()]);
@@ -296,22 +303,22 @@ impl<E: Factor> Engine<E> {
                 turn(part, angles);
             }
             for kv in 0..kv_heads {
-                let at = self.span(row.slot, kv, row.position).end;
                 let (key, value) = (&values[(heads + kv) * head..], &values[(heads + kv_heads + kv) * head..]);
-                narrow(&key[..head], &mut self.keys[index][at..at + head]);
+                let keys = self.blocks(row.slot, kv, row.position + 1);
+                put_key(&key[..head], row.position, &mut self.keys[index][keys]);
+                let at = self.span(row.slot, kv, row.position).end;
                 narrow(&value[..head], &mut self.values[index][at..at + head]);
             }
         }
         let group = heads / kv_heads;
         for (number, (row, values)) in rows.iter().zip(wide.chunks_exact(layer.qkv.outputs)).enumerate() {
             for kv in 0..kv_heads {
-                let span = self.span(row.slot, kv, row.position + 1);
-                let (keys, cached) = (&self.keys[index][span.clone()], &self.values[index][span]);
-                for query in kv * group..(kv + 1) * group {
-                    let here = query * head..(query + 1) * head;
-                    let out = &mut self.attended[here.clone()];
-                    attend(&values[here], keys, cached, &mut self.scores, out);
-                }
+                let length = row.position + 1;
+                let keys = &self.keys[index][self.blocks(row.slot, kv, length)];
+                let cached = &self.values[index][self.span(row.slot, kv, length)];
+                let here = kv * group * head..(kv + 1) * group * head;
+                let out = &mut self.attended[here.clone()];
+                attend(&values[here], keys, cached, head, &mut self.scores, out);
             }
             let target = &mut self.input[number * layer.o.inputs..(number + 1) * layer.o.inputs];
             narrow(&self.attended[..heads * head], &mut target[..heads * head]);

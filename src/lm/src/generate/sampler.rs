@@ -38,21 +38,26 @@ impl Sampler {
         };
         let token = match sampling.temperature == 0.0 {
             true => best(scores),
-            false => self.draw(scores, sampling),
+            false => {
+                let inverse = (1.0 / sampling.temperature) as f32;
+                // Without temperature and penalty, what is drawn from is the model's own distribution.
+                let own = inverse == 1.0 && std::ptr::eq(scores, logits);
+                let mass = if own { raw } else { Mass::of(scores, inverse) };
+                self.draw(scores, &mass, inverse, sampling)
+            }
         };
         (token as i64, logits[token] - raw.best - raw.total.ln())
     }
 
-    fn draw(&mut self, scores: &[f32], sampling: &Sampling) -> usize {
-        let inverse = (1.0 / sampling.temperature) as f32;
-        let mass = Mass::of(scores, inverse);
+    /// A token of `scores` · `inverse`, whose mass is `mass`.
+    fn draw(&mut self, scores: &[f32], mass: &Mass, inverse: f32, sampling: &Sampling) -> usize {
         let uniform = (self.stream.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
         let untruncated = sampling.top_k == 0 && sampling.top_p >= 1.0;
         let mut reach = if untruncated { f32::INFINITY } else { REACH };
         loop {
             let mut near = gather(scores, inverse, mass.best - reach);
             let complete = near.len() == scores.len() || reach.is_infinite();
-            if let Some(kept) = truncate(&mut near, &mass, sampling, complete) {
+            if let Some(kept) = truncate(&mut near, mass, sampling, complete) {
                 return pick(&near[..kept], mass.best, uniform);
             }
             reach = if reach > 4.0 * REACH { f32::INFINITY } else { 2.0 * reach };
@@ -67,8 +72,8 @@ type Scored = (f32, usize);
 fn gather(scores: &[f32], inverse: f32, floor: f32) -> Vec<Scored> {
     let mut near = Vec::with_capacity(256);
     for (first, block) in scores.chunks(64).enumerate() {
-        // Nearly every block has none; the comparison of a whole block is a few vector instructions.
-        if block.iter().any(|&score| score * inverse >= floor) {
+        // Nearly every block has none; the comparison of a whole block, not stopping at the first, is a few instructions.
+        if block.iter().fold(false, |any, score| any | (score * inverse >= floor)) {
             let hits = block.iter().enumerate().filter(|(_, score)| **score * inverse >= floor);
             near.extend(hits.map(|(offset, score)| (score * inverse, first * 64 + offset)));
         }
@@ -165,6 +170,7 @@ fn penalise(logits: &[f32], penalty: f32, seen: &HashSet<i64>) -> Vec<f32> {
 }
 
 /// The highest score of a row and the sum of exp(score − best).
+#[derive(Clone, Copy)]
 struct Mass {
     best: f32,
     total: f32,

@@ -1,6 +1,6 @@
 //! What lies between the products, compiled for AVX-512.
 
-use crate::kernels::{Element, exp};
+use crate::kernels::{Element, exp, sum};
 
 /// Compiles a function for AVX-512: [`super::Factor::is_supported`] is checked before an engine's first product.
 macro_rules! vectorised {
@@ -16,14 +16,14 @@ macro_rules! vectorised {
     )*};
 }
 
-const LANES: usize = 16;
+pub(super) use vectorised;
 
 vectorised! {
     /// RMSNorm of rows as wide as `weight`, into rows `stride` apart; what lies between is zero.
     fn norm<E: Element>(hidden: &[f32], weight: &[f32], epsilon: f32, stride: usize, out: &mut [E]) {
         let width = weight.len();
         for (x, out) in hidden.chunks_exact(width).zip(out.chunks_exact_mut(stride)) {
-            let inverse = 1.0 / (dot(x, x) / width as f32 + epsilon).sqrt();
+            let inverse = 1.0 / (sum([x], |[x]| x * x) / width as f32 + epsilon).sqrt();
             for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
                 *out = E::narrow(x * inverse * weight);
             }
@@ -54,50 +54,6 @@ vectorised! {
         }
         out[gate.len()..].fill(E::narrow(0.0));
     }
-
-    /// Attention of one query to all of `keys`; `scores` is working memory.
-    fn attend<E: Element>(query: &[f32], keys: &[E], values: &[E], scores: &mut Vec<f32>, out: &mut [f32]) {
-        let width = query.len();
-        let scale = 1.0 / (width as f32).sqrt();
-        scores.clear();
-        scores.extend(keys.chunks_exact(width).map(|key| dot_narrow(query, key) * scale));
-        let best = scores.iter().fold(f32::NEG_INFINITY, |best, score| best.max(*score));
-        let mut total = 0.0;
-        for score in scores.iter_mut() {
-            *score = exp(*score - best);
-            total += *score;
-        }
-        out.fill(0.0);
-        for (value, weight) in values.chunks_exact(width).zip(scores.iter()) {
-            for (out, value) in out.iter_mut().zip(value) {
-                *out += value.wide() * weight;
-            }
-        }
-        let inverse = 1.0 / total;
-        for out in out.iter_mut() {
-            *out *= inverse;
-        }
-    }
-}
-
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    dot_narrow(a, b)
-}
-
-/// Σ a·b with [`LANES`] partial sums, in an order that depends on the length alone.
-#[inline(always)]
-fn dot_narrow<E: Element>(a: &[f32], b: &[E]) -> f32 {
-    let mut partial = [0f32; LANES];
-    let (blocks, rest) = a.as_chunks::<LANES>();
-    let (others, last) = b.as_chunks::<LANES>();
-    for (a, b) in blocks.iter().zip(others) {
-        for ((partial, a), b) in partial.iter_mut().zip(a).zip(b) {
-            *partial += a * b.wide();
-        }
-    }
-    let tail: f32 = rest.iter().zip(last).map(|(a, b)| a * b.wide()).sum();
-    partial.iter().sum::<f32>() + tail
 }
 
 /// Cosine and sine of each pair at a position.
