@@ -252,9 +252,14 @@ const LENGTH_STEP: usize = 4;
 /// product has is a matter of company, too.
 const SHORTEST: usize = 8;
 
-/// Length that an example is padded to, by itself.
+/// What goes into the model: all tokens but the last, which predicts nothing and is seen by no other.
+fn inputs(example: &Example) -> &[i64] {
+    example.tokens.split_last().map_or(&[], |(_, inputs)| inputs)
+}
+
+/// Length that an example's inputs are padded to, by itself.
 fn padded(example: &Example) -> usize {
-    example.tokens.len().max(SHORTEST).next_multiple_of(LENGTH_STEP)
+    inputs(example).len().max(SHORTEST).next_multiple_of(LENGTH_STEP)
 }
 
 /// Examples one behind the other, each padded on the right.
@@ -314,7 +319,7 @@ impl Batch {
             groups.push(Group { first: tokens.len() as i64, examples: alike.len() as i64, length: length as i64 });
             for example in alike {
                 let first = tokens.len();
-                tokens.extend_from_slice(&example.tokens);
+                tokens.extend_from_slice(inputs(example));
                 tokens.resize(first + length, 0);
                 // Padding may go beyond the context: no token sees it.
                 positions.extend(0..length as i64);

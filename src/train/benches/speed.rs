@@ -69,7 +69,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         units.push(Unit { id: index.to_string(), examples });
     }
     let units: Vec<&Unit> = units.iter().collect();
-    let flops = units.iter().map(|unit| flops(&decoder.config, unit.examples[0].tokens.len() as f64)).sum::<f64>();
+    // The last token is a label only.
+    let inputs = |unit: &&Unit| unit.examples[0].tokens.len().saturating_sub(1) as f64;
+    let flops = units.iter().map(|unit| flops(&decoder.config, inputs(unit))).sum::<f64>();
 
     let limits = Limits { block_length: args.length, micro_batch_tokens: args.tokens };
     let mut steps = Steps::new(&decoder, Training::new(lora), units.len() as f64, args.no_dp)?;
@@ -136,7 +138,7 @@ impl<'a> Steps<'a> {
     }
 }
 
-/// Floating-point operations of an example of `length` tokens.
+/// Floating-point operations of an example of `length` inputs.
 fn flops(config: &DecoderConfig, length: f64) -> f64 {
     let heads = config.head_dim * (config.heads + config.kv_heads);
     let layer = config.hidden_size * (2 * heads + 3 * config.intermediate_size);
