@@ -28,20 +28,15 @@ impl Sampler {
     /// `(token, its log-probability in the model's own distribution)`.
     pub(super) fn choose(&mut self, logits: &[f32], sampling: &Sampling, seen: &HashSet<i64>) -> (i64, f32) {
         let raw = Mass::of(logits, 1.0);
-        let penalised;
-        let scores = match sampling.repetition_penalty == 1.0 || seen.is_empty() {
-            true => logits,
-            false => {
-                penalised = penalise(logits, sampling.repetition_penalty as f32, seen);
-                &penalised
-            }
-        };
+        let penalise = || penalise(logits, sampling.repetition_penalty as f32, seen);
+        let penalised = (sampling.repetition_penalty != 1.0 && !seen.is_empty()).then(penalise);
+        let scores = penalised.as_deref().unwrap_or(logits);
         let token = match sampling.temperature == 0.0 {
             true => best(scores),
             false => {
                 let inverse = (1.0 / sampling.temperature) as f32;
                 // Without temperature and penalty, what is drawn from is the model's own distribution.
-                let own = inverse == 1.0 && std::ptr::eq(scores, logits);
+                let own = penalised.is_none() && inverse == 1.0;
                 let mass = if own { raw } else { Mass::of(scores, inverse) };
                 self.draw(scores, &mass, inverse, sampling)
             }
