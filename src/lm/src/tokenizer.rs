@@ -21,9 +21,15 @@ pub struct Tokenizer {
     parsing: tokenizers::Tokenizer,
     /// Takes special tokens in a text for ordinary characters.
     plain: tokenizers::Tokenizer,
+    /// Tokens that texts are cut at, if they are.
+    limit: Option<usize>,
     chat_template: Option<String>,
     named: NamedTokens,
 }
+
+/// Bytes of a text that are looked at for each token that is wanted. Few texts have longer tokens than this on average; in
+/// those the rest is looked at, too.
+const BYTES_PER_TOKEN: usize = 8;
 
 /// Special tokens that chat templates call by name.
 #[derive(Clone, Debug, Default)]
@@ -82,7 +88,7 @@ impl Tokenizer {
     fn new(parsing: tokenizers::Tokenizer, chat_template: Option<String>, named: NamedTokens) -> Self {
         let mut plain = parsing.clone();
         plain.set_encode_special_tokens(true);
-        Self { parsing, plain, chat_template, named }
+        Self { parsing, plain, limit: None, chat_template, named }
     }
 
     /// The same tokenizer, cutting texts at `limit` tokens, those that it adds included.
@@ -96,6 +102,7 @@ impl Tokenizer {
                 ))
             })?;
         }
+        self.limit = Some(limit);
         Ok(self)
     }
 
@@ -105,10 +112,34 @@ impl Tokenizer {
         Ok(ids(&encoding))
     }
 
-    /// Many texts, on several threads.
+    /// Many texts, on several threads. Where texts are cut, what lies far behind the cut is not looked at.
     pub fn encode_batch(&self, texts: &[&str], special: bool) -> Result<Vec<Vec<i64>>, LmError> {
+        let starts: Vec<&str> = texts.iter().map(|text| self.start(text)).collect();
+        let mut found = self.encode_all(&starts, special)?;
+        let too_few =
+            |&index: &usize| starts[index].len() < texts[index].len() && Some(found[index].len()) < self.limit;
+        let again: Vec<usize> = (0..texts.len()).filter(too_few).collect();
+        let whole: Vec<&str> = again.iter().map(|&index| texts[index]).collect();
+        for (index, ids) in again.into_iter().zip(self.encode_all(&whole, special)?) {
+            found[index] = ids;
+        }
+        Ok(found)
+    }
+
+    fn encode_all(&self, texts: &[&str], special: bool) -> Result<Vec<Vec<i64>>, LmError> {
         let encodings = self.reading(special).encode_batch_fast(texts.to_vec(), special).map_err(failed)?;
         Ok(encodings.iter().map(ids).collect())
+    }
+
+    /// As much of a text as most probably has the tokens that are wanted. It ends between two words: tokenizers split texts
+    /// at single spaces before all else, so what follows does not change the tokens before.
+    fn start<'a>(&self, text: &'a str) -> &'a str {
+        let enough = self.limit.map_or(text.len(), |limit| limit.saturating_mul(BYTES_PER_TOKEN)).max(1);
+        let between = |at: &usize| match text.as_bytes()[at - 1..] {
+            [before, b' ', after, ..] => before.is_ascii_graphic() && after.is_ascii_graphic(),
+            _ => false,
+        };
+        (enough..text.len()).find(between).map_or(text, |end| &text[..end])
     }
 
     /// Token ids of `text` with its special tokens parsed, and nothing added: for text that a template made.

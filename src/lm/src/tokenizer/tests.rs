@@ -47,14 +47,38 @@ fn odd_unicode_has_the_ids_of_transformers() {
 fn sharegpt_has_the_ids_of_transformers() {
     let (tokenizer, golden) = (smollm2(), golden());
     let cases = golden["sharegpt_human_turns"].as_array().unwrap();
-    assert_eq!(cases.len(), 400);
-    let places: Vec<usize> = cases.iter().map(|case| case[0].as_u64().unwrap() as usize).collect();
-    let turns = first_human_turns(&places);
+    let turns = first_human_turns(&sharegpt_places(&golden));
+    assert_eq!(turns.len(), 400);
     let texts: Vec<&str> = turns.iter().map(String::as_str).collect();
     for (case, ids) in cases.iter().zip(tokenizer.encode_batch(&texts, true).unwrap()) {
         let ids = ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
         assert_eq!(blake3::hash(ids.as_bytes()).to_hex().as_str(), case[1].as_str().unwrap(), "record {}", case[0]);
     }
+}
+
+#[test]
+fn what_lies_behind_the_cut_changes_nothing() {
+    let folder = cache().join("models/all-minilm-l6-v2");
+    let mut texts = first_human_turns(&sharegpt_places(&golden()));
+    // Words that are one token each and longer than tokens are, text without a space, and nothing but spaces.
+    texts.push(format!("{} ", "x".repeat(200)).repeat(100));
+    texts.push("長い文章。".repeat(300));
+    texts.push(" ".repeat(2000) + "end");
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    for limit in [3, 16, 256] {
+        let tokenizer = Tokenizer::from_folder(&folder).unwrap().truncated(limit).unwrap();
+        let cut = texts.iter().filter(|text| tokenizer.start(text).len() < text.len()).count();
+        assert!(cut > 30, "{cut}");
+        for (text, ids) in texts.iter().zip(tokenizer.encode_batch(&texts, true).unwrap()) {
+            assert_eq!(ids, tokenizer.encode(text, true).unwrap(), "{limit} tokens of {text:?}");
+        }
+    }
+}
+
+/// Records of ShareGPT whose first human turns the golden file has.
+fn sharegpt_places(golden: &Value) -> Vec<usize> {
+    let cases = golden["sharegpt_human_turns"].as_array().unwrap();
+    cases.iter().map(|case| case[0].as_u64().unwrap() as usize).collect()
 }
 
 /// The first human turns of some records of ShareGPT, whose array is cut off at its end.
