@@ -157,7 +157,7 @@ async fn child_missing_bucket() {
         eprintln!("{found:?}");
         let named = |text: &String| text.contains("no-such-bucket");
         assert!(
-            matches!(&found, Err(LakeError::NotFound(text) | LakeError::Forbidden(text)) if named(text)),
+            matches!(&found, Err(LakeError::NoBucket(text) | LakeError::Forbidden(text)) if named(text)),
             "{found:?}"
         );
     }

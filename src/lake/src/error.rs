@@ -16,6 +16,9 @@ pub enum LakeError {
     /// An object or table is not there: exit code 3.
     #[error("{0}")]
     NotFound(String),
+    /// The bucket is not there, so that nothing follows for what would be in it: exit code 3.
+    #[error("{0}")]
+    NoBucket(String),
     /// An object is there but not as expected: exit code 3.
     #[error("{0}")]
     Malformed(String),
@@ -34,10 +37,16 @@ pub enum LakeError {
 pub fn explain(url: &str, error: &object_store::Error) -> LakeError {
     use object_store::Error as E;
     match error {
-        E::NotFound { .. } if text(error).contains("NoSuchBucket") => {
-            LakeError::NotFound(format!("{url}: there is no such bucket\nhelp: create it, or correct the URL"))
-        }
-        E::NotFound { .. } => LakeError::NotFound(format!("{url}: not found")),
+        E::NotFound { .. } => match s3_code(&text(error)) {
+            Some("NoSuchBucket") => {
+                LakeError::NoBucket(format!("{url}: there is no such bucket\nhelp: create it, or correct the URL"))
+            }
+            Some("NoSuchUpload") => LakeError::Transient(format!(
+                "{url}: the store no longer knows this upload: it was completed but the answer was lost, or it was \
+                 aborted\nhelp: run again"
+            )),
+            _ => LakeError::NotFound(format!("{url}: not found")),
+        },
         E::AlreadyExists { .. } => LakeError::Conflict(format!("{url}: exists already")),
         E::Precondition { .. } | E::NotModified { .. } => {
             LakeError::Transient(format!("{url}: the object changed while it was being read\nhelp: run again"))
@@ -85,10 +94,22 @@ fn by_cause(url: &str, error: &object_store::Error) -> LakeError {
         return found;
     }
     let text = text(error);
-    let status = status(&text);
-    if matches!(status, Some(401 | 403)) {
-        return forbidden(url, error);
+    match status(&text) {
+        Some(401 | 403) => forbidden(url, error),
+        Some(status @ (..=399 | 408 | 409 | 429 | 500..)) => LakeError::Transient(format!(
+            "{url}: the store answered {status}{} until the deadline\nhelp: run again",
+            s3_code(&text).map(|code| format!(" ({code})")).unwrap_or_default()
+        )),
+        Some(status) => LakeError::Usage(format!(
+            "{url}: the store refused the request with {status}{}",
+            s3_code(&text).map(|code| format!(" ({code})")).unwrap_or_default()
+        )),
+        None => without_answer(url, error, &without_names(&text)),
     }
+}
+
+/// The error of a request that got no answer, by the words of `text`.
+fn without_answer(url: &str, error: &object_store::Error, text: &str) -> LakeError {
     if text.contains("scheme is not allowed") {
         return LakeError::Usage(format!(
             "{url}: the endpoint is plain http://\n\
@@ -113,20 +134,15 @@ fn by_cause(url: &str, error: &object_store::Error) -> LakeError {
             "{url}: the store is not configured\nhelp: set the variables of the store (AWS_*, GOOGLE_*, AZURE_*)"
         ));
     }
-    match status {
-        Some(status @ (408 | 409 | 429 | 500..)) | Some(status @ 0..400) => LakeError::Transient(format!(
-            "{url}: the store answered {status}{} until the deadline\nhelp: run again",
-            s3_code(&text).map(|code| format!(" ({code})")).unwrap_or_default()
-        )),
-        Some(status) => LakeError::Usage(format!(
-            "{url}: the store refused the request with {status}{}",
-            s3_code(&text).map(|code| format!(" ({code})")).unwrap_or_default()
-        )),
-        None => LakeError::Transient(format!(
-            "{url}: {}\nhelp: check the endpoint and the network, then run again",
-            network_reason(error, &text)
-        )),
-    }
+    LakeError::Transient(format!(
+        "{url}: {}\nhelp: check the endpoint and the network, then run again",
+        network_reason(error, text)
+    ))
+}
+
+/// `text` without URLs and paths: what users call their buckets and objects must not be taken for a reason.
+fn without_names(text: &str) -> String {
+    text.split(' ').filter(|word| !word.contains('/')).collect::<Vec<_>>().join(" ")
 }
 
 fn by_io_kind(url: &str, kind: ErrorKind) -> Option<LakeError> {
@@ -235,12 +251,31 @@ mod tests {
     }
 
     #[test]
+    fn an_upload_that_is_gone_is_no_missing_object() {
+        let gone = |code: &str| {
+            let source = format!("status code: 404: <Error><Code>{code}</Code></Error>").into();
+            explain("s3://lake/a", &object_store::Error::NotFound { path: "a".into(), source })
+        };
+        assert!(matches!(gone("NoSuchUpload"), LakeError::Transient(_)));
+        assert!(matches!(gone("NoSuchKey"), LakeError::NotFound(_)));
+    }
+
+    #[test]
     fn errors_are_sorted_by_remedy() {
         check("Server returned non-2xx status code: 503: <Code>SlowDown</Code>", "Transient");
         check("Server returned non-2xx status code: 400: AKIA", "Usage");
         check("URL scheme is not allowed", "Usage");
         check("received corrupt message of type InvalidContentType", "Usage");
         check("operation timed out", "Transient(\"s3://lake/a: no answer in time");
+        check("invalid peer certificate: UnknownIssuer", "Usage");
+    }
+
+    #[test]
+    fn names_are_no_reasons() {
+        let url = "http://host/certificate-1/configuration/Timeout";
+        check(&format!("GET {url} failed: status code: 503: <Code>SlowDown</Code>"), "Transient");
+        let lost = format!("error sending request for url ({url}): connection closed");
+        check(&lost, "Transient(\"s3://lake/a: the endpoint cannot be reached");
     }
 
     #[test]

@@ -299,7 +299,7 @@ async fn shrink<Z: Zone>(
 
 /// Whether `path` is a data file of `table`; what begins with `_` or `.` is none, by the protocol.
 fn is_data(path: &str, table: &str) -> bool {
-    let below = &path[table.len() + 1..];
+    let below = path.get(table.len() + 1..).unwrap_or_default();
     below.ends_with(".parquet") && !below.starts_with(['_', '.'])
 }
 

@@ -264,7 +264,6 @@ fn parse<Z: Zone, T: DeserializeOwned>(zone: &Z, path: &str, body: &[u8]) -> Res
 async fn read<Z: Zone, T: DeserializeOwned>(zone: &Z, path: &str) -> Result<Option<T>, LakeError> {
     match zone.get(path).await {
         Ok(body) => parse(zone, path, &body).map(Some),
-        Err(LakeError::NotFound(message)) if message.contains("bucket") => Err(LakeError::NotFound(message)),
         Err(LakeError::NotFound(_)) => Ok(None),
         Err(error) => Err(error),
     }

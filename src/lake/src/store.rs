@@ -357,15 +357,14 @@ impl Store {
                     modified: meta.last_modified,
                 })),
                 Ok(None) => break,
-                Err(LakeError::NotFound(message)) if message.contains("bucket") => {
-                    return Err(LakeError::NotFound(message));
-                }
                 Err(LakeError::NotFound(_)) => break,
                 Err(error) => return Err(error),
             }
         }
-        found.retain(|object| object.path != MARKER);
         found.sort_by(|a, b| a.path.cmp(&b.path));
+        let folders: Vec<bool> = found.iter().map(|object| is_folder(object, prefix, &found)).collect();
+        let mut folders = folders.into_iter();
+        found.retain(|object| !folders.next().unwrap_or(false) && object.path != MARKER);
         Ok(found)
     }
 
@@ -475,6 +474,14 @@ pub(crate) struct Stored {
     pub modified: chrono::DateTime<chrono::Utc>,
 }
 
+/// Whether an object of a listing below `prefix` only stands for a folder, as consoles of stores make them.
+fn is_folder(object: &Stored, prefix: &str, sorted: &[Stored]) -> bool {
+    let below = format!("{}/", object.path);
+    let first = sorted.partition_point(|other| other.path < below);
+    let holds_others = sorted.get(first).is_some_and(|other| other.path.starts_with(&below));
+    object.size == 0 && (holds_others || object.path == prefix.trim_matches('/'))
+}
+
 /// One object as it was when it was found: one that is replaced meanwhile is an error, never a mixture.
 #[derive(Clone)]
 pub(crate) struct Pinned {
@@ -563,5 +570,21 @@ impl Backoff {
         let random = uuid::Uuid::new_v4().as_u64_pair().1 as u32;
         let wait = ceiling.mul_f64(0.2 + 0.8 * f64::from(random) / f64::from(u32::MAX));
         tokio::time::sleep_until(deadline.min(Instant::now() + wait)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stands_for_a_folder_is_no_object() {
+        let object = |path: &str, size: u64| Stored { path: path.into(), size, modified: chrono::DateTime::UNIX_EPOCH };
+        let listed = [object("ledger/a", 0), object("ledger/a-b", 0), object("ledger/a/0.json", 9)];
+        let folders = |prefix: &str| listed.each_ref().map(|object| is_folder(object, prefix, &listed));
+        assert_eq!(folders("ledger"), [true, false, false]);
+        assert_eq!(folders("/ledger/a-b/"), [true, true, false]);
+        let root = [object("", 0), object("config.json", 2)];
+        assert_eq!(root.each_ref().map(|object| is_folder(object, "", &root)), [true, false]);
     }
 }

@@ -83,7 +83,6 @@ impl Table {
     pub async fn version(&self) -> Result<Option<i64>, LakeError> {
         match self.refresh().await {
             Ok(table) => Ok(version_of(&table)),
-            Err(LakeError::NotFound(message)) if message.contains("bucket") => Err(LakeError::NotFound(message)),
             Err(LakeError::NotFound(_)) => Ok(None),
             Err(error) => Err(error),
         }
@@ -117,9 +116,6 @@ impl Table {
         loop {
             match self.refresh().await {
                 Ok(table) => return self.check_schema(&table, &wanted),
-                Err(LakeError::NotFound(message)) if message.contains("bucket") => {
-                    return Err(LakeError::NotFound(message));
-                }
                 Err(LakeError::NotFound(_)) => {}
                 Err(error) => return Err(error),
             }
@@ -439,7 +435,7 @@ impl Table {
     /// The latest version; a missing table is an error.
     pub(crate) async fn latest(&self) -> Result<DeltaTable, LakeError> {
         self.refresh().await.map_err(|error| match error {
-            LakeError::NotFound(message) if !message.contains("bucket") => self.missing(),
+            LakeError::NotFound(_) => self.missing(),
             other => other,
         })
     }

@@ -19,7 +19,7 @@ async fn a_folder_keeps_all_promises() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_folder_with_an_odd_name_keeps_all_promises() {
     let folder = tempfile::tempdir().unwrap();
-    promises::all(&root(&folder.path().join("my läke 100% #1/private")).await).await;
+    promises::all(&root(&folder.path().join("my läke 100% #1/certificate bucket/private")).await).await;
 }
 
 #[tokio::test]

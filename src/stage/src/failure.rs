@@ -87,6 +87,7 @@ mod tests {
             (lake::LakeError::Usage("x".into()), 2),
             (lake::LakeError::Conflict("x".into()), 2),
             (lake::LakeError::NotFound("x".into()), 3),
+            (lake::LakeError::NoBucket("x".into()), 3),
             (lake::LakeError::Malformed("x".into()), 3),
             (lake::LakeError::Forbidden("x".into()), 3),
             (lake::LakeError::Transient("x".into()), 5),

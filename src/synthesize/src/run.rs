@@ -169,7 +169,7 @@ impl Adapter {
         let folder = tempfile::tempdir()
             .map_err(|error| Failure::Transient(format!("the temporary folder: {error}\nhelp: is the disk full?")))?;
         match release.download(&path, folder.path()).await {
-            Err(LakeError::NotFound(message)) if !message.contains("bucket") => return Err(missing()),
+            Err(LakeError::NotFound(_)) => return Err(missing()),
             other => other?,
         }
         let mut hasher = blake3::Hasher::new();
