@@ -25,7 +25,12 @@ impl CorpusTerms {
 
     /// Reads the terms of `corpus`.
     pub async fn read(root: &PrivateRoot, corpus: &str) -> Result<Self, LakeError> {
-        let body = root.get(&path(corpus)).await?;
+        let body = root.get(&path(corpus)).await.map_err(|error| match error {
+            LakeError::NotFound(found) => {
+                LakeError::NotFound(format!("{found}; the corpus is not complete\nhelp: run partition to its end"))
+            }
+            other => other,
+        })?;
         serde_json::from_slice(&body).map_err(|error| {
             LakeError::Malformed(format!("{}/{}: {error}\nhelp: run partition again", root.url(), path(corpus)))
         })

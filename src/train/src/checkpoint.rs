@@ -31,10 +31,24 @@ impl<'a> Checkpoints<'a> {
 
     /// Writes the state after `training.steps` steps, then drops older checkpoints.
     pub async fn save(&self, training: &Training) -> Result<(), Failure> {
-        let path = format!("{}/step-{:08}.safetensors", self.folder, training.steps);
-        let body = encode(training, &self.fingerprint)?;
-        self.root.put(&path, body).await?;
-        for older in self.root.list(&self.folder).await?.into_iter().filter(|other| *other < path) {
+        let path = self.path(training);
+        self.root.put(&path, encode(training, &self.fingerprint)?).await?;
+        self.drop_before(&path).await
+    }
+
+    /// The same after the last step, unless a copy of this stage was first: the one result is what stands there then.
+    pub async fn save_last(&self, training: &Training) -> Result<(), Failure> {
+        let path = self.path(training);
+        self.root.put_if_absent(&path, encode(training, &self.fingerprint)?).await?;
+        self.drop_before(&path).await
+    }
+
+    fn path(&self, training: &Training) -> String {
+        format!("{}/step-{:08}.safetensors", self.folder, training.steps)
+    }
+
+    async fn drop_before(&self, path: &str) -> Result<(), Failure> {
+        for older in self.root.list(&self.folder).await?.into_iter().filter(|other| other.as_str() < path) {
             self.root.delete(&older).await?;
         }
         Ok(())
@@ -171,6 +185,19 @@ mod tests {
         let read = decode(&encode(&training, PLAN).unwrap(), untrained(), PLAN).unwrap();
         assert_eq!(read.steps, 3);
         assert!(values(&read) == values(&training));
+    }
+
+    #[tokio::test]
+    async fn of_two_last_checkpoints_the_first_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = PrivateRoot::open(folder.path().to_str().unwrap(), &lake::StorageOptions::default()).await.unwrap();
+        let checkpoints = Checkpoints::new(&root, "demo", "train", PLAN.into());
+        let (first, mut second) = (trained(), trained());
+        second.lora = untrained();
+        checkpoints.save(&Training { steps: 2, ..trained() }).await.unwrap();
+        checkpoints.save_last(&first).await.unwrap();
+        checkpoints.save_last(&second).await.unwrap();
+        assert!(values(&checkpoints.resume(Training::new(untrained())).await.unwrap()) == values(&first));
     }
 
     #[test]

@@ -73,6 +73,8 @@ async fn train_privately(
         progress.advance(1);
         setting.save(adapter.training()).await?;
     }
+    // What is stored counts: a copy of this stage that rounds otherwise may have been the first to end.
+    let adapter = PrivateAdapter::new(setting.resume().await?);
     setting.conclude(adapter.training()).await?;
     ledger::settle(setting.base.private, &reservation).await.map_err(refused)?;
     let output = publish::publish(release, &handle.claim.run, model_name(&setting.base.args.model), &adapter).await?;
@@ -99,6 +101,7 @@ async fn train_baseline(
         progress.advance(1);
         setting.save(adapter.training()).await?;
     }
+    let adapter = BaselineAdapter::new(setting.resume().await?);
     setting.conclude(adapter.training()).await?;
     let Base { args, private, .. } = setting.base;
     let lora = &adapter.training().lora;
@@ -123,6 +126,16 @@ impl<'a> Base<'a> {
     async fn open(args: &'a Args, config: &'a Config, private: &'a PrivateRoot) -> Result<Self, Failure> {
         let corpus = private.table(&format!("corpora/{}", config.corpus));
         let corpus_version = corpus.pin().await?;
+        // partition writes the terms when the records stand. Before, there is a version without records, and a run that
+        // was bound to it would pay for nothing.
+        lake::CorpusTerms::read(private, &config.corpus).await?;
+        if corpus.count(corpus_version).await? == 0 {
+            let help = "run partition to its end, on an input with instructions";
+            return Err(Failure::Input(format!(
+                "{}: version {corpus_version} has no rows\nhelp: {help}",
+                corpus.url()
+            )));
+        }
         let folder = lake::fetch_folder(&args.model, &args.common.storage()).await?;
         let checkpoint = Checkpoint::open(folder.path()).map_err(|error| failure(&error))?;
         let model_digest = checkpoint.digest().map_err(|error| failure(&error))?;
@@ -306,7 +319,9 @@ impl<'a> Setting<'a> {
     /// Writes a checkpoint where one is due, after the last step in any case.
     async fn save(&self, training: &Training) -> Result<(), Failure> {
         let last = training.steps == self.base.config.mechanism.steps();
-        if last || training.steps.is_multiple_of(self.base.args.checkpoint_every) {
+        if last {
+            self.checkpoints.save_last(training).await?;
+        } else if training.steps.is_multiple_of(self.base.args.checkpoint_every) {
             self.checkpoints.save(training).await?;
         }
         Ok(())

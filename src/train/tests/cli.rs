@@ -218,6 +218,26 @@ fn a_missing_corpus_and_a_missing_model_are_exit_code_3() {
     assert!(told.contains("nowhere"), "{told}");
 }
 
+/// What partition leaves while it is at work, or when it was killed: a table without rows, and no terms.
+#[test]
+fn a_corpus_that_is_not_complete_reserves_nothing_and_binds_no_run_id() {
+    let place = Place::new(1000.0);
+    place.within(async |root| {
+        root.table("corpora/begun").create(schema::corpus()).await.unwrap();
+        ledger::set_budget(&root, "begun", 1000.0, 1e-5).await.unwrap();
+    });
+    let told = ended(place.train_on("one", "begun", "llama").args(SETTINGS), 3);
+    assert!(told.contains("begun.terms.json") && told.contains("run partition to its end"), "{told}");
+    place.within(async |root| {
+        let terms = CorpusTerms { privacy_unit: "id".into(), max_per_unit: 1, conditions: vec![] };
+        terms.write(&root, "begun").await.unwrap();
+    });
+    let told = ended(place.train_on("one", "begun", "llama").args(SETTINGS), 3);
+    assert!(told.contains("version 0 has no rows"), "{told}");
+    assert!(files(&place.path("release")).is_empty(), "no claim");
+    place.within(async |root| assert_eq!(ledger::read(&root, "begun").await.unwrap().spent().len(), 0));
+}
+
 #[test]
 fn settings_that_cannot_work_reserve_nothing_and_bind_no_run_id() {
     let place = Place::new(1000.0);
