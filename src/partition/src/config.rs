@@ -10,7 +10,7 @@ use crate::error::PartitionError;
 
 /// Turns raw conversations into a corpus of instructions with bounded privacy units.
 ///
-/// Keeps the first user turn of each conversation, drops what is not English, redacted or flagged, removes
+/// Keeps the first user turn of each conversation, drops what is redacted, flagged or not English, removes
 /// duplicates, bounds the records of each privacy unit and splits units into train, validation and test.
 #[derive(Parser, Clone, Debug)]
 #[command(
@@ -251,8 +251,8 @@ impl Config {
         if args.max_per_unit == 0 {
             findings.push("--max-per-unit: expected at least 1; a unit that keeps nothing needs no corpus".to_owned());
         }
-        if args.ngram < 2 {
-            findings.push("--ngram: expected at least 2 words; --dedup exact compares whole texts".to_owned());
+        if !(2..=1000).contains(&args.ngram) {
+            findings.push("--ngram: expected 2 to 1000 words; --dedup exact compares whole texts".to_owned());
         }
         if args.text_column.is_some() && !matches!(args.shape, Shape::Auto | Shape::Text) {
             findings.push("--text-column: only with --shape text".to_owned());

@@ -116,7 +116,7 @@ impl Writer {
     /// Takes rows in the order of the input.
     pub async fn add(&mut self, rows: Vec<Row>) -> Result<(), PartitionError> {
         for row in rows {
-            self.bytes += row.kept.text.len();
+            self.bytes += row.kept.text.len() + row.kept.unit.len() + row.kept.record_id.len();
             match row.split {
                 Split::Train => self.counts.train += 1,
                 Split::Validation => self.counts.validation += 1,

@@ -655,6 +655,7 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
         setting.input("typed.jsonl", r#"{"conversation_id":"hush-2","conversation":[{"role":"user","content":7}]}"#);
     let no_unit = setting.input("unit.jsonl", r#"{"text":"hush is what this text says"}"#);
     let german = setting.input("german.jsonl", lmsys("hush-1", "Please hush.", "German", false, false));
+    let around = setting.folder.path().display().to_string();
     let cases: &[(&[&str], i32, &[&str])] = &[
         (&["--input", "/no/such/file.json"], 3, &["/no/such/file.json"]),
         (&["--input", &setting.input("empty.json", "")], 3, &["empty.json", "empty"]),
@@ -670,6 +671,8 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
         (&["--input", &parquet, "--unit-column", "user"], 3, &["no column `user`", "id, messages, redacted"]),
         (&["--input", &setting.input("gap.json", "[{\"text\":1} {\"text\":2}]")], 3, &["byte", "`,`"]),
         (&["--input", &parquet, "--max-per-unit", "0", "--ngram", "1"], 2, &["--max-per-unit", "--ngram"]),
+        (&["--input", &parquet, "--ngram", "1000000000000"], 2, &["--ngram", "2 to 1000"]),
+        (&["--input", &parquet, "--release", &around], 2, &["the same or nested", "help:"]),
         (&["--input", &parquet, "--split", "0.5,0.6,0"], 2, &["--split"]),
         (&["--input", &parquet, "--unit-rule", "suffix:_"], 2, &["--unit-rule"]),
         (&["--input", &parquet, "--private", ""], 2, &["private root"]),

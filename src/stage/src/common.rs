@@ -72,10 +72,14 @@ pub enum Format {
 }
 
 impl Common {
-    /// Opens the private root; a missing flag is a usage failure that says what to set.
+    /// Opens the private root; a missing flag is a usage failure that says what to set. One that overlaps with the
+    /// release root, where that is given, is refused: private data would lie in the release zone.
     pub async fn private_root(&self) -> Result<PrivateRoot, Failure> {
         let url = required(self.private.as_deref(), "private")?;
         let root = PrivateRoot::open(url, &self.storage()).await?.pinned(self.pinned());
+        if let Ok(release) = required(self.release.as_deref(), "release") {
+            lake::check_disjoint(&root, &ReleaseRoot::open(release, &self.storage()).await?)?;
+        }
         match Overlays::of_process()?.private {
             Some(overlay) => Ok(root.under(&overlay)?),
             None => Ok(root),
@@ -92,11 +96,9 @@ impl Common {
         }
     }
 
-    /// Both roots; the same or nested ones are refused, since the zones would mix.
+    /// Both roots.
     pub async fn roots(&self) -> Result<(PrivateRoot, ReleaseRoot), Failure> {
-        let (private, release) = (self.private_root().await?, self.release_root().await?);
-        lake::check_disjoint(&private, &release)?;
-        Ok((private, release))
+        Ok((self.private_root().await?, self.release_root().await?))
     }
 
     fn pinned(&self) -> Pins {

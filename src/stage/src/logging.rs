@@ -2,7 +2,8 @@
 //!
 //! PRIVACY: code of ours logs by the rules of the stage contract; code of others does not know them (a Parquet reader
 //! may quote a statistic, an SQL engine a literal). Where a private root is open, a message from outside our crates is
-//! therefore reduced to its level and its place in the source, at every verbosity. Span fields are never printed.
+//! therefore reduced to its level and its place in the source, and told from warnings upwards only, whatever `RUST_LOG`
+//! says: there is one for each commit, and who counts them counts private rows. Span fields are never printed.
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
@@ -97,22 +98,27 @@ impl Log {
         Self { text: format.is_text(), confidence }
     }
 
-    fn line(&self, event: &Event<'_>) -> String {
+    /// The line of an event, if it may be told.
+    fn line(&self, event: &Event<'_>) -> Option<String> {
         let metadata = event.metadata();
         let mut fields = Fields::default();
         if self.confidence == Confidence::Public || is_ours(metadata) {
             event.record(&mut fields);
+        } else if *metadata.level() > Level::WARN {
+            return None;
         } else {
             let place = format!("{}:{}", metadata.file().unwrap_or("?"), metadata.line().unwrap_or(0));
             fields.message = format!("message withheld at {place}");
         }
-        if self.text { text_line(metadata, fields) } else { json_line(metadata, fields) }
+        Some(if self.text { text_line(metadata, fields) } else { json_line(metadata, fields) })
     }
 }
 
 impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Log {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        write_line(&self.line(event));
+        if let Some(line) = self.line(event) {
+            write_line(&line);
+        }
     }
 }
 
@@ -194,8 +200,8 @@ mod tests {
 
     impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Collect {
         fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-            if let Ok(mut lines) = self.1.lock() {
-                lines.push(self.0.line(event));
+            if let (Ok(mut lines), Some(line)) = (self.1.lock(), self.0.line(event)) {
+                lines.push(line);
             }
         }
     }
@@ -223,6 +229,8 @@ mod tests {
             let told = lines(Confidence::Private, format, a_reader_quotes_a_record);
             assert!(!told.contains("PLANTED"), "{told}");
             assert!(told.contains("message withheld at ") && told.contains("our own"), "{told}");
+            // Of two foreign messages, the error alone: a trace for each row would count rows.
+            assert_eq!(told.lines().count(), 2, "{told}");
         }
     }
 
