@@ -8,6 +8,7 @@ use privacy::keyed::NoiseKey;
 
 use crate::{LedgerError, chain};
 
+const FOLDER: &str = "keys";
 const PATH: &str = "keys/noise.key";
 
 /// The noise key of the private root, drawn from the operating system at first use (put-if-absent).
@@ -23,8 +24,8 @@ pub async fn noise_key(root: &PrivateRoot) -> Result<NoiseKey, LedgerError> {
         // Reading a ledger with a reservation takes the key, which by then is written or lost.
         chain::load(root, &corpus).await?;
     }
+    shut(root)?;
     root.put_if_absent(PATH, draw()?).await?;
-    restrict(root)?;
     stored(root).await?.ok_or_else(|| lost(root))
 }
 
@@ -72,20 +73,22 @@ fn parse(stored: &[u8]) -> Option<NoiseKey> {
     Some(NoiseKey::new(secret))
 }
 
-/// On a local disk, takes the key away from other users; on an object store that is for the bucket's policy.
-fn restrict(root: &PrivateRoot) -> Result<(), LedgerError> {
-    use std::os::unix::fs::PermissionsExt;
+/// On a local disk, makes a folder for the key that other users cannot enter; on an object store that is for the bucket's
+/// policy. It comes before the key, so that there is no moment at which others could read it.
+fn shut(root: &PrivateRoot) -> Result<(), LedgerError> {
+    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 
     let url = url::Url::parse(root.url()).ok().filter(|url| url.scheme() == "file");
-    let Some(folder) = url.and_then(|url| url.to_file_path().ok()) else {
+    let Some(root) = url.and_then(|url| url.to_file_path().ok()) else {
         return Ok(());
     };
-    let path = folder.join(PATH);
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(|error| {
+    let folder = root.join(FOLDER);
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder);
+    made.and_then(|()| std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o700))).map_err(|error| {
         LakeError::Forbidden(format!(
-            "{}: its permissions cannot be restricted: {}\nhelp: the private root should belong to the user who runs \
-             the stage",
-            path.display(),
+            "{}: it cannot be closed to other users: {}\nhelp: the private root should belong to the user who runs the \
+             stage",
+            folder.display(),
             error.kind()
         ))
         .into()
@@ -110,7 +113,7 @@ mod tests {
         let other = Fixture::new().await;
         assert_ne!(first.expose(), noise_key(&other.root).await.unwrap().expose());
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!(mode(&fixture.folder.path().join("keys/noise.key")), 0o600);
+        assert_eq!(mode(&fixture.folder.path().join("keys")), 0o700);
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
