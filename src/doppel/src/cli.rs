@@ -15,8 +15,9 @@ use crate::roots::RootsArgs;
 /// `doppel run` executes a workflow file on this machine; `doppel budget`, `account` and `plan` answer questions about
 /// privacy; `doppel STAGE …` calls the stage's binary `doppel-STAGE`.
 ///
-/// Exit codes: 0 done; 1 a bug; 2 wrong usage or configuration; 3 an input is missing or malformed; 4 refused by the
-/// privacy budget; 5 storage or network, safe to retry; 130 and 143 ended by SIGINT and SIGTERM.
+/// Exit codes: 0 done; 1 a bug, or a task of a workflow that failed with another code; 2 wrong usage or configuration;
+/// 3 an input is missing or malformed; 4 refused by the privacy budget; 5 storage or network, safe to retry; 129, 130
+/// and 143 ended by SIGHUP, SIGINT and SIGTERM.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "doppel", version, subcommand_required = true, arg_required_else_help = true)]
 pub struct Cli {
@@ -27,54 +28,19 @@ pub struct Cli {
 
 /// Commands.
 #[derive(Subcommand, Clone, Debug)]
+#[expect(missing_docs, reason = "the help of a command is its arguments' comment, which one here would hide")]
 pub enum Command {
-    /// Run a workflow file on this machine.
     Run(RunArgs),
-    /// Show what was spent on a corpus, or set its budget.
     Budget(BudgetArgs),
-    /// Compute the ε of mechanisms, or the noise multiplier for a target ε.
     Account(AccountArgs),
-    /// Tell which settings fit a privacy budget and a number of records.
     Plan(PlanArgs),
-    /// Compare a run's sets and losses with held-out real records; private figures.
     Compare(CompareArgs),
-    /// List the runs of both roots.
     Runs(RunsArgs),
-    /// Show the stages of one run, with inputs, outputs and configuration.
     Show(ShowArgs),
-    /// Remove what no retained run refers to.
-    ///
-    /// All runs are retained but those named by --drop. Removed are: data files that no version of their table names,
-    /// as killed writers leave them; data files of versions that compaction superseded and nothing pins; what dropped
-    /// runs left below runs/RUN, but for what a retained run or the ledger names; old scratch areas of reruns. Never:
-    /// the ledger, the noise key, a corpus, and whatever a ledger entry or a retained claim or manifest names.
-    ///
-    /// What was spent stays spent: claims and manifests of a dropped run that the ledger names, or that made a corpus,
-    /// stay, and its id is closed. With one root alone only files that no version names and scratch go, since what the
-    /// other zone pins is not known.
-    ///
-    /// Parts of uploads that were cut short are no objects on S3: set a lifecycle rule that aborts incomplete multipart
-    /// uploads.
     Gc(crate::gc::GcArgs),
-    /// Merge the small files that sharded appends leave.
-    ///
-    /// Each table gets one new version with the same rows in the same order; older versions stay readable until
-    /// `doppel gc` removes what nothing pins. Stages may run meanwhile. A table with few or large files is left alone.
     Compact(crate::compact::CompactArgs),
-    /// Tell the lineage of runs as OpenLineage events, to a file or an HTTP endpoint.
-    ///
-    /// Each stage, each shard by itself, is one OpenLineage run: START when it was claimed, COMPLETE when its manifest
-    /// was written. The ids follow from run, stage and shard, so telling the same again changes nothing. Tables are
-    /// named by OpenLineage's rules, such as namespace s3://bucket and the path in it, with their version.
-    ///
-    /// Of the private zone names, times and the versions of corpora are told, and nothing else. Where no private root
-    /// is given, what lies in it is in the namespace doppel://private.
-    ///
-    /// OPENLINEAGE_API_KEY is sent to an HTTP endpoint as a bearer token.
     Openlineage(crate::openlineage::OpenlineageArgs),
-    /// Repeat a run from its pinned inputs and compare, or make a new release from them.
     Rerun(RerunArgs),
-    /// Walk back from a table to the raw input.
     Lineage(LineageArgs),
     /// Partition raw conversations into a corpus (doppel-partition).
     #[command(disable_help_flag = true)]
@@ -193,7 +159,8 @@ impl PrivateArgs {
 
 /// Show what was spent on a corpus, or set its budget.
 ///
-/// The ledger lies in the private root. Who may read it learns parameters of mechanisms, never records.
+/// The ledger lies in the private root and is as private as the corpus: beside the parameters of mechanisms, which are
+/// shown here, it holds digests that would confirm a right guess of the data.
 #[derive(Args, Clone, Debug)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct BudgetArgs {
@@ -207,8 +174,8 @@ pub struct BudgetArgs {
 
 /// Commands about the budget.
 #[derive(Subcommand, Clone, Debug)]
+#[expect(missing_docs, reason = "as above")]
 pub enum BudgetCommand {
-    /// Set the budget of a corpus.
     Set(BudgetSetArgs),
 }
 
@@ -269,7 +236,7 @@ pub struct BudgetSetArgs {
 /// Example: the paper's training and its vote.
 ///
 /// doppel account --delta 5e-7 --mechanism noise_multiplier=1.122,sampling_probability=0.022756,steps=439
-///     --mechanism noise_multiplier=10
+///     --mechanism noise_multiplier=10,kind=discrete_gaussian
 #[derive(Args, Clone, Debug)]
 #[command(verbatim_doc_comment)]
 pub struct AccountArgs {
@@ -320,10 +287,11 @@ pub struct PlanArgs {
     /// Number of trained parameters, for the noise against the signal (rank 8 on q, k, v, o of a 7B model: 8.4 million).
     #[arg(long, value_name = "P", default_value_t = 8_388_608)]
     pub parameters: u64,
-    /// Examples per second of training, for the wall time: 6 is what SmolLM2-135M reaches on two CPU cores (`make bench`).
-    #[arg(long, value_name = "R", default_value_t = 6.0)]
+    /// Examples per second of training, for the wall time: 8.5 is what SmolLM2-135M reaches to 128 tokens on two CPU cores
+    /// (`make bench`).
+    #[arg(long, value_name = "R", default_value_t = 8.5)]
     pub examples_per_second: f64,
-    /// GPU hours at most; settings that need more are marked.
+    /// GPU hours at most, at the GPU's --examples-per-second; settings that need more are marked.
     #[arg(long, value_name = "H")]
     pub gpu_hours: Option<f64>,
     /// What standard output carries.
@@ -363,7 +331,7 @@ pub struct RunsArgs {
     pub roots: RootsArgs,
 }
 
-/// Show the stages of one run.
+/// Show the stages of one run, with inputs, outputs and configuration.
 #[derive(Args, Clone, Debug)]
 pub struct ShowArgs {
     /// Run id.
@@ -379,13 +347,15 @@ pub struct ShowArgs {
 /// Without --as, each finished stage runs again as it was started, on the versions that it read, under the same noise,
 /// and every output is compared: tables row for row, adapters tensor for tensor. Nothing is published and nothing is
 /// spent. What the stages write lies below reruns/RUN in the private root, and stays there only where something
-/// differs: two results under equal noise that differ tell something private, so the second must not be released.
+/// differs, or the rerun did not end: two results under equal noise that differ tell something private, so the second
+/// must not be released.
 ///
 /// With --as, the stages but partition run once more under a new run id, on the same corpus version and with the same
 /// settings: a new release with fresh noise, which the budget must pay. The same command continues it when interrupted.
 ///
-/// Exit codes: 0 everything is equal, or the new release is there; 2 wrong usage, such as a model that is not found;
-/// 3 something is not equal, or there is no such run; 4 the budget does not suffice; 5 storage or network.
+/// Exit codes: 0 everything that was repeated is equal, or the new release is there; 2 wrong usage, such as a model
+/// that is not found; 3 something is not equal, or there is no such run; 4 the budget does not suffice; 5 storage or
+/// network.
 #[derive(Args, Clone, Debug)]
 pub struct RerunArgs {
     /// Run id.
@@ -430,5 +400,23 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_explains_what_a_command_does() {
+        let doppel = Cli::command();
+        let help = |names: &[&str]| {
+            let start = &doppel;
+            let found = names.iter().fold(start, |command, name| command.find_subcommand(name).unwrap());
+            found.clone().render_long_help().to_string()
+        };
+        assert!(help(&["run"]).contains("Argo Workflow"));
+        assert!(help(&["rerun"]).contains("Exit codes:"));
+        assert!(help(&["gc"]).contains("What was spent stays spent"));
+        assert!(help(&["budget"]).contains("as private as the corpus"));
+        assert!(help(&["budget", "set"]).contains("refused with exit code 4"));
+        for listed in ["account", "plan", "compare", "compact", "openlineage", "lineage"] {
+            assert!(doppel.find_subcommand(listed).unwrap().get_long_about().is_some(), "{listed}");
+        }
     }
 }

@@ -13,7 +13,10 @@ use stage::{Failure, Summary};
 use crate::roots::{Roots, RootsArgs};
 use crate::table::table;
 
-/// Flags of `doppel compact`.
+/// Merge the small files that sharded appends leave.
+///
+/// Each table gets one new version with the same rows in the same order; older versions stay readable until
+/// `doppel gc` removes what nothing pins. Stages may run meanwhile. A table with few or large files is left alone.
 #[derive(Args, Clone, Debug)]
 pub struct CompactArgs {
     /// Tables as paths below a root, such as runs/demo/synthetic; by default all tables of all runs.

@@ -19,7 +19,20 @@ use stage::{Failure, Summary};
 use crate::roots::{self, Known, Roots, RootsArgs};
 use crate::table::table;
 
-/// Flags of `doppel gc`.
+/// Remove what no retained run refers to.
+///
+/// All runs are retained but those named by --drop. Removed are: data files that no version of their table names, as
+/// killed writers leave them, and unfinished writes to a local folder; data files of versions that compaction
+/// superseded and nothing pins; what dropped runs left below runs/RUN, but for what a retained run or the ledger names;
+/// old scratch areas of reruns. Never: the ledger, the noise key, a corpus, and whatever a ledger entry or a retained
+/// claim or manifest names.
+///
+/// What was spent stays spent: claims and manifests of a dropped run that the ledger names, or that made a corpus,
+/// stay, and its id is closed. With one root alone only what killed writers left and scratch go, since what the other
+/// zone pins is not known.
+///
+/// Parts of uploads that were cut short are no objects on S3: set a lifecycle rule that aborts incomplete multipart
+/// uploads.
 #[derive(Args, Clone, Debug)]
 pub struct GcArgs {
     /// List what would go, and remove nothing.

@@ -13,12 +13,12 @@ use crate::runs::{seconds, shard, short};
 /// Tells where a table comes from.
 pub async fn lineage(args: LineageArgs) -> Result<Summary, Failure> {
     let roots = Roots::open(&args.roots).await?;
-    let known = Known::read(&roots).await?;
+    let finished = Finished::read(&roots).await?;
     let (path, version) = named(&args.table)?;
     let mut trees = Vec::new();
     for zone in roots.zones() {
         let latest = roots.version(zone, &path).await?;
-        if latest.is_none() && known.writers(zone, &path).is_empty() {
+        if latest.is_none() && finished.writers(zone, &path).is_empty() {
             continue;
         }
         if let (Some(version), Some(latest)) = (version, latest)
@@ -27,10 +27,10 @@ pub async fn lineage(args: LineageArgs) -> Result<Summary, Failure> {
             let help = "help: `doppel lineage TABLE` without @VERSION takes the latest";
             return Err(Failure::Input(format!("{path}: its latest version is {latest}, not {version}\n{help}")));
         }
-        trees.push(known.walk(zone, &path, version.or(latest), &mut Vec::new()));
+        trees.push(finished.walk(zone, &path, version.or(latest), &mut Vec::new()));
     }
     if trees.is_empty() {
-        return Err(Failure::Input(known.unknown(&path, &roots)));
+        return Err(Failure::Input(finished.unknown(&path, &roots)));
     }
     let mut text = Vec::new();
     for tree in &trees {
@@ -63,12 +63,12 @@ fn named(text: &str) -> Result<(String, Option<i64>), Failure> {
 }
 
 /// All finished stages of both roots.
-struct Known {
+struct Finished {
     stages: Vec<(&'static str, Manifest)>,
     zones: Vec<&'static str>,
 }
 
-impl Known {
+impl Finished {
     async fn read(roots: &Roots) -> Result<Self, Failure> {
         let mut stages = Vec::new();
         if let Some(root) = &roots.private {
@@ -304,10 +304,10 @@ mod tests {
             );
             (ReleaseRoot::NAME, shard)
         };
-        let known = Known { stages: vec![shard(0, 3), shard(1, 4)], zones: vec![ReleaseRoot::NAME] };
-        let exact = known.walk(ReleaseRoot::NAME, "runs/demo/vectors", Some(4), &mut Vec::new());
+        let finished = Finished { stages: vec![shard(0, 3), shard(1, 4)], zones: vec![ReleaseRoot::NAME] };
+        let exact = finished.walk(ReleaseRoot::NAME, "runs/demo/vectors", Some(4), &mut Vec::new());
         assert_eq!((exact.makers.len(), exact.makers[0].claims.len(), &exact.note), (1, 2, &None));
-        let between = known.walk(ReleaseRoot::NAME, "runs/demo/vectors", Some(2), &mut Vec::new());
+        let between = finished.walk(ReleaseRoot::NAME, "runs/demo/vectors", Some(2), &mut Vec::new());
         assert_eq!(between.makers[0].claims.len(), 2);
         assert!(between.note.is_some_and(|note| note.contains("no stage ended with this version")));
     }
@@ -315,8 +315,8 @@ mod tests {
     #[test]
     fn the_private_side_of_a_walk_says_that_its_root_is_missing() {
         let vote = manifest("vote", None, ("corpus", "corpora/chats", 0), ("runs/demo/selected", 1));
-        let known = Known { stages: vec![(ReleaseRoot::NAME, vote)], zones: vec![ReleaseRoot::NAME] };
-        let tree = known.walk(ReleaseRoot::NAME, "runs/demo/selected", Some(1), &mut Vec::new());
+        let finished = Finished { stages: vec![(ReleaseRoot::NAME, vote)], zones: vec![ReleaseRoot::NAME] };
+        let tree = finished.walk(ReleaseRoot::NAME, "runs/demo/selected", Some(1), &mut Vec::new());
         assert!(tree.text(0, "", &mut BTreeSet::new()).contains("the private root was not given"));
     }
 
@@ -325,8 +325,8 @@ mod tests {
         let one = manifest("a", None, ("texts", "runs/demo/y", 1), ("runs/demo/x", 1));
         let other = manifest("b", None, ("texts", "runs/demo/x", 1), ("runs/demo/y", 1));
         let stages = vec![(ReleaseRoot::NAME, one), (ReleaseRoot::NAME, other)];
-        let known = Known { stages, zones: vec![ReleaseRoot::NAME] };
-        let tree = known.walk(ReleaseRoot::NAME, "runs/demo/x", Some(1), &mut Vec::new());
+        let finished = Finished { stages, zones: vec![ReleaseRoot::NAME] };
+        let tree = finished.walk(ReleaseRoot::NAME, "runs/demo/x", Some(1), &mut Vec::new());
         assert!(tree.text(0, "", &mut BTreeSet::new()).contains("made of itself"));
     }
 }
