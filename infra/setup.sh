@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetches what doppel builds and runs with, each item pinned in infra/downloads.txt, into DOPPEL_CACHE.
+# Fetches what doppel builds and runs with, each item pinned in infra/downloads*.txt, into DOPPEL_CACHE.
 #
 #   infra/setup.sh [libtorch] [models] [data] [s3]     no argument: all of these
 #   TORCH=cuda infra/setup.sh libtorch                 the whole CUDA wheels instead of the lean CPU form

@@ -36,6 +36,8 @@ class Work:
     # Whether memory is compared as well: the most that a process held, or a field of its JSON and the unit of it.
     memory: str | None = None
     unit_of_memory: str = "MB"
+    # A result in both sides' JSON that must be the same.
+    same: str | None = None
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Comparison:
     less_is_better: bool = False
     flops: float = 0.0
     pairs: list = field(default_factory=list)
+    # What both sides found.
+    result: dict = field(default_factory=dict)
 
     def row(self, gflops):
         ratios = [theirs / ours if self.less_is_better else ours / theirs for ours, theirs in self.pairs]
@@ -62,6 +66,7 @@ class Comparison:
             "limit": limit and significant(limit),
             "share_of_limit": limit and round(doppel / limit, 2),
             "against": self.peer,
+            **self.result,
         }
 
 
@@ -139,7 +144,7 @@ def works(args, texts, python):
         memory="bytes_per_ngram",
         unit_of_memory="bytes/n-gram",
     )
-    yield Work("account by PLD", [args.account], "dp-accounting", {"": [*python, "account"]})
+    yield Work("account by PLD", [args.account], "dp-accounting", {"": [*python, "account"]}, same="epsilon")
     for stage, imports in [("partition", "nltk"), ("train", "opacus, peft, transformers")]:
         yield Work(
             f"start {stage}",
@@ -217,6 +222,11 @@ def compare(work, pairs):
         ours, theirs = run(work.ours), first if index == 0 else run(work.theirs[setting])
         rate.unit, rate.flops = ours["unit"], ours.get("flops", 0)
         rate.pairs.append((ours["rate"], theirs["rate"]))
+        if work.same:
+            found, expected = ours[work.same], theirs[work.same]
+            if not math.isclose(found, expected, rel_tol=1e-9):
+                sys.exit(f"{work.name}: {work.same}: doppel found {found}, {work.peer} {expected}")
+            rate.result = {work.same: found}
         if work.memory:
             memory.unit = work.unit_of_memory
             memory.pairs.append((ours[work.memory], theirs[work.memory]))

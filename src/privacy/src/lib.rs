@@ -21,11 +21,11 @@
 //! *Accounting* ([`accounting`]): the privacy loss distribution (PLD) composed over all mechanisms that touched a corpus,
 //! RDP as a second opinion.
 //!
-//! *Randomness* ([`keyed`]): noise and sampling come from a ChaCha20 stream keyed by a 256-bit secret, with a context that
-//! names run, inputs with their digests, configuration, stage, step and tensor: a resumed or repeated run reproduces the
-//! same noise rather than drawing a second sample, and whenever anything differs, the data above all, the noise is fresh.
-//! Gaussian noise is generated in float64 and guarded against floating-point attacks; counts get exact discrete Gaussian
-//! noise.
+//! *Randomness* ([`keyed`]): noise comes from ChaCha20 streams and sampling coins from BLAKE3, both keyed by a 256-bit
+//! secret, with a context that names run, inputs with their digests, configuration, stage, step and tensor: a resumed
+//! or repeated run reproduces the same noise rather than drawing a second sample, and whenever anything differs, the
+//! data above all, the noise is fresh. Gaussian noise is generated in float64 and guarded against floating-point
+//! attacks; counts get exact discrete Gaussian noise.
 //!
 //! *What is covered*: the adapter, the noised histogram, and whatever is computed from those alone, such as every
 //! synthetic text, its embedding, the clusters and the selection, in the release zone; for as long as they exist.

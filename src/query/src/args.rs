@@ -47,7 +47,7 @@ pub struct Args {
     /// Read TABLE, or RUN.TABLE, at an older version instead of the latest; the query must name it. Repeatable.
     #[arg(long, value_name = "TABLE=VERSION", value_parser = pin)]
     pub at: Vec<Pin>,
-    /// Call the tables of RUN NAME.synthetic and so on, so that one SQL file can compare any two runs; repeatable.
+    /// Give the tables of RUN the names NAME.synthetic and so on, so that one SQL file can compare any two runs; repeatable.
     #[arg(long, value_name = "NAME=RUN", value_parser = alias)]
     pub alias: Vec<(String, String)>,
     /// Form of the rows. `json` is one array of objects; `parquet` needs --to or a pipe.

@@ -54,7 +54,7 @@ pub struct Args {
     /// Rows to select; at most the number of synthetic rows.
     #[arg(long, value_name = "ROWS")]
     pub target: u64,
-    /// Tell what ε this stage alone spends at this δ. The budget's own δ is the ledger's.
+    /// Tell what ε this stage alone spends at this δ. Without it, the manifest tells it at the δ of the corpus's budget.
     #[arg(long)]
     pub delta: Option<f64>,
     /// Run whose synthetic embeddings come from the untuned model, for the private comparison.

@@ -85,6 +85,8 @@ async fn vote<Z: Zone>(
     ledger::settle(private, &reservation).await?;
 
     comparison(private, &run, &space, inputs, &histogram).await?;
+    let budget = ledger::read(private, &config.corpus).await?.budget();
+    let delta = delta.or(budget.map(|budget| budget.delta));
     let facts = facts(config, mechanism, delta, &space, &histogram)?;
     Ok(handle.finish(publisher.outputs().await?, facts).await?)
 }
