@@ -10,7 +10,8 @@
 //! permissions, versioning and object lock.
 //!
 //! A reservation counts as spent from the moment it is written, whether or not its mechanism ever ran: a crash never
-//! erases one. All versions of a corpus share one ledger, since they share units. The same (run, stage) with the same
+//! erases one. All versions of a corpus share one ledger, since they share units; of another corpus with the same units it
+//! knows nothing. The same (run, stage) with the same
 //! fingerprint gets the reservation it has, so that resuming pays once.
 //!
 //! Start reading at [`reserve`]; [`entry`] is the format. Also the keeper of the [`noise_key`].

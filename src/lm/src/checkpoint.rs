@@ -13,7 +13,7 @@ use crate::gguf::Gguf;
 use crate::{LmError, device::Compute, tokenizer::Tokenizer};
 
 pub(crate) use folder::{digest_of, read_json};
-pub(crate) use weights::Weights;
+pub(crate) use weights::{Weights, weight_files};
 
 /// Llama-family architecture as `config.json` (or GGUF metadata) describes it.
 #[derive(Clone, Debug, PartialEq)]

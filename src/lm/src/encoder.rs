@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::{Weights, digest_of, read_json};
+use crate::checkpoint::{Weights, digest_of, read_json, weight_files};
+use crate::padding::padded;
 use crate::tokenizer::Tokenizer;
 use crate::workers::{self, Shared};
 use crate::{LmError, device::Compute};
@@ -129,7 +130,7 @@ impl Encoder {
         Ok(vectors)
     }
 
-    /// `[texts, dimension]` f32 of token ids.
+    /// `[texts, dimension]` f32 of token ids, which come by falling length.
     fn forward(&self, rows: &[&[i64]]) -> Result<Tensor, LmError> {
         tch::no_grad(|| {
             let batch = Batch::new(rows, self.compute)?;
@@ -137,58 +138,102 @@ impl Encoder {
                 Transformer::Bert(bert) => bert.forward(&batch)?,
                 Transformer::T5(t5) => t5.forward(&batch)?,
             };
-            let mut vectors = batch.mean(&hidden.f_to_kind(Kind::Float)?)?;
-            for step in &self.tail {
-                vectors = step.forward(&vectors)?;
-            }
-            Ok(vectors)
+            // Each text by itself: a product of several vectors may add up in another order than one of one.
+            let vector = |mean: Tensor| self.tail.iter().try_fold(mean, |vector, step| step.forward(&vector));
+            let vectors = batch.means(&hidden)?.into_iter().map(vector).collect::<Result<Vec<_>, _>>()?;
+            Ok(Tensor::f_cat(&vectors, 0)?)
         })
     }
 }
 
-/// Token ids of texts, padded to the longest.
+/// Token ids of texts, one text behind the other, each padded on the right by its own length alone: so that a text's vector
+/// does not depend on its company, on CPU bit for bit. Votes depend on vectors, and one more record must not move others'.
 pub(crate) struct Batch {
-    /// `[texts, length]` i64.
+    /// `[tokens]` i64.
     ids: Tensor,
+    /// `[tokens]` i64: the place of each token in its text, padding at that of the last.
+    positions: Tensor,
+    /// Neighbours of one padded length.
+    groups: Vec<Group>,
+}
+
+/// Texts of one padded length in a [`Batch`].
+pub(crate) struct Group {
+    /// Place of the first token.
+    first: i64,
+    /// Padded length.
+    length: i64,
     /// Tokens of each text, at least 1.
     lengths: Vec<usize>,
-    /// `[texts, length]` f32, 1 for tokens and 0 for padding; `None` where nothing is padded.
-    mask: Option<Tensor>,
     /// What attention adds to its scores, `[texts, 1, 1, length]` in the transformer's kind: 0 or -inf.
-    blocked: Option<Tensor>,
+    blocked: Tensor,
 }
 
 impl Batch {
     fn new(rows: &[&[i64]], compute: Compute) -> Result<Self, LmError> {
-        // A text of no tokens at all (T5 adds an end token, BERT two) still needs a row that pooling can divide by.
-        let width = rows.iter().map(|row| row.len()).max().unwrap_or_default().max(1);
-        let mut ids = vec![0i64; rows.len() * width];
-        let mut mask = vec![0f32; rows.len() * width];
-        for (row, (ids, mask)) in rows.iter().zip(ids.chunks_exact_mut(width).zip(mask.chunks_exact_mut(width))) {
-            ids[..row.len()].copy_from_slice(row);
-            mask[..row.len().max(1)].fill(1.0);
+        let (mut ids, mut positions, mut groups) = (Vec::new(), Vec::new(), Vec::new());
+        for alike in rows.chunk_by(|one, other| padded(one.len()) == padded(other.len())) {
+            let (first, length) = (ids.len(), padded(alike[0].len()));
+            // A text of no tokens at all (T5 adds an end token, BERT two) still needs a row that pooling can divide by.
+            let lengths: Vec<usize> = alike.iter().map(|row| row.len().max(1)).collect();
+            for (row, &own) in alike.iter().zip(&lengths) {
+                let end = ids.len() + length;
+                ids.extend_from_slice(row);
+                ids.resize(end, 0);
+                positions.extend((0..length).map(|place| place.min(own - 1) as i64));
+            }
+            groups.push(Group::new(first as i64, length as i64, lengths, compute)?);
         }
-        let shape = [rows.len() as i64, width as i64];
-        let ids = Tensor::f_from_slice(&ids)?.f_reshape(shape)?.f_to_device(compute.device)?;
-        let lengths = rows.iter().map(|row| row.len().max(1)).collect();
-        if rows.iter().all(|row| row.len() == width) {
-            return Ok(Self { ids, lengths, mask: None, blocked: None });
-        }
-        let mask = Tensor::f_from_slice(&mask)?.f_reshape(shape)?.f_to_device(compute.device)?;
-        let padding = mask.f_eq(0.0)?.f_reshape([shape[0], 1, 1, shape[1]])?;
-        let blocked = Tensor::f_zeros([shape[0], 1, 1, shape[1]], (compute.kind, compute.device))?
-            .f_masked_fill(&padding, f64::NEG_INFINITY)?;
-        Ok(Self { ids, lengths, mask: Some(mask), blocked: Some(blocked) })
+        let place = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(compute.device);
+        Ok(Self { ids: place(&ids)?, positions: place(&positions)?, groups })
     }
 
-    /// Mean over a text's own tokens: `[texts, length, width]` → `[texts, width]`.
-    fn mean(&self, hidden: &Tensor) -> Result<Tensor, LmError> {
-        let Some(mask) = &self.mask else {
-            return Ok(hidden.f_mean_dim(1i64, false, Kind::Float)?);
-        };
-        let weighted = hidden.f_mul(&mask.f_unsqueeze(-1)?)?;
-        let counts = mask.f_sum_dim_intlist(1i64, true, Kind::Float)?;
-        Ok(weighted.f_sum_dim_intlist(1i64, false, Kind::Float)?.f_div(&counts)?)
+    /// What `attend` gives for the query, key and value heads `[texts, heads, length, head_dim]` of each group, of joint
+    /// ones `[tokens, 3 · heads · head_dim]`: `[tokens, heads · head_dim]`. It gets the number of the group, too.
+    fn attend(
+        &self,
+        joint: &Tensor,
+        heads: i64,
+        attend: impl Fn(usize, &Group, [Tensor; 3]) -> Result<Tensor, LmError>,
+    ) -> Result<Tensor, LmError> {
+        let each = self.groups.iter().enumerate().map(|(index, group)| {
+            let split = group.of(joint)?.f_unflatten(-1, [3, heads, -1])?;
+            let part = |index: i64| split.f_select(2, index)?.f_transpose(1, 2);
+            let attended = attend(index, group, [part(0)?, part(1)?, part(2)?])?;
+            Ok(attended.f_transpose(1, 2)?.f_flatten(2, 3)?.f_flatten(0, 1)?)
+        });
+        Ok(Tensor::f_cat(&each.collect::<Result<Vec<_>, LmError>>()?, 0)?)
+    }
+
+    /// Mean over each text's own tokens, of `[tokens, width]`: `[1, width]` f32 each.
+    fn means(&self, hidden: &Tensor) -> Result<Vec<Tensor>, LmError> {
+        let mut means = Vec::new();
+        for group in &self.groups {
+            let texts = group.of(hidden)?;
+            for (text, &length) in group.lengths.iter().enumerate() {
+                let own = texts.f_get(text as i64)?.f_narrow(0, 0, length as i64)?;
+                means.push(own.f_to_kind(Kind::Float)?.f_mean_dim(0i64, true, Kind::Float)?);
+            }
+        }
+        Ok(means)
+    }
+}
+
+impl Group {
+    fn new(first: i64, length: i64, lengths: Vec<usize>, compute: Compute) -> Result<Self, LmError> {
+        let texts = lengths.len() as i64;
+        let own = Tensor::f_from_slice(&lengths.iter().map(|&own| own as i64).collect::<Vec<_>>())?;
+        let padding = Tensor::f_arange(length, (Kind::Int64, Device::Cpu))?.f_ge_tensor(&own.f_unsqueeze(1)?)?;
+        let padding = padding.f_to_device(compute.device)?.f_reshape([texts, 1, 1, length])?;
+        let blocked = Tensor::f_zeros([texts, 1, 1, length], (compute.kind, compute.device))?
+            .f_masked_fill(&padding, f64::NEG_INFINITY)?;
+        Ok(Self { first, length, lengths, blocked })
+    }
+
+    /// The group's part of `[tokens, width]`, as `[texts, length, width]`.
+    fn of(&self, whole: &Tensor) -> Result<Tensor, LmError> {
+        let texts = self.lengths.len() as i64;
+        Ok(whole.f_narrow(0, self.first, texts * self.length)?.f_unflatten(0, [texts, self.length])?)
     }
 }
 
@@ -207,24 +252,21 @@ impl Step {
     }
 }
 
-/// Padded tokens that a batch has at least before a text is too short for it: products of fewer are slow.
-const ENOUGH: usize = 512;
-
 /// Indices by length, in batches of at most `tokens` padded tokens (at least one text each), longest first, so that
-/// memory runs out at once or not at all. A text that would be padding by more than a twentieth begins a new one.
+/// memory runs out at once or not at all.
 fn batches(lengths: &[usize], tokens: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..lengths.len()).collect();
     order.sort_by_key(|&index| (std::cmp::Reverse(lengths[index]), index));
     let mut batches: Vec<Vec<usize>> = Vec::new();
+    let mut held = 0;
     for index in order {
-        let fits = |batch: &[usize]| {
-            let width = lengths[batch[0]];
-            let alike = 20 * lengths[index] >= 19 * width || batch.len() * width < ENOUGH;
-            alike && (batch.len() + 1) * width <= tokens
-        };
+        held += padded(lengths[index]);
         match batches.last_mut() {
-            Some(batch) if fits(batch) => batch.push(index),
-            _ => batches.push(vec![index]),
+            Some(batch) if held <= tokens => batch.push(index),
+            _ => {
+                held = padded(lengths[index]);
+                batches.push(vec![index]);
+            }
         }
     }
     batches
@@ -376,12 +418,14 @@ fn size(path: &Path, config: &Value, key: &str) -> Result<i64, LmError> {
 
 /// BLAKE3 over what an embedding depends on.
 fn digest(folder: &Path, modules: &[Module]) -> Result<String, LmError> {
-    let files = ["config.json", "sentence_bert_config.json", "tokenizer.json", "model.safetensors"];
+    let files = ["config.json", "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json"];
     let mut names = vec!["modules.json".to_string()];
     for module in modules {
         let prefix = module.path.trim_end_matches('/');
         let path = |file: &str| if prefix.is_empty() { file.to_string() } else { format!("{prefix}/{file}") };
         names.extend(files.iter().map(|file| path(file)).filter(|name| folder.join(name).is_file()));
+        // A pooling has no weights.
+        names.extend(weight_files(&module.folder).unwrap_or_default().iter().map(|file| path(file)));
     }
     digest_of(folder, &names)
 }

@@ -243,15 +243,6 @@ pub fn micro_batches(lengths: &[usize], tokens: usize) -> Vec<Vec<usize>> {
     batches
 }
 
-/// Padded lengths are multiples of this. Kernels of products take four rows at once and add up what is left over in another
-/// order, and where an example begins is a matter of company (measured with MKL and oneDNN: whole fours give equal bits
-/// wherever they stand, pairs do not).
-const LENGTH_STEP: usize = 4;
-
-/// Examples are padded to this length at least: a product of a few numbers has another kernel, and how many numbers a
-/// product has is a matter of company, too.
-const SHORTEST: usize = 8;
-
 /// What goes into the model: all tokens but the last, which predicts nothing and is seen by no other.
 fn inputs(example: &Example) -> &[i64] {
     example.tokens.split_last().map_or(&[], |(_, inputs)| inputs)
@@ -259,7 +250,7 @@ fn inputs(example: &Example) -> &[i64] {
 
 /// Length that an example's inputs are padded to, by itself.
 fn padded(example: &Example) -> usize {
-    inputs(example).len().max(SHORTEST).next_multiple_of(LENGTH_STEP)
+    crate::padding::padded(inputs(example).len())
 }
 
 /// Examples one behind the other, each padded on the right.

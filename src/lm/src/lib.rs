@@ -12,6 +12,7 @@ pub mod gguf;
 pub mod gradients;
 mod kernels;
 mod ops;
+mod padding;
 pub mod template;
 pub mod tokenizer;
 mod workers;

@@ -291,16 +291,16 @@ impl Attention {
 }
 
 /// Attention of each text to its own first `lengths` positions: q, k and v `[texts, heads, length, head_dim]`, and
-/// `blocked` what the scores get added, if anything, to say the same.
+/// `blocked` what the scores get added to say the same.
 pub(crate) fn attend(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     lengths: &[usize],
-    blocked: Option<&Tensor>,
+    blocked: &Tensor,
 ) -> Result<Tensor, LmError> {
     if !by_products(q) {
-        return Ok(Tensor::f_scaled_dot_product_attention(q, k, v, blocked, 0.0, false, None, false)?);
+        return Ok(Tensor::f_scaled_dot_product_attention(q, k, v, Some(blocked), 0.0, false, None, false)?);
     }
     let shape = q.size();
     let (q, k, v) = products::joined(q, k, v)?;

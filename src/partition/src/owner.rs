@@ -86,7 +86,8 @@ fn taken(corpus: &str, run: &str) -> Failure {
 fn changed(corpus: &str, run: &str, input: &Identity) -> Failure {
     Failure::Usage(format!(
         "corpus `{corpus}`: {} changed since run `{run}` began to write\n\
-         help: partition it under a new --run and --corpus",
+         help: partition it under a new --run and --corpus; for units that are in both corpora, what the two ledgers \
+         spend adds up",
         input.url
     ))
 }

@@ -32,7 +32,8 @@
 //!
 //! *What conditions it*: a filter that compares records with each other (deduplication) makes the guarantee hold for the
 //! corpus *as partitioned*, not for the raw data, since a record can keep another out. The ledger says so, and the filter
-//! can be turned off. It also rests on ChaCha20 and BLAKE3 being pseudo-random, and on the secret staying in the private
+//! can be turned off. On CUDA, where kernels may add up in another order when a batch has another shape, it holds up to
+//! that rounding. It also rests on ChaCha20 and BLAKE3 being pseudo-random, and on the secret staying in the private
 //! root: who has it can subtract the noise.
 //!
 //! *What is public*: every setting, among them q, the noise multiplier, the number of steps, the expected batch size and
@@ -43,7 +44,9 @@
 //!   in the private zone. To choose a model by them and then release it is a release that nobody accounted for.
 //! - Hyper-parameter tuning. Every run that is tried on the corpus is reserved and counts, whether or not its result is
 //!   kept. That pays for the runs. The choice among them is only paid for if it looks at released outputs alone; tune on
-//!   public data, or choose by what the release zone shows.
+//!   public data, or choose by what the release zone shows, which can make δ larger than stated by a small factor: the
+//!   composed total is that of settings that were fixed beforehand.
+//! - Units that are in two corpora: each corpus has its own ledger, and for such units the two ε add up.
 //! - The base model and public texts: what they learned elsewhere is not the corpus's.
 //!
 //! *Repeated runs*: the same run again draws the same noise and is one release, paid once. A new run id is a new release

@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
-use crate::matrix::{Matrix, dot_products, squared_distance, squared_norm, view};
+use crate::matrix::{BLOCK, BlockProducts, Matrix, squared_distance, squared_norm};
 
 /// How to cluster; public.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,9 +95,6 @@ fn run(data: &Matrix, plan: &Plan, restart: u64) -> Clustering {
     Clustering { centroids, ..clustering }
 }
 
-/// Rows that one thread takes at a time: their products with 1,000 centroids fill half of a second-level cache.
-const BLOCK: usize = 256;
-
 /// Nearest centroid of each row; the first of several that are equally near.
 pub fn assign(data: &Matrix, centroids: &Matrix) -> Assignment {
     let (columns, bins) = (centroids.columns(), centroids.rows());
@@ -110,10 +107,9 @@ pub fn assign(data: &Matrix, centroids: &Matrix) -> Assignment {
         .zip(squared_distances.par_chunks_mut(BLOCK))
         .zip(data.values().par_chunks(BLOCK * columns.max(1)))
         .for_each_init(
-            || vec![0.0_f32; BLOCK * bins],
+            || BlockProducts::new(columns, bins),
             |products, ((nearest, distances), rows)| {
-                let products = &mut products[..nearest.len() * bins];
-                dot_products(view(rows, columns), centroids.view(), products);
+                let products = products.of(rows, centroids);
                 arch.dispatch(
                     #[inline(always)]
                     || nearest_of_block(products, &half_norms, nearest),

@@ -1,7 +1,7 @@
 //! Rows of 32-bit floats, and the two products that everything else is made of.
 //!
 //! Work is cut into blocks of rows of a fixed size, and each block is computed by one thread, so results do not depend
-//! on the number of threads.
+//! on the number of threads; nor does a row's result depend on where it stands and on how many others there are.
 
 use faer::{Accum, MatMut, MatRef, Par};
 use pulp::Arch;
@@ -78,10 +78,42 @@ pub fn view(values: &[f32], columns: usize) -> MatRef<'_, f32> {
     MatRef::from_row_major_slice(values, values.len() / columns.max(1), columns)
 }
 
-/// `out[i][j] = left[i] · right[j]`, on this thread.
-pub fn dot_products(left: MatRef<'_, f32>, right: MatRef<'_, f32>, out: &mut [f32]) {
-    let out = MatMut::from_row_major_slice_mut(out, left.nrows(), right.nrows());
-    faer::linalg::matmul::matmul(out, Accum::Replace, left, right.transpose(), 1.0, Par::Seq);
+/// Rows that one thread multiplies at a time: their products with 1,000 others fill half of a second-level cache.
+pub const BLOCK: usize = 256;
+
+/// Dot products of up to [`BLOCK`] rows with the rows of another matrix, always computed for a whole block.
+///
+/// PRIVACY: a product of fewer rows may add up in another order, and how many rows there are is a matter of what other units
+/// have: one more would change the last bits of others' products, and so perhaps their votes.
+pub struct BlockProducts {
+    rows: Vec<f32>,
+    products: Vec<f32>,
+}
+
+impl BlockProducts {
+    /// Room for products of `columns` values with `others` rows.
+    pub fn new(columns: usize, others: usize) -> Self {
+        Self { rows: vec![0.0; BLOCK * columns], products: vec![0.0; BLOCK * others] }
+    }
+
+    /// `[i][j] = rows[i] · right[j]`, on this thread.
+    pub fn of(&mut self, rows: &[f32], right: &Matrix) -> &mut [f32] {
+        let (columns, others) = (right.columns(), right.rows());
+        let count = rows.len() / columns.max(1);
+        let block = if count == BLOCK { rows } else { filled(&mut self.rows, rows) };
+        let out = MatMut::from_row_major_slice_mut(&mut self.products, BLOCK, others);
+        let (left, right) = (view(block, columns), right.view());
+        faer::linalg::matmul::matmul(out, Accum::Replace, left, right.transpose(), 1.0, Par::Seq);
+        &mut self.products[..count * others]
+    }
+}
+
+/// A block that begins with `rows` and goes on with zeros.
+fn filled<'a>(block: &'a mut [f32], rows: &[f32]) -> &'a [f32] {
+    let (given, missing) = block.split_at_mut(rows.len());
+    given.copy_from_slice(rows);
+    missing.fill(0.0);
+    block
 }
 
 /// Squared Euclidean distance.
@@ -117,4 +149,27 @@ fn sum_of(left: &[f32], right: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
         low.iter_mut().zip(&*high).for_each(|(low, &high)| *low += high);
     }
     sums[0] + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_of_a_row_do_not_depend_on_its_company() {
+        for (columns, others) in [(384, 100), (61, 1000), (7, 3)] {
+            let value = |index: usize| ((index * 7919 + index * index % 613) % 1000) as f32 / 500.0 - 0.9987;
+            let rows: Vec<f32> = (0..BLOCK * columns).map(value).collect();
+            let right: Vec<f32> = (0..others * columns).map(|index| value(index + 17)).collect();
+            let right = Matrix::from_values(columns, right).expect("whole rows");
+            let mut products = BlockProducts::new(columns, others);
+            let mut bits =
+                |rows: &[f32]| -> Vec<u32> { products.of(rows, &right).iter().map(|x| x.to_bits()).collect() };
+            let together = bits(&rows);
+            for (from, to) in [(1, BLOCK), (0, 1), (5, 6), (3, 20), (BLOCK - 1, BLOCK)] {
+                let some = bits(&rows[from * columns..to * columns]);
+                assert!(some == together[from * others..to * others], "{columns} × {others}: {from}..{to}");
+            }
+        }
+    }
 }

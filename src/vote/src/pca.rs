@@ -6,7 +6,7 @@ use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::{Accum, Mat, MatRef, Par, Side};
 use rayon::prelude::*;
 
-use crate::matrix::{Matrix, dot_products, view};
+use crate::matrix::{self, BlockProducts, Matrix, view};
 
 /// Why there are no principal components.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -149,13 +149,15 @@ impl Pca {
     pub fn project(&self, rows: &Matrix) -> Matrix {
         let (input, output) = (self.input_columns(), self.output_columns());
         let mut projected = vec![0.0; rows.rows() * output];
-        projected.par_chunks_mut(BLOCK * output).zip(rows.values().par_chunks(BLOCK * input)).for_each(
-            |(projected, rows)| {
+        let blocks = rows.values().par_chunks(matrix::BLOCK * input);
+        projected.par_chunks_mut(matrix::BLOCK * output).zip(blocks).for_each_init(
+            || BlockProducts::new(input, output),
+            |products, (projected, rows)| {
                 let mut centred = rows.to_vec();
                 for row in centred.chunks_exact_mut(input) {
                     row.iter_mut().zip(&self.mean).for_each(|(value, mean)| *value -= mean);
                 }
-                dot_products(view(&centred, input), self.components.view(), projected);
+                projected.copy_from_slice(products.of(&centred, &self.components));
             },
         );
         Matrix::from_values(output, projected).unwrap_or_default()

@@ -141,7 +141,7 @@ fn kind(dtype: Dtype) -> Option<Kind> {
 }
 
 /// Names of the weight files of a folder, sorted.
-pub(super) fn weight_files(folder: &Path) -> Result<Vec<String>, LmError> {
+pub(crate) fn weight_files(folder: &Path) -> Result<Vec<String>, LmError> {
     if folder.join(SINGLE).is_file() {
         return Ok(vec![SINGLE.to_string()]);
     }

@@ -147,11 +147,11 @@ impl Bert {
         })
     }
 
-    /// Last hidden state, `[texts, length, width]`.
+    /// Last hidden state, `[tokens, width]`.
     pub(super) fn forward(&self, batch: &Batch) -> Result<Tensor, LmError> {
-        let (_, length) = batch.ids.size2()?;
         let words = Tensor::f_embedding(&self.words, &batch.ids, -1, false, false)?;
-        let mut hidden = self.norm.forward(&words.f_add(&self.positions.f_narrow(0, 0, length)?)?)?;
+        let positions = Tensor::f_embedding(&self.positions, &batch.positions, -1, false, false)?;
+        let mut hidden = self.norm.forward(&words.f_add(&positions)?)?;
         for layer in &self.layers {
             hidden = layer.forward(&hidden, self.heads, batch)?;
         }
@@ -161,12 +161,10 @@ impl Bert {
 
 impl Layer {
     fn forward(&self, hidden: &Tensor, heads: i64, batch: &Batch) -> Result<Tensor, LmError> {
-        let (texts, length, width) = hidden.size3()?;
-        let split = self.attention.forward(hidden)?.f_reshape([texts, length, 3, heads, width / heads])?;
-        let part = |index: i64| split.f_select(2, index)?.f_transpose(1, 2);
-        let (query, key, value) = (part(0)?, part(1)?, part(2)?);
-        let attended = ops::attend(&query, &key, &value, &batch.lengths, batch.blocked.as_ref())?;
-        let attended = attended.f_transpose(1, 2)?.f_reshape([texts, length, width])?;
+        let joint = self.attention.forward(hidden)?;
+        let attended = batch.attend(&joint, heads, |_, group, [query, key, value]| {
+            ops::attend(&query, &key, &value, &group.lengths, &group.blocked)
+        })?;
         let hidden = self.attention_norm.forward(&self.output.forward(&attended)?.f_add(hidden)?)?;
         let inner = self.up.forward(&hidden)?.f_gelu("none")?;
         self.norm.forward(&self.down.forward(&inner)?.f_add(&hidden)?)

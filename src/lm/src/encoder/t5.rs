@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use super::{Batch, size};
+use super::{Batch, Group, size};
 use crate::checkpoint::Weights;
 use crate::{LmError, device::Compute};
 
@@ -140,16 +140,13 @@ impl T5 {
         })
     }
 
-    /// Last hidden state, `[texts, length, width]`.
+    /// Last hidden state, `[tokens, width]`.
     pub(super) fn forward(&self, batch: &Batch) -> Result<Tensor, LmError> {
-        let (_, length) = batch.ids.size2()?;
-        let mut bias = self.bias(length)?;
-        if let Some(blocked) = &batch.blocked {
-            bias = bias.f_add(blocked)?;
-        }
+        let bias = |group: &Group| Ok(self.bias(group.length)?.f_add(&group.blocked)?);
+        let biases = batch.groups.iter().map(bias).collect::<Result<Vec<_>, LmError>>()?;
         let mut hidden = Tensor::f_embedding(&self.words, &batch.ids, -1, false, false)?;
         for layer in &self.layers {
-            hidden = layer.forward(&hidden, self.heads, &bias)?;
+            hidden = layer.forward(&hidden, self.heads, batch, &biases)?;
         }
         self.norm.forward(&hidden)
     }
@@ -181,15 +178,13 @@ fn bucket(distance: i64, buckets: i64, max_distance: i64) -> i64 {
 }
 
 impl Layer {
-    fn forward(&self, hidden: &Tensor, heads: i64, bias: &Tensor) -> Result<Tensor, LmError> {
-        let (texts, length, _) = hidden.size3()?;
-        let projected = self.attention_norm.forward(hidden)?.f_linear(&self.attention, None::<&Tensor>)?;
-        let split = projected.f_reshape([texts, length, 3, heads, -1])?;
-        let part = |index: i64| split.f_select(2, index)?.f_transpose(1, 2);
-        let (query, key, value) = (part(0)?, part(1)?, part(2)?);
-        let attended =
-            Tensor::f_scaled_dot_product_attention(&query, &key, &value, Some(bias), 0.0, false, 1.0, false)?;
-        let attended = attended.f_transpose(1, 2)?.f_reshape([texts, length, -1])?;
+    /// `biases` are what attention adds to the scores of each group.
+    fn forward(&self, hidden: &Tensor, heads: i64, batch: &Batch, biases: &[Tensor]) -> Result<Tensor, LmError> {
+        let joint = self.attention_norm.forward(hidden)?.f_linear(&self.attention, None::<&Tensor>)?;
+        let attended = batch.attend(&joint, heads, |index, _, [query, key, value]| {
+            let bias = Some(&biases[index]);
+            Ok(Tensor::f_scaled_dot_product_attention(&query, &key, &value, bias, 0.0, false, 1.0, false)?)
+        })?;
         let hidden = attended.f_linear(&self.output, None::<&Tensor>)?.f_add(hidden)?;
         let normed = self.norm.forward(&hidden)?;
         let mut inner = normed.f_linear(&self.up[0], None::<&Tensor>)?;

@@ -67,6 +67,34 @@ fn bf16_stays_close_to_f32() {
     }
 }
 
+/// One more record in a private table moves the places of others, and the batches that they are in; if it moved their
+/// vectors, too, it could move their votes.
+#[test]
+fn a_vector_does_not_depend_on_its_company() {
+    let texts: Vec<String> = (0..60)
+        .map(|text: usize| "some words, and more of them ".repeat(1 + text * 37 % 19)[text % 7..].into())
+        .collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    for (folder, kind) in [
+        (minilm(), Kind::Float),
+        (minilm(), Kind::BFloat16),
+        (golden_folder().join("t5-relu"), Kind::Float),
+        (golden_folder().join("t5-gated"), Kind::BFloat16),
+    ] {
+        let encoder = Encoder::load(&folder, Compute { kind, ..CPU }).unwrap();
+        let bits = |texts: &[&str], batch_tokens: usize| -> Vec<Vec<u32>> {
+            let vectors = encoder.embed(texts, batch_tokens).unwrap();
+            vectors.iter().map(|vector| vector.iter().map(|value| value.to_bits()).collect()).collect()
+        };
+        let together = bits(&texts, 4096);
+        assert!(together[1..] == bits(&texts[1..], 4096), "{folder:?}, {kind:?}: without the first");
+        assert!(together == bits(&texts, 300), "{folder:?}, {kind:?}: in smaller batches");
+        for text in [0, 7, 59] {
+            assert!(together[text..=text] == bits(&texts[text..=text], 4096), "{folder:?}, {kind:?}: {text} alone");
+        }
+    }
+}
+
 #[test]
 fn nothing_gives_nothing() {
     let encoder = Encoder::load(&golden_folder().join("t5-relu"), CPU).unwrap();
@@ -76,7 +104,8 @@ fn nothing_gives_nothing() {
 
 #[test]
 fn batches_are_by_length_and_bounded() {
-    assert_eq!(batches(&[3, 9, 3, 5, 1], 10), [vec![1], vec![3, 0], vec![2, 4]]);
+    // Padded, these are 8, 12, 16, 8 and 8.
+    assert_eq!(batches(&[3, 9, 13, 5, 1], 20), [vec![2], vec![1, 3], vec![0, 4]]);
     assert_eq!(batches(&[50], 10), [vec![0]]);
     assert!(batches(&[], 10).is_empty());
 }
@@ -112,6 +141,24 @@ fn the_digest_follows_the_content() {
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, text + "\n").unwrap();
     assert_ne!(first, digest(folder.path()));
+}
+
+#[test]
+fn the_digest_covers_weights_in_shards() {
+    let folder = copy();
+    let at = |name: &str| folder.path().join(name);
+    let body = std::fs::read(at("model.safetensors")).unwrap();
+    let names = safetensors::SafeTensors::deserialize(&body).unwrap();
+    let map: serde_json::Map<String, Value> =
+        names.names().into_iter().map(|n| (n.to_string(), "part-1.safetensors".into())).collect();
+    std::fs::write(at("model.safetensors.index.json"), serde_json::json!({ "weight_map": map }).to_string()).unwrap();
+    std::fs::rename(at("model.safetensors"), at("part-1.safetensors")).unwrap();
+    let digest = || Encoder::load(folder.path(), CPU).unwrap().digest().to_string();
+    let first = digest();
+    let mut other = body.clone();
+    *other.last_mut().unwrap() ^= 1;
+    std::fs::write(at("part-1.safetensors"), other).unwrap();
+    assert_ne!(first, digest());
 }
 
 #[test]
