@@ -185,7 +185,7 @@ fn a_rerun_after_the_tables_moved_on_is_equal_spends_nothing_and_changes_nothing
     // Without its raw input, the corpus cannot be made again, and what is not finished cannot be repeated.
     std::fs::rename(place.path("conversations.json"), place.path("elsewhere.json")).expect("an input");
     std::fs::remove_file(Path::new(&place.release(LAKE)).join(path("stages/vote.json"))).expect("a manifest");
-    let told = binaries::run(&mut doppel(&place, &["rerun", RUN, "--stage", "partition"]), 0).stdout;
+    let told = binaries::run(&mut doppel(&place, &["rerun", RUN, "--stage", "partition"]), 3).stdout;
     for part in ["nothing was repeated", "not repeated: vote: it did not end", "conversations.json cannot be read"] {
         assert!(told.contains(part), "expected {part:?} in:\n{told}");
     }

@@ -302,7 +302,7 @@ pub async fn preflight(invocations: &[Invocation<'_>]) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut corpora: BTreeMap<(String, &str), Vec<&Invocation>> = BTreeMap::new();
     for invocation in invocations {
-        if let (Some(root), Some(corpus)) = (invocation.root("private"), invocation.one("corpus")) {
+        if let (Some(root), Some(corpus)) = (invocation.given("private"), invocation.one("corpus")) {
             corpora.entry((root, corpus)).or_default().push(invocation);
         }
     }
@@ -325,7 +325,7 @@ async fn affordable(root: &str, corpus: &str, invocations: &[&Invocation<'_>]) -
     let reserved = |invocation: &Invocation| {
         ledger.entries.iter().any(|entry| match &entry.body {
             Body::Reserve { run, stage, .. } => {
-                Some(run.as_str()) == invocation.one("run") && stage == invocation.program
+                invocation.given("run").as_deref() == Some(run) && stage == invocation.program
             }
             _ => false,
         })

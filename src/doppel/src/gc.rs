@@ -89,7 +89,12 @@ pub async fn gc(args: GcArgs) -> Result<Summary, Failure> {
     };
     if !args.dry_run {
         // First of all the ids are closed, so that no stage begins anew on what is half removed.
-        for run in retained.dropped.iter().filter(|(_, on_record)| on_record.is_some()).map(|(run, _)| run) {
+        let kept = |run: &str| {
+            let plans = private.iter().map(|(_, plan)| plan).chain(release.iter().map(|(_, plan)| plan));
+            plans.flat_map(|plan| &plan.kept).any(|kept| kept.path == format!("runs/{run}/stages"))
+        };
+        // One whose manifests stay would be taken for done.
+        for (run, _) in retained.dropped.iter().filter(|(run, on_record)| on_record.is_some() || kept(run)) {
             close(&roots, run).await?;
         }
         if let Some((root, plan)) = &release {

@@ -43,8 +43,8 @@ pub async fn run(cli: Cli) -> Result<Summary, Failure> {
             })
             .await
         }
-        Command::Account(args) => exit::on_signal(async { account::account(&args) }).await,
-        Command::Plan(args) => exit::on_signal(async { plan::plan(&args) }).await,
+        Command::Account(args) => exit::on_signal(beside(move || account::account(&args))).await,
+        Command::Plan(args) => exit::on_signal(beside(move || plan::plan(&args))).await,
         Command::Compare(args) => exit::on_signal(compare::compare(args)).await,
         Command::Runs(args) => exit::on_signal(runs::list(args)).await,
         Command::Show(args) => exit::on_signal(runs::show(args)).await,
@@ -61,5 +61,13 @@ pub async fn run(cli: Cli) -> Result<Summary, Failure> {
         | Command::Vote(_)
         | Command::Query(_)
         | Command::Audit(_) => Err(Failure::Usage("a stage comes first: doppel STAGE …".to_owned())),
+    }
+}
+
+/// Computes on a thread of its own, so that signals are heard meanwhile.
+async fn beside(work: impl FnOnce() -> Result<Summary, Failure> + Send + 'static) -> Result<Summary, Failure> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Failure::Bug(error.to_string())),
     }
 }

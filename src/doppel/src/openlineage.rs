@@ -230,7 +230,8 @@ fn run_id(parts: &[&str]) -> String {
 async fn post(to: &str, events: &[String]) -> Result<(), Failure> {
     let url = endpoint(to)?;
     let client = reqwest::Client::builder().connect_timeout(Duration::from_secs(5)).timeout(Duration::from_secs(30));
-    let client = client.build().map_err(|_| {
+    // A redirected POST may become a GET without a body, and what that answers is not about the event.
+    let client = client.redirect(reqwest::redirect::Policy::none()).build().map_err(|_| {
         Failure::Usage("no TLS client can be set up\nhelp: are the system's certificates readable?".to_owned())
     })?;
     let key = std::env::var("OPENLINEAGE_API_KEY").ok().filter(|key| !key.is_empty());

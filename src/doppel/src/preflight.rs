@@ -185,12 +185,12 @@ impl<'a> Invocation<'a> {
         self.one(flag)?.parse().ok()
     }
 
-    /// The root of a zone: a flag, the job's environment, or that of this process.
-    pub fn root(&self, zone: &str) -> Option<String> {
-        let variable = format!("DOPPEL_{}", zone.to_uppercase());
+    /// The root of a zone, or the `run`: a flag, the job's environment, or that of this process.
+    pub fn given(&self, flag: &str) -> Option<String> {
+        let variable = format!("DOPPEL_{}", flag.to_uppercase());
         let declared = || self.job.env.iter().rev().find(|(name, _)| *name == variable).map(|(_, value)| value.clone());
-        let root = self.one(zone).map(str::to_owned).or_else(declared).or_else(|| std::env::var(&variable).ok());
-        root.filter(|root| !root.is_empty())
+        let given = self.one(flag).map(str::to_owned).or_else(declared).or_else(|| std::env::var(&variable).ok());
+        given.filter(|given| !given.is_empty())
     }
 }
 
@@ -208,7 +208,8 @@ async fn check_flags(plan: &Plan) -> Vec<Finding> {
         jobs.truncate(1);
         jobs.push(job);
     }
-    let ours = |job: &&Job| job.command.first().is_some_and(|program| base_name(program).starts_with("doppel"));
+    // Another program, whatever its name, would do its work and not judge its flags.
+    let ours = |job: &&Job| Invocation::new(job).is_some();
     let checks = chosen.into_values().flatten().filter(ours).map(flags_of);
     let at_once = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     futures::stream::iter(checks).buffered(at_once).filter_map(std::future::ready).collect().await
@@ -235,7 +236,7 @@ async fn flags_of(job: &Job) -> Option<Finding> {
 
 /// Roots are reachable and writable, lie apart, and have room.
 async fn check_roots(invocations: &[Invocation<'_>]) -> Vec<Finding> {
-    let roots = |zone: &str| -> BTreeSet<String> { invocations.iter().filter_map(|one| one.root(zone)).collect() };
+    let roots = |zone: &str| -> BTreeSet<String> { invocations.iter().filter_map(|one| one.given(zone)).collect() };
     let (privates, releases) = (roots("private"), roots("release"));
     let mut findings = Vec::new();
     for url in privates.iter().chain(&releases) {
@@ -391,8 +392,8 @@ mod tests {
         assert_eq!(invocation.one("model"), Some("m"));
         assert_eq!(invocation.one("no-dp"), Some(""));
         assert_eq!(invocation.number("steps"), Some(8.0));
-        assert_eq!(invocation.root("private").as_deref(), Some("p"));
-        assert_eq!(invocation.root("release").as_deref(), Some("r"));
+        assert_eq!(invocation.given("private").as_deref(), Some("p"));
+        assert_eq!(invocation.given("release").as_deref(), Some("r"));
     }
 
     #[test]

@@ -59,19 +59,24 @@ async fn again(starter: &Starter, recorded: Recorded, args: &RerunArgs) -> Resul
         scratch.remove(&starter.private).await?;
         return Ok(report.summary(None));
     }
-    let place = starter.private.url_of(&scratch.path);
-    let summary = report.summary(Some(&place));
+    let place = (!report.outcomes.is_empty()).then(|| starter.private.url_of(&scratch.path));
+    let summary = report.summary(place.as_deref());
     let data = match args.roots.format {
         Format::Text => format!("{}\n", summary.text),
         Format::Json => format!("{}\n", summary.json),
     };
     stage::print(data.as_bytes())?;
-    Err(Failure::Input(format!(
-        "run {}: the rerun is not equal to it\n\
-         help: what it wrote lies at {place} and must not be released, since with equal noise the difference tells \
-         something private; remove it when it was looked at",
-        recorded.run
-    )))
+    Err(Failure::Input(match place {
+        None => {
+            format!("run {}: nothing was repeated, which shows nothing\nhelp: see above what is missing", recorded.run)
+        }
+        Some(place) => format!(
+            "run {}: the rerun is not equal to it\n\
+             help: what it wrote lies at {place} and must not be released, since with equal noise the difference tells \
+             something private; remove it when it was looked at",
+            recorded.run
+        ),
+    }))
 }
 
 fn chosen<'a>(recorded: &'a Recorded, name: Option<&str>) -> Result<Vec<&'a Stage>, Failure> {
@@ -240,7 +245,7 @@ impl Report {
     }
 
     fn is_equal(&self) -> bool {
-        self.outcomes.iter().all(|outcome| outcome.verdict == Verdict::Equal)
+        !self.outcomes.is_empty() && self.outcomes.iter().all(|outcome| outcome.verdict == Verdict::Equal)
     }
 
     fn summary(&self, scratch: Option<&str>) -> Summary {
@@ -265,7 +270,7 @@ impl Report {
         let left_out = self.left_out.iter().map(|(stage, reason)| json!({ "stage": stage, "reason": reason }));
         let json = json!({
             "run": self.run,
-            "equal": unequal == 0,
+            "equal": self.is_equal(),
             "outputs": self.outcomes.iter().map(Outcome::json).collect::<Vec<_>>(),
             "not_repeated": left_out.collect::<Vec<_>>(),
             "other_versions": self.versions,

@@ -260,6 +260,27 @@ fn the_preflight_tells_all_it_finds_before_anything_starts() {
     assert!(!folder.path().join("started").exists());
 }
 
+/// A program of others may have a name like ours; the preflight must not do its work.
+#[test]
+fn a_program_of_others_runs_once() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let folder = TempDir::new().unwrap();
+    let program = folder.path().join("doppel-notify");
+    std::fs::write(&program, "#!/bin/sh\necho ran >> ran\n").unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let file = folder.path().join("w.yaml");
+    let text_of_file = format!(
+        "apiVersion: argoproj.io/v1alpha1\nkind: Workflow\nmetadata: {{name: t}}\nspec:\n  entrypoint: main\n  templates:\n  \
+         - name: main\n    container: {{image: none, command: ['{}']}}\n",
+        program.display()
+    );
+    std::fs::write(&file, text_of_file).unwrap();
+    let output = doppel().arg("run").arg(&file).current_dir(folder.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert_eq!(std::fs::read_to_string(folder.path().join("ran")).unwrap(), "ran\n");
+}
+
 #[test]
 fn budgets_are_set_shown_and_plotted() {
     let folder = TempDir::new().unwrap();

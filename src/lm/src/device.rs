@@ -104,11 +104,14 @@ pub(crate) fn free_cuda_memory() -> Option<usize> {
     (status == 0).then_some(free)
 }
 
-/// Bytes of memory in this machine; `None` where the system does not tell.
+/// Bytes of memory in this machine, or in its share that a container has; `None` where the system does not tell.
 pub(crate) fn physical_memory() -> Option<usize> {
     // SAFETY: both calls take a number and return one.
     let (pages, bytes) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
-    usize::try_from(pages).ok()?.checked_mul(usize::try_from(bytes).ok()?)
+    let whole = usize::try_from(pages).ok()?.checked_mul(usize::try_from(bytes).ok()?)?;
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse().ok();
+    let limit = number("/sys/fs/cgroup/memory.max").or_else(|| number("/sys/fs/cgroup/memory/memory.limit_in_bytes"));
+    Some(limit.map_or(whole, |limit: usize| limit.min(whole)))
 }
 
 /// Whether the CPU has instructions for bf16 products. Without them bf16 is slower than f32.

@@ -303,4 +303,6 @@ fn the_tables_of_all_runs_are_listed() {
     let release = release();
     let listed = succeeds(release.path(), &["--output", "csv", "SHOW TABLES"]);
     assert_eq!(listed, "run,name,version\ndemo,embeddings,1\ndemo,synthetic,2\n");
+    // All rows would not be the answer to this.
+    fails(release.path(), &["SHOW TABLES LIKE 'emb%'"], 2, &["SHOW TABLES"]);
 }
