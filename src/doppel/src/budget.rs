@@ -43,7 +43,8 @@ pub async fn show(args: BudgetShowArgs) -> Result<Summary, Failure> {
     };
     let mut statements = Vec::new();
     for corpus in &corpora {
-        statements.push(Statement::of(ledger::read(&root, corpus).await.map_err(failure)?)?);
+        let ledger = ledger::read(&root, corpus).await.map_err(failure)?;
+        statements.push(crate::beside(move || Statement::of(ledger)).await?);
     }
     if let (Some(file), Some(statement)) = (&args.plot, statements.first()) {
         statement.plot(file)?;

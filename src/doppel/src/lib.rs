@@ -65,7 +65,7 @@ pub async fn run(cli: Cli) -> Result<Summary, Failure> {
 }
 
 /// Computes on a thread of its own, so that signals are heard meanwhile.
-async fn beside(work: impl FnOnce() -> Result<Summary, Failure> + Send + 'static) -> Result<Summary, Failure> {
+async fn beside<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> + Send + 'static) -> Result<T, Failure> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => Err(Failure::Bug(error.to_string())),

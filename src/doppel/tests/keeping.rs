@@ -29,31 +29,32 @@ fn run(mut command: Command, exit_code: i32) -> (String, String) {
     (stdout, stderr)
 }
 
-#[tokio::main]
-async fn write_run(folder: &Path) {
-    let options = StorageOptions::default();
-    let private = PrivateRoot::open(&folder.join("private").display().to_string(), &options).await.unwrap();
-    let release = ReleaseRoot::open(&folder.join("release").display().to_string(), &options).await.unwrap();
-    let claim = |stage: &str| Claim {
-        run: "demo".into(),
+fn claim(run: &str, stage: &str, location: &str, version: Option<i64>) -> Claim {
+    let digest = Some("c0ffee".into());
+    Claim {
+        run: run.into(),
         stage: stage.into(),
         shard: None,
-        inputs: vec![Input {
-            name: "corpus".into(),
-            location: "corpora/chats".into(),
-            version: Some(1),
-            digest: Some("c0ffee".into()),
-        }],
+        inputs: vec![Input { name: "corpus".into(), location: location.into(), version, digest }],
         config: serde_json::json!({ "secret": "c0ffee" }),
         command: Vec::new(),
         seeds: vec![12_345],
         binary: format!("doppel-{stage} 0.1.0"),
         started: chrono::DateTime::UNIX_EPOCH,
-    };
+    }
+}
+
+/// `train` of the run `demo` has only begun.
+#[tokio::main]
+async fn write_run(folder: &Path) {
+    let options = StorageOptions::default();
+    let private = PrivateRoot::open(&folder.join("private").display().to_string(), &options).await.unwrap();
+    let release = ReleaseRoot::open(&folder.join("release").display().to_string(), &options).await.unwrap();
     let outputs = vec![Made { name: "embeddings".into(), path: "runs/demo/embeddings".into(), version: Some(77) }];
-    let Begin::Fresh(handle) = manifest::begin(&private, claim("embed-corpus")).await.unwrap() else { panic!() };
+    let claimed = claim("demo", "embed-corpus", "corpora/chats", Some(1));
+    let Begin::Fresh(handle) = manifest::begin(&private, claimed).await.unwrap() else { panic!() };
     handle.finish(outputs, serde_json::json!({ "rows": 54_321 })).await.unwrap();
-    manifest::begin(&release, claim("train")).await.unwrap();
+    manifest::begin(&release, claim("demo", "train", "corpora/chats", Some(1))).await.unwrap();
     release.put("runs/demo/adapter/adapter_config.json", "{}".into()).await.unwrap();
 }
 
@@ -129,8 +130,9 @@ fn lineage_goes_to_standard_output_without_what_is_private() {
     assert!(stderr.contains("`none`"), "{stderr}");
 }
 
-/// An HTTP server that answers each request with `status`, and hands on what came.
-fn server(status: &'static str) -> (String, Receiver<String>) {
+/// An HTTP server that answers each request with `status`, and hands on what came. The status may have headers behind it.
+fn server(status: impl Into<String>) -> (String, Receiver<String>) {
+    let status = status.into();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let (sender, receiver) = channel();
@@ -179,6 +181,45 @@ fn lineage_is_posted_event_by_event_with_the_key() {
         let event: serde_json::Value = serde_json::from_str(body).unwrap();
         assert!(event["run"]["runId"].is_string());
     }
+}
+
+#[test]
+fn a_redirect_is_not_followed_with_the_key() {
+    let folder = TempDir::new().unwrap();
+    write_run(folder.path());
+    let (elsewhere, requests) = server("200 OK");
+    let (url, _) = server(format!("307 Temporary Redirect\r\nlocation: {elsewhere}/api/v1/lineage"));
+    let mut command = doppel(folder.path(), &[&["openlineage", "--to", &url], &BOTH[..]].concat());
+    command.env("OPENLINEAGE_API_KEY", "a-secret-key");
+    let (_, stderr) = run(command, 2);
+    assert!(stderr.contains("answered 307") && stderr.contains("help:"), "{stderr}");
+    assert!(requests.try_recv().is_err(), "the other server was asked");
+}
+
+#[tokio::main]
+async fn begin(folder: &Path, claim: Claim) -> Result<(), String> {
+    let release = folder.join("release").display().to_string();
+    let release = ReleaseRoot::open(&release, &StorageOptions::default()).await.unwrap();
+    manifest::begin(&release, claim).await.map(drop).map_err(|error| error.to_string())
+}
+
+#[test]
+fn the_id_of_a_run_whose_manifests_stay_is_closed() {
+    let drop = [&["gc", "--min-age", "0s", "--drop", "demo"], &BOTH[..]].concat();
+    let train = || claim("demo", "train", "corpora/chats", Some(1));
+    let folder = TempDir::new().unwrap();
+    write_run(folder.path());
+    // Another run samples the adapter, so that what says where it came from must stay.
+    begin(folder.path(), claim("other", "synthesize", "runs/demo/adapter", None)).unwrap();
+    let (stdout, _) = run(doppel(folder.path(), &drop), 0);
+    assert!(stdout.contains("kept: release runs/demo/stages"), "{stdout}");
+    let refused = begin(folder.path(), train()).unwrap_err();
+    assert!(refused.contains("run demo was dropped"), "{refused}");
+    // Where nothing stays, the id is free again.
+    let folder = TempDir::new().unwrap();
+    write_run(folder.path());
+    run(doppel(folder.path(), &drop), 0);
+    begin(folder.path(), train()).unwrap();
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use futures::FutureExt;
@@ -18,7 +18,7 @@ use crate::store::Store;
 #[derive(Debug)]
 pub struct LocalFolder {
     path: PathBuf,
-    _temporary: Option<TempDir>,
+    _temporary: Option<TemporaryFolder>,
 }
 
 impl LocalFolder {
@@ -39,8 +39,7 @@ pub async fn fetch_folder(url: &str, options: &StorageOptions) -> Result<LocalFo
             Err(error) => Err(explain_io(&path.display().to_string(), &error)),
         };
     }
-    let temporary = tempfile::Builder::new().prefix("doppel-").tempdir();
-    let temporary = temporary.map_err(|error| explain_io("the temporary folder", &error))?;
+    let temporary = TemporaryFolder::new()?;
     let path = if store.download("", temporary.path()).await? > 0 {
         temporary.path().to_path_buf()
     } else {
@@ -49,6 +48,45 @@ pub async fn fetch_folder(url: &str, options: &StorageOptions) -> Result<LocalFo
         file
     };
     Ok(LocalFolder { path, _temporary: Some(temporary) })
+}
+
+/// A folder for copies on this machine, deleted when this is dropped or by [`delete_temporary_folders`].
+#[derive(Debug)]
+pub struct TemporaryFolder(TempDir);
+
+impl TemporaryFolder {
+    /// A new, empty one, where `TMPDIR` says.
+    pub fn new() -> Result<Self, LakeError> {
+        let folder = tempfile::Builder::new().prefix("doppel-").tempdir();
+        let folder = folder.map_err(|error| explain_io("the temporary folder", &error))?;
+        temporary_folders().push(folder.path().to_path_buf());
+        Ok(Self(folder))
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for TemporaryFolder {
+    fn drop(&mut self) {
+        temporary_folders().retain(|path| path != self.path());
+    }
+}
+
+/// Deletes what [`TemporaryFolder`]s there are: for a process that ends without dropping them. A copy of a model takes
+/// gigabytes of a disk that others share.
+pub fn delete_temporary_folders() {
+    for path in temporary_folders().drain(..) {
+        // A download that goes on meanwhile may add a file behind the first pass.
+        let _ = std::fs::remove_dir_all(&path).or_else(|_| std::fs::remove_dir_all(&path));
+    }
+}
+
+fn temporary_folders() -> MutexGuard<'static, Vec<PathBuf>> {
+    static FOLDERS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+    FOLDERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// An object as it was when it was found: one that is replaced meanwhile is an error, never a mixture.

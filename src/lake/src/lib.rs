@@ -30,7 +30,7 @@ pub mod table;
 pub use compact::Writers;
 pub use corpus::CorpusTerms;
 pub use error::explain;
-pub use fetch::{ByteStream, LocalFolder, fetch_folder, read_stream};
+pub use fetch::{ByteStream, LocalFolder, TemporaryFolder, delete_temporary_folders, fetch_folder, read_stream};
 pub use manifest::{Begin, Claim, Input, Manifest, Output, RunHandle};
 pub use overlay::Overlay;
 pub use private::Private;

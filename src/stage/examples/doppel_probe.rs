@@ -24,7 +24,7 @@ enum Behaviour {
     BeMisconfigured,
     Refuse,
     Panic,
-    /// Computes without ever awaiting.
+    /// Computes without ever awaiting, beside a copy of something.
     Spin,
     OpenRoots,
     PrintChildEnv,
@@ -54,6 +54,9 @@ async fn run(args: Args) -> Result<Summary, Failure> {
         Behaviour::Refuse => return Err(Failure::Budget("over budget".into())),
         Behaviour::Panic => panic!("PLANTED in a panic"),
         Behaviour::Spin => {
+            let copies = lake::TemporaryFolder::new()?;
+            std::fs::write(copies.path().join("copy"), "bytes")
+                .map_err(|error| Failure::Transient(error.to_string()))?;
             stage::print(b"spinning\n")?;
             loop {
                 std::thread::sleep(Duration::from_millis(10));

@@ -207,14 +207,18 @@ fn start(stage: &'static str, flags: &Flags) -> Result<Telemetry, Failure> {
 }
 
 /// Ends the process on SIGINT or SIGTERM, at once: storage is consistent after a kill at any point, and the work may
-/// be deep in a computation that awaits nothing. Exit code 128 + signal.
+/// be deep in a computation that awaits nothing. Copies on this machine are deleted. Exit code 128 + signal.
 async fn end_on_signal(telemetry: Arc<Telemetry>, mut interrupt: Signal, mut terminate: Signal) {
     let (name, code) = tokio::select! {
         _ = interrupt.recv() => ("SIGINT", 130),
         _ = terminate.recv() => ("SIGTERM", 143),
     };
     tracing::warn!(signal = name, exit_code = code, "stopped; the same command continues");
-    let _ = tokio::task::spawn_blocking(move || telemetry.flush(FLUSH_ON_SIGNAL)).await;
+    let last = move || {
+        telemetry.flush(FLUSH_ON_SIGNAL);
+        lake::delete_temporary_folders();
+    };
+    let _ = tokio::task::spawn_blocking(last).await;
     // SAFETY: `_exit` takes a number and does not return. `exit` would run destructors of libraries whose threads
     // still work.
     unsafe { libc::_exit(code) }

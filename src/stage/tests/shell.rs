@@ -130,13 +130,17 @@ fn a_closed_reader_is_no_failure() {
 #[test]
 fn a_signal_ends_even_work_that_never_awaits() {
     for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        let temporary = tempfile::tempdir().unwrap();
         let mut command = probe();
+        command.env("TMPDIR", temporary.path());
         command.args(["--run", "r1", "--behave", "spin"]).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut out = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
         out.read_line(&mut line).unwrap();
         assert_eq!(line, "spinning\n");
+        let copies = || std::fs::read_dir(temporary.path()).unwrap().count();
+        assert_eq!(copies(), 1);
         let asked = Instant::now();
         let sent = Command::new("kill").args(["-s", signal, &child.id().to_string()]).status().unwrap();
         assert!(sent.success());
@@ -146,6 +150,7 @@ fn a_signal_ends_even_work_that_never_awaits() {
         assert_eq!(status.code(), Some(code), "{text}");
         assert!(asked.elapsed() < Duration::from_secs(3), "{:?}", asked.elapsed());
         assert!(text.contains("the same command continues"), "{text}");
+        assert_eq!(copies(), 0, "copies stay behind");
     }
 }
 
@@ -250,17 +255,4 @@ fn an_unsupported_protocol_is_a_warning() {
     let output = command.env("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc").output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert!(stderr(&output).contains("OTLP protocol `grpc` is not supported"), "{}", stderr(&output));
-}
-
-#[test]
-fn starting_is_quick() {
-    run(&[]);
-    let best = (0..5).map(|_| {
-        let started = Instant::now();
-        run(&[]);
-        started.elapsed()
-    });
-    let best = best.min().unwrap();
-    // The target is 50 ms; a shared machine gets some slack.
-    assert!(best < Duration::from_millis(150), "{best:?}");
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use lake::manifest::{self, Begin, Claim, Input, Manifest};
-use lake::{AppTransaction, LakeError, LocalFolder, Output, ReleaseRoot, Table, Zone};
+use lake::{AppTransaction, LakeError, LocalFolder, Output, ReleaseRoot, Table, TemporaryFolder, Zone};
 use lm::LmError;
 use lm::adapter::Lora;
 use lm::checkpoint::Checkpoint;
@@ -16,7 +16,6 @@ use lm::tokenizer::Tokenizer;
 use serde_json::json;
 use stage::telemetry::{Fact, phase, tell};
 use stage::{Failure, Progress, Summary};
-use tempfile::TempDir;
 use tokio::sync::mpsc;
 
 use crate::args::{Args, Config};
@@ -66,7 +65,7 @@ struct Sources {
 }
 
 struct Adapter {
-    folder: TempDir,
+    folder: TemporaryFolder,
     path: String,
     digest: String,
 }
@@ -166,8 +165,7 @@ impl Adapter {
                 release.url_of(&path)
             ))
         };
-        let folder = tempfile::tempdir()
-            .map_err(|error| Failure::Transient(format!("the temporary folder: {error}\nhelp: is the disk full?")))?;
+        let folder = TemporaryFolder::new()?;
         match release.download(&path, folder.path()).await {
             Err(LakeError::NotFound(_)) => return Err(missing()),
             other => other?,
