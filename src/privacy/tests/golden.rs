@@ -85,3 +85,22 @@ fn laplace_inversion_agrees() {
         assert!(found.lower <= exact + 1e-5 && found.upper >= exact - 1e-5, "{found:?}, exact {exact}");
     }
 }
+
+/// Values from plain convolution, `tests/golden/exact.py`, and for many steps dp_accounting's to the digits that its own
+/// rounding leaves. The transform's rounding errors are some 1e-13, and here δ is not much above: finer grids make ours looser.
+#[test]
+fn rare_draws_are_not_drowned_by_rounding() {
+    let cases = [
+        (1e-4, 1.0, 1, 1e-12, 0.03165),
+        (1e-6, 0.5, 10, 1e-10, 0.02173),
+        (1e-6, 0.45, 100, 1e-11, 0.552),
+        (1e-6, 0.5, 10_000, 1e-10, 0.295),
+        (1e-5, 0.7, 10_000, 1e-10, 0.094),
+    ];
+    for (sampling_probability, noise_multiplier, steps, delta, exact) in cases {
+        let event = Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps };
+        let found = bounds(std::slice::from_ref(&event), delta).unwrap();
+        assert!(found.upper >= exact * 0.999 && found.upper < exact * 1.08, "{event:?}: {found:?}, exact {exact}");
+        assert!(found.lower <= exact * 1.001, "{event:?}: {found:?}, exact {exact}");
+    }
+}

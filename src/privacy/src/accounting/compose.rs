@@ -21,7 +21,14 @@ use super::math::{ceil, exp, expm1, floor, log, log1p, sqrt};
 /// Tilted probability that may lie outside the window.
 ///
 /// It need not be small: what is lost above counts by e^−λs, far above ε, and what wraps around lands far below it.
-const OUTSIDE: f64 = 1e-7;
+fn outside(side: Side) -> f64 {
+    match side {
+        Side::Upper => 1e-7,
+        // What may have wrapped around is taken from δ wherever it lies, and so must be less.
+        Side::Lower => 1e-13,
+    }
+}
+
 /// Longest transform.
 const MAX_WINDOW: f64 = (1u64 << 22) as f64;
 
@@ -164,7 +171,7 @@ impl Sum {
         *lambda = self.solve(*lambda, |lambda, c| lambda * c.mean - c.k - target);
         let mut tilt = *lambda;
         for attempt in 0..8 {
-            let tilted = self.tilted(tilt)?;
+            let tilted = self.tilted(tilt, side)?;
             if let Some(epsilon) = self.crossing(&tilted, target, side) {
                 return Some(epsilon.max(0.0));
             }
@@ -181,7 +188,7 @@ impl Sum {
     pub fn log_delta(&self, epsilon: f64, side: Side, lambda: &mut f64) -> Option<f64> {
         let at_rest = self.coarse_cumulants(0.0);
         *lambda = if at_rest.mean >= epsilon { 0.0 } else { self.solve(*lambda, |_, c| c.mean - epsilon) };
-        let tilted = self.tilted(*lambda)?;
+        let tilted = self.tilted(*lambda, side)?;
         Some(self.log_delta_at(&tilted, epsilon, side))
     }
 
@@ -232,9 +239,9 @@ impl Sum {
         sqrt(low * high)
     }
 
-    fn tilted(&self, lambda: f64) -> Option<Tilted> {
+    fn tilted(&self, lambda: f64, side: Side) -> Option<Tilted> {
         let centre = self.cumulants(lambda);
-        let (low, high) = self.window(lambda, &centre);
+        let (low, high) = self.window(lambda, &centre, outside(side));
         let start = floor(low / self.interval);
         let span = ceil(high / self.interval) - start + 2.0;
         if !(span.is_finite() && span < MAX_WINDOW && start.abs() < 9e15) {
@@ -250,9 +257,9 @@ impl Sum {
         Some(Tilted { lambda, k: centre.k, start, mass, error })
     }
 
-    /// Interval outside of which the tilted sum has probability at most [`OUTSIDE`] on either side.
-    fn window(&self, lambda: f64, centre: &Cumulants) -> (f64, f64) {
-        let depth = -log(OUTSIDE);
+    /// Interval outside of which the tilted sum has probability at most `outside` on either side.
+    fn window(&self, lambda: f64, centre: &Cumulants, outside: f64) -> (f64, f64) {
+        let depth = -log(outside);
         let scale = sqrt(2.0 * depth / centre.variance.max(self.interval * self.interval));
         // Chernoff: P(S > b) ≤ exp(K(λ+θ) − K(λ) − θb) for any θ > 0, and from below for any θ < 0. The best θ is chosen
         // on coarse distributions; the bound that it gives is then exact.
@@ -315,7 +322,7 @@ impl Sum {
         }
         // Mass that wrapped around may have raised δ by this much, anywhere above the cell's lower end.
         let loss = upper.loss - self.interval;
-        let level = 1.0 + 4.0 * OUTSIDE * exp((tilted.k - tilted.lambda * loss + target).min(700.0));
+        let level = 1.0 + 4.0 * outside(side) * exp((tilted.k - tilted.lambda * loss + target).min(700.0));
         let lower = self.descend(tilted, target, side, |tail, _, _| tail > level)?;
         Some(lower.crossing(self.interval, level))
     }
@@ -333,7 +340,7 @@ impl Sum {
             None => return if epsilon < tilted.start as f64 * self.interval { 0.0 } else { log(self.infinity) },
         };
         let delta = if side == Side::Lower {
-            (delta - 2.0 * OUTSIDE * exp(scale - tilted.lambda * epsilon + tilted.k)).max(0.0)
+            (delta - 2.0 * outside(side) * exp(scale - tilted.lambda * epsilon + tilted.k)).max(0.0)
         } else {
             delta
         };
@@ -354,7 +361,7 @@ impl Sum {
         };
         let top = loss(tilted.mass.len());
         let mut tail = match side {
-            Side::Upper => self.infinity * exp(scale.min(700.0)) + OUTSIDE * untilt(top),
+            Side::Upper => self.infinity * exp(scale.min(700.0)) + outside(side) * untilt(top),
             Side::Lower => 0.0,
         };
         let mut weight = 0.0;

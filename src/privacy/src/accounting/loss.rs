@@ -239,6 +239,10 @@ impl Cells {
     /// The output at which the group that begins at `from` has P/Q = e^(grid point j); `None` if there is none.
     fn group_end(&self, from: &Edge, j: usize) -> Option<Edge> {
         let ratio = expm1((self.start + j as i64) as f64 * self.interval);
+        // P/Q grows with the output, so from the very lowest up it only reaches 1 over all outputs.
+        if from.x == f64::NEG_INFINITY && ratio >= 0.0 {
+            return None;
+        }
         let excess = |to: &Edge| {
             let (zero, more) = self.between(from, to);
             more - ratio * zero

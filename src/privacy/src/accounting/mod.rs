@@ -2,8 +2,10 @@
 //!
 //! Adjacency is add-or-remove-one-unit: every answer is the worse of the two sides. Answers are upper bounds by
 //! construction: losses are rounded up on a grid ([`loss`]), summed by FFT with every error bounded and added
-//! ([`compose`]). The grid is refined until the answer no longer changes; [`bounds`] also gives a lower bound, from the
-//! same machinery with every rounding the other way, so the distance of the two is the error of both.
+//! ([`compose`]). The grid is refined until the answer no longer changes, or until the bounds of rounding errors, which
+//! grow with the grid, outweigh what it gains: with sampling probabilities below some 1e-5 and δ below some 1e-9 that may
+//! cost a part of a small ε. [`bounds`] also gives a lower bound, from the same machinery with every rounding the other
+//! way, so the distance of the two is the error of both.
 //!
 //! - Gaussian events, and sampled ones with probability 1, are merged into a single Gaussian: precisions 1/σ² add up.
 //!   Alone it is accounted in closed form (Balle & Wang 2018).
@@ -217,23 +219,23 @@ impl Composition {
         // Tails must be far below δ; RDP says where that is, to a few orders of magnitude.
         let guess = (rdp::log_delta(events, epsilon) - 25.0).exp().max(1e-280);
         let mut lambdas = [1.0; 2];
-        let mut log_delta = |interval: f64| {
+        let log_delta = |interval: f64| {
             let [remove, add] = self.sums(guess, interval, Side::Upper)?;
             let [first, second] = &mut lambdas;
             let remove = remove.log_delta(epsilon, Side::Upper, first)?;
             let add = add.log_delta(epsilon, Side::Upper, second)?;
             Some(remove.max(add))
         };
-        // −log δ moves like an ε, so the same stopping rule serves; it grows as the grid gets finer.
-        let (log_delta, _) = self.refine(guess, |interval| log_delta(interval).map(|x| -x))?;
-        Ok((-log_delta).exp().min(1.0))
+        // log δ moves like an ε, so the same stopping rule serves.
+        Ok(self.refine(guess, log_delta)?.0.exp().min(1.0))
     }
 
-    /// Halves the interval, or more, until the answer stands still.
+    /// Halves the interval, or more, until the answer stands still. Every answer is an upper bound: the least is the best.
     fn refine(&self, delta: f64, mut answer: impl FnMut(f64) -> Option<f64>) -> Result<(f64, f64), AccountingError> {
         let mut interval = self.first_interval(delta);
-        let mut last: Option<(f64, f64)> = None;
+        let mut best: Option<(f64, f64)> = None;
         let mut error = f64::INFINITY;
+        let mut finest_factor = 1.0 / 16.0;
         for _ in 0..MAX_REFINEMENTS {
             let Some(found) = answer(interval).filter(|found| found.is_finite()) else { break };
             if found == 0.0 {
@@ -241,25 +243,34 @@ impl Composition {
             }
             let tolerance = TOLERANCE * found.abs() + 1e-7;
             let mut factor: f64 = 0.25;
-            if let Some((before, coarser)) = last {
+            if let Some((least, coarser)) = best {
                 let ratio = coarser / interval;
                 // The error is of second order in the interval once that is small; taken as 1.5 to be careful.
-                error = (before - found).abs() / (ratio.powf(1.5) - 1.0);
+                error = (least - found).abs() / (ratio.powf(1.5) - 1.0);
                 if error <= tolerance {
                     return Ok((found, interval));
                 }
-                factor = (tolerance / error).sqrt().clamp(1.0 / 16.0, 0.5);
+                if found > least {
+                    // Rounding errors have the upper hand; grids that were passed over may still be better.
+                    if ratio <= 2.0 {
+                        return Ok((least, coarser));
+                    }
+                    finest_factor = 0.5;
+                    interval = 0.5 * coarser;
+                    continue;
+                }
+                factor = (tolerance / error).sqrt().clamp(finest_factor, 0.5);
             }
-            last = Some((found, interval));
-            // An ε below the tolerance's absolute part is small enough to be anything below it.
-            if found <= 1e-7 {
+            best = Some((found, interval));
+            // An answer below the tolerance's absolute part is small enough to be anything below it.
+            if found.abs() <= 1e-7 {
                 error = 0.0;
                 break;
             }
             interval *= factor;
         }
         // A finer grid would not fit; what there is holds, if more loosely.
-        last.filter(|(found, _)| error <= 0.01 * found.abs() + 1e-3).ok_or_else(|| {
+        best.filter(|(found, _)| error <= 0.01 * found.abs() + 1e-3).ok_or_else(|| {
             AccountingError(
                 "ε of this composition cannot be computed to within a per cent: its losses span too many \
                  magnitudes, or there are too many steps\nhelp: raise the noise multiplier"

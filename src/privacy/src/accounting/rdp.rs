@@ -93,8 +93,14 @@ fn sampled_gaussian(q: f64, sigma: f64, order: f64) -> f64 {
     if q == 1.0 {
         return order / (2.0 * sigma * sigma);
     }
-    let log_a = if order.fract() == 0.0 { log_a_sum(q, sigma, order) } else { log_a_integral(q, sigma, order) };
-    (log_a / (order - 1.0)).max(0.0)
+    if order.fract() == 0.0 {
+        return log_a_sum(q, sigma, order) / (order - 1.0);
+    }
+    match log_a_integral(q, sigma, order) {
+        // The quadrature's rounding errors are some 1e-15: so near to 0, the next integer order bounds this one.
+        log_a if log_a < 1e-11 => sampled_gaussian(q, sigma, ceil(order)),
+        log_a => log_a / (order - 1.0),
+    }
 }
 
 /// `log Σ_k binom(α,k) (1−q)^(α−k) q^k exp((k²−k)/2σ²)`, for integer α.
@@ -188,6 +194,18 @@ mod tests {
             let rdp = sampled_gaussian(0.02, 1.1, order);
             assert!(rdp >= last - 1e-12 && rdp >= sampled_gaussian(0.02, 1.2, order), "{order}");
             last = rdp;
+        }
+    }
+
+    #[test]
+    fn rdp_is_never_rounded_to_nothing() {
+        // To first order A − 1 = ½ α (α − 1) q² (e^(1/σ²) − 1).
+        for (q, sigma) in [(1e-6, 7.0), (1e-7, 1.0), (1e-7, 2.0), (1e-9, 0.9)] {
+            for order in [1.05, 1.5, 2.0, 2.3, 3.7] {
+                let expected = 0.5 * order * q * q * expm1(1.0 / (sigma * sigma));
+                let found = sampled_gaussian(q, sigma, order);
+                assert!(found >= expected * 0.999 && found < expected * 3.0, "{q} {sigma} {order}: {found:e}");
+            }
         }
     }
 

@@ -88,6 +88,22 @@ fn calibrated_noise_never_exceeds_the_target() {
 }
 
 #[test]
+fn rounding_errors_are_not_calibrated_away_by_noise() {
+    // Once, answers that could not be computed counted as too large, and more noise than needed came out.
+    let events = |noise_multiplier| vec![sampled(1e-6, noise_multiplier, 100)];
+    let noise_multiplier = calibrate(events, 2.0, 1e-11).unwrap();
+    assert!(noise_multiplier < 0.41, "{noise_multiplier}");
+}
+
+#[test]
+fn the_lower_bound_holds_on_grids_coarser_than_a_sampling_probability() {
+    for (event, delta) in [(sampled(0.01, 0.5, 1), 1e-8), (sampled(0.01, 1.0, 1), 1e-12), (sampled(0.01, 0.5, 10), 1e-8)] {
+        let found = bounds(std::slice::from_ref(&event), delta).unwrap();
+        assert!(found.lower > 0.99 * found.upper, "{event:?}: {found:?}");
+    }
+}
+
+#[test]
 fn nothing_spent_costs_nothing() {
     assert_eq!(epsilon(&[], 1e-6).unwrap(), Epsilon { pld: 0.0, rdp: 0.0 });
     assert_eq!(delta(&[], 0.0).unwrap(), 0.0);
