@@ -59,14 +59,21 @@ pub fn copy(from: &Path, to: &Path) {
 /// Credentials come from the environment, so this belongs in a process of its own.
 pub async fn transfer(from: &str, to: &str) {
     let options = StorageOptions::default();
+    let remote = if from.contains("://") { from } else { to };
+    match ReleaseRoot::open(remote, &options).await {
+        Ok(root) => between(&root, from, to).await,
+        // It is marked as the other zone.
+        Err(_) => between(&PrivateRoot::open(remote, &options).await.expect("a root"), from, to).await,
+    }
+}
+
+async fn between<Z: Zone>(root: &Z, from: &str, to: &str) {
     if from.contains("://") {
-        let root = PrivateRoot::open(from, &options).await.expect("a root");
         if !root.list("").await.expect("a listing").is_empty() {
             root.download("", Path::new(to)).await.expect("a download");
         }
         return;
     }
-    let root = PrivateRoot::open(to, &options).await.expect("a root");
     for file in files(Path::new(from)) {
         let path = file.strip_prefix(from).expect("it lies in the folder").to_str().expect("a plain name");
         root.upload(&file, path).await.expect("an upload");

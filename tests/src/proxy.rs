@@ -28,6 +28,8 @@ pub enum Fault {
     FalseConflict(u16),
     /// 403 with the code `RequestTimeTooSkewed`; the server never sees the request.
     TooSkewed,
+    /// 400 with the code `RequestTimeout`, as S3 answers who sends too slowly; the server never sees the request.
+    TooSlow,
     /// The answer is dated that many days off.
     OtherDate,
 }
@@ -145,6 +147,7 @@ impl Proxy {
             None => client.write_all(&request.ask(server)?)?,
             Some(Fault::SlowDown) => client.write_all(&refusal(503, "SlowDown"))?,
             Some(Fault::TooSkewed) => client.write_all(&refusal(403, "RequestTimeTooSkewed"))?,
+            Some(Fault::TooSlow) => client.write_all(&refusal(400, "RequestTimeout"))?,
             Some(Fault::Conflict(status)) => client.write_all(&conflict(status))?,
             Some(Fault::FalseConflict(status)) => {
                 request.ask(server)?;

@@ -95,6 +95,7 @@ fn stages_end_well_when_a_fault_ends_in_time() {
         (Fault::Conflict(412), bursts(2, 3)),
         (Fault::FalseConflict(412), When::From(0)),
         (Fault::TooSkewed, bursts(2, 40)),
+        (Fault::TooSlow, bursts(2, 40)),
         (Fault::OtherDate, When::From(0)),
     ];
     in_lakes_of_their_own(&server, &place, &expected, "bad", &faults, |lake, proxy, (fault, when), _| {

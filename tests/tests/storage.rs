@@ -174,13 +174,10 @@ fn an_endpoint_that_nobody_listens_at_ends_at_the_deadline() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "started by an_endpoint_that_nobody_listens_at_ends_at_the_deadline"]
 async fn child_unreachable() {
-    let root = PrivateRoot::open(&variable("TEST_ROOT"), &options(2)).await.unwrap();
-    let begin = Instant::now();
-    for found in [
-        root.get("a").await.map(drop),
-        root.put_if_absent("a", "b".into()).await.map(drop),
-        root.table("t").pin().await.map(drop),
-    ] {
+    let (root, begin) = (variable("TEST_ROOT"), Instant::now());
+    let (private, release) = (PrivateRoot::open(&root, &options(2)).await, ReleaseRoot::open(&root, &options(2)).await);
+    // Which zone it is cannot be told, so that neither is opened.
+    for found in [private.map(drop), release.map(drop)] {
         eprintln!("{found:?}");
         assert!(
             matches!(&found, Err(LakeError::Transient(text)) if text.contains("s3://doppel-private/lake")),

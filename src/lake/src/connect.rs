@@ -6,9 +6,9 @@ use std::time::Duration;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
-use object_store::local::LocalFileSystem;
 use object_store::{BackoffConfig, ClientConfigKey, ObjectStore, RetryConfig};
 
+use crate::durable::Durable;
 use crate::error::{LakeError, explain};
 use crate::location::{Location, StoreKind};
 use crate::profile;
@@ -19,7 +19,7 @@ pub(crate) fn request_timeout(deadline: Duration) -> Duration {
     (deadline / 3).clamp(Duration::from_secs(1), Duration::from_secs(30))
 }
 
-/// A client for the store of `location`; without `retry`, each request is tried once.
+/// A client for the store of `location`; without `retry`, each request is tried once, and may take all of the time.
 pub(crate) fn connect(
     location: &Location,
     options: &StorageOptions,
@@ -32,11 +32,12 @@ pub(crate) fn connect(
         max_retries: if retry { usize::MAX } else { 0 },
         retry_timeout: options.timeout,
     };
-    let request = format!("{} ms", request_timeout(options.timeout).as_millis());
+    let request = if retry { request_timeout(options.timeout) } else { options.timeout };
+    let request = format!("{} ms", request.as_millis());
     let connect = format!("{} ms", request_timeout(options.timeout).min(Duration::from_secs(5)).as_millis());
     let clock = [(ClientConfigKey::Timeout, request), (ClientConfigKey::ConnectTimeout, connect)];
     let store: Arc<dyn ObjectStore> = match &location.store {
-        StoreKind::Local => Arc::new(LocalFileSystem::new()),
+        StoreKind::Local => Arc::new(Durable::default()),
         StoreKind::S3 { bucket } => {
             let mut builder = s3(location)?.with_bucket_name(bucket).with_retry(retries);
             for (key, value) in clock {

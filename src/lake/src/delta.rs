@@ -6,6 +6,7 @@
 use deltalake::DeltaTableError;
 use deltalake::kernel::transaction::TransactionError;
 use futures::TryStreamExt;
+use url::Url;
 
 use crate::error::{LakeError, explain as explain_store, text};
 use crate::store::Store;
@@ -99,6 +100,35 @@ pub(crate) async fn diagnose(store: &Store, path: &str, version: Option<u64>, er
     }
 }
 
+/// Refuses an empty commit behind version `known` and up to `until`: the kernel takes it for one that changes nothing,
+/// and the rows that it added would be missing.
+pub(crate) async fn refuse_empty_commits(
+    store: &Store,
+    path: &str,
+    known: Option<i64>,
+    until: i64,
+) -> Result<(), LakeError> {
+    let log = format!("{path}/_delta_log");
+    let after = known.map(|known| format!("{log}/{known:020}.json"));
+    let objects = store.list_behind(&log, after.as_deref()).await?;
+    let empty = objects.iter().filter(|object| object.size == 0).find_map(|object| {
+        let name = object.path.rsplit('/').next()?;
+        let commit: i64 = name.strip_suffix(".json")?.parse().ok()?;
+        (commit <= until).then_some((commit, name))
+    });
+    match empty {
+        Some((commit, name)) => Err(empty_commit(&store.url_of(path), commit, name)),
+        None => Ok(()),
+    }
+}
+
+fn empty_commit(url: &Url, commit: impl std::fmt::Display, name: &str) -> LakeError {
+    LakeError::Malformed(format!(
+        "{url}: commit {commit} is empty (_delta_log/{name})\n\
+         help: restore it from a backup or an older version of the object, or write the table again"
+    ))
+}
+
 async fn find_fault(store: &Store, path: &str, version: Option<u64>) -> Result<Option<LakeError>, LakeError> {
     let log = format!("{path}/_delta_log");
     let names = store.list(&log).await?;
@@ -129,6 +159,9 @@ async fn find_fault(store: &Store, path: &str, version: Option<u64>) -> Result<O
             ))));
         }
         let body = read(store, &format!("{log}/{name}")).await?;
+        if body.is_empty() {
+            return Ok(Some(empty_commit(&url, commit, &name)));
+        }
         let mut lines = body.split(|&byte| byte == b'\n').enumerate();
         let broken = |line: &[u8]| !line.is_empty() && serde_json::from_slice::<serde::de::IgnoredAny>(line).is_err();
         if let Some((line, _)) = lines.find(|(_, line)| broken(line)) {

@@ -94,22 +94,47 @@ fn by_cause(url: &str, error: &object_store::Error) -> LakeError {
         return found;
     }
     let text = text(error);
+    let code = s3_code(&text);
+    let told = code.map(|code| format!(" ({code})")).unwrap_or_default();
+    let passing = |status: u16| {
+        LakeError::Transient(format!("{url}: the store answered {status}{told} until the deadline\nhelp: run again"))
+    };
     match status(&text) {
         Some(401 | 403) => forbidden(url, error),
-        Some(status @ (..=399 | 408 | 409 | 429 | 500..)) => LakeError::Transient(format!(
-            "{url}: the store answered {status}{} until the deadline\nhelp: run again",
-            s3_code(&text).map(|code| format!(" ({code})")).unwrap_or_default()
-        )),
-        Some(status) => LakeError::Usage(format!(
-            "{url}: the store refused the request with {status}{}",
-            s3_code(&text).map(|code| format!(" ({code})")).unwrap_or_default()
-        )),
+        Some(301 | 307) => elsewhere(url),
+        Some(416) => cut_short(url),
+        Some(status @ (..=399 | 408 | 409 | 429 | 500..)) => passing(status),
+        Some(status) if code.is_some_and(passes) => passing(status),
+        Some(status) => LakeError::Usage(format!("{url}: the store refused the request with {status}{told}")),
         None => without_answer(url, error, &without_names(&text)),
     }
 }
 
+/// Whether the S3 error `code` tells of a bad moment, with whatever status: S3 sends some with 400.
+fn passes(code: &str) -> bool {
+    matches!(code, "RequestTimeout" | "IncompleteBody" | "SlowDown" | "InternalError" | "ServiceUnavailable")
+}
+
+fn elsewhere(url: &str) -> LakeError {
+    LakeError::Usage(format!("{url}: the bucket is in another region\nhelp: set AWS_REGION, or region in the profile"))
+}
+
+/// The error of a range that goes beyond the end: ranges are asked for by the size that is on record.
+fn cut_short(url: &str) -> LakeError {
+    LakeError::Malformed(format!(
+        "{url}: shorter than the log says; it is damaged or cut short\n\
+         help: restore the file, or write the table again"
+    ))
+}
+
 /// The error of a request that got no answer, by the words of `text`.
 fn without_answer(url: &str, error: &object_store::Error, text: &str) -> LakeError {
+    if text.contains("Wanted range starting at") || text.contains("Out of range of file") {
+        return cut_short(url);
+    }
+    if text.contains("Received redirect without LOCATION") {
+        return elsewhere(url);
+    }
     if text.contains("scheme is not allowed") {
         return LakeError::Usage(format!(
             "{url}: the endpoint is plain http://\n\
@@ -159,6 +184,9 @@ fn by_io_kind(url: &str, kind: ErrorKind) -> Option<LakeError> {
         }
         ErrorKind::NotADirectory | ErrorKind::IsADirectory => LakeError::Usage(format!(
             "{url}: a file stands where a folder is needed, or the other way round\nhelp: choose another root"
+        )),
+        ErrorKind::InvalidFilename => LakeError::Usage(format!(
+            "{url}: the name is longer than the file system takes\nhelp: choose a shorter --run, or another root"
         )),
         _ => return None,
     })
@@ -210,7 +238,8 @@ pub(crate) fn text(error: &(dyn Error + 'static)) -> String {
     chain(error).map(|cause| cause.to_string()).collect::<Vec<_>>().join(" | ")
 }
 
-fn status(text: &str) -> Option<u16> {
+/// The status of an answer, in the text of its error.
+pub(crate) fn status(text: &str) -> Option<u16> {
     let at = text.find("status code: ")? + "status code: ".len();
     text.get(at..at + 3)?.parse().ok()
 }
@@ -264,10 +293,27 @@ mod tests {
     fn errors_are_sorted_by_remedy() {
         check("Server returned non-2xx status code: 503: <Code>SlowDown</Code>", "Transient");
         check("Server returned non-2xx status code: 400: AKIA", "Usage");
+        for code in ["RequestTimeout", "IncompleteBody", "SlowDown", "InternalError", "ServiceUnavailable"] {
+            let body =
+                format!("Server returned non-2xx status code: 400 Bad Request: <Error><Code>{code}</Code></Error>");
+            check(&body, &format!("Transient(\"s3://lake/a: the store answered 400 ({code})"));
+        }
+        check("Server returned non-2xx status code: 400: <Code>InvalidDigest</Code>", "Usage");
+        check("Server returned non-2xx status code: 416: <Code>InvalidRange</Code>", "Malformed");
+        check("Wanted range starting at 9, but object was only 4 bytes long", "Malformed");
         check("URL scheme is not allowed", "Usage");
         check("received corrupt message of type InvalidContentType", "Usage");
         check("operation timed out", "Transient(\"s3://lake/a: no answer in time");
         check("invalid peer certificate: UnknownIssuer", "Usage");
+    }
+
+    #[test]
+    fn another_region_is_told_by_the_way_out() {
+        let bare = "Error performing GET http://host/lake/a in 3ms - Received redirect without LOCATION, this normally \
+                    indicates an incorrectly configured region";
+        for answer in [bare, "Server returned non-2xx status code: 301 Moved Permanently: ", "status code: 307: "] {
+            check(answer, "Usage(\"s3://lake/a: the bucket is in another region\\nhelp: set AWS_REGION");
+        }
     }
 
     #[test]
@@ -286,5 +332,6 @@ mod tests {
         };
         assert!(explain("a", &error(ErrorKind::StorageFull)).to_string().contains("full"));
         assert!(matches!(explain("a", &error(ErrorKind::ReadOnlyFilesystem)), LakeError::Forbidden(_)));
+        assert!(matches!(explain("a", &error(ErrorKind::InvalidFilename)), LakeError::Usage(_)));
     }
 }

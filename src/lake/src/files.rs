@@ -8,14 +8,28 @@ use crate::delta;
 use crate::error::LakeError;
 use crate::table::AppTransaction;
 
+/// Bytes that a transaction id may take of a file's name: most file systems take 255 in all, of which chunk, ending, two
+/// random parts and the number of an unfinished write need some.
+const LONGEST: usize = 200;
+
 /// `<transaction id>-<chunk>-<random>.parquet`: sorts by shard and chunk; the random part keeps a second writer of the
 /// same chunk from replacing a file that is committed already.
 pub(crate) fn file_name(transaction: &AppTransaction) -> String {
+    let mut id = padded(&transaction.id);
+    if id.len() > LONGEST {
+        // All files of a table have the run in common, so that its numbers order nothing.
+        let (run, rest) = transaction.id.split_at(transaction.id.find('/').unwrap_or(0));
+        id = format!("{run}{}", padded(rest));
+    }
+    format!("{}-{:08}-{}.parquet", id.trim_start_matches(['.', '_']), transaction.version, random_part())
+}
+
+/// `text` in plain characters, its numbers padded, so that shard 10 follows shard 9.
+fn padded(text: &str) -> String {
     let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '.' };
-    // Numbers in the id are padded, so that shard 10 follows shard 9.
     let mut id = String::new();
     let mut digits = String::new();
-    for c in transaction.id.chars().map(plain).chain(['\0']) {
+    for c in text.chars().map(plain).chain(['\0']) {
         if c.is_ascii_digit() {
             digits.push(c);
             continue;
@@ -28,7 +42,7 @@ pub(crate) fn file_name(transaction: &AppTransaction) -> String {
             id.push(c);
         }
     }
-    format!("{}-{:08}-{}.parquet", id.trim_start_matches(['.', '_']), transaction.version, random_part())
+    id
 }
 
 /// What the files of one writer, the shard of a stage, have in common: their names without chunk and random part.
@@ -95,6 +109,15 @@ mod tests {
         assert!(name("demo/synthesize/9-of-16", 9) < name("demo/synthesize/9-of-16", 10));
         assert!(!name("_demo/ü", 0).contains(['/', 'ü']));
         assert!(!name("_demo", 0).starts_with('_'));
+    }
+
+    #[test]
+    fn the_longest_run_id_makes_a_name_that_file_systems_take() {
+        let run = "1a".repeat(50);
+        let name =
+            |shard: &str, version| file_name(&AppTransaction { id: format!("{run}/synthesize/{shard}"), version });
+        assert!(merged_name(&name("100-of-128", 3)).len() + "#12".len() <= 255);
+        assert!(name("9-of-16", 3) < name("10-of-16", 0));
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod compare;
 mod connect;
 pub mod corpus;
 mod delta;
+mod durable;
 mod error;
 mod fetch;
 mod files;
@@ -35,6 +36,7 @@ pub use manifest::{Begin, Claim, Input, Manifest, Output, RunHandle};
 pub use overlay::Overlay;
 pub use private::Private;
 pub use root::{
-    LakeError, Pins, PrivateRoot, ReleaseRoot, StorageOptions, Zone, canonical_url, check_disjoint, open_url,
+    LakeError, Pins, PrivateRoot, ReleaseRoot, StorageOptions, Zone, canonical_url, check_disjoint,
+    check_disjoint_urls, open_url,
 };
 pub use table::{AppTransaction, Table, Uploaded};

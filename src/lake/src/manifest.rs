@@ -54,11 +54,11 @@ pub struct Claim {
     pub config: serde_json::Value,
     /// Seeds of public randomness.
     pub seeds: Vec<u64>,
-    /// Binary name, version and commit.
+    /// Binary name, version and commit: in a manifest those of the attempt that wrote it, else of the first.
     pub binary: String,
     /// When the first attempt began.
     pub started: DateTime<Utc>,
-    /// The flags that the stage was started with, as far as they say what to do rather than where or how to tell it.
+    /// The flags that this attempt was started with, as far as they say what to do rather than where or how to tell it.
     /// Places on the machine are reduced to their names. Empty in claims of versions that did not write it down; not
     /// among what is compared, since `config` says what follows from it.
     #[serde(default)]
@@ -100,7 +100,7 @@ pub enum Begin<Z: Zone> {
 /// An open stage of a run.
 #[derive(Debug)]
 pub struct RunHandle<Z: Zone> {
-    /// The effective claim, with the pins to read.
+    /// The effective claim, with the pins to read and with what runs now.
     pub claim: Claim,
     zone: Z,
 }
@@ -110,28 +110,35 @@ pub(crate) const DROPPED: &str = "dropped.json";
 
 /// Closes `run` for good: no stage begins under its id again.
 ///
-/// For a run that the ledger names: its reservation stands and its noise is keyed by its content, so a stage that ran
-/// once more would publish a second result under equal noise wherever its numbers came out otherwise.
+/// A run id never means two things. Where the ledger names the run, its reservation stands and its noise is keyed by its
+/// content, so a stage that ran once more would publish a second result under equal noise wherever its numbers came out
+/// otherwise.
 pub async fn close<Z: Zone>(zone: &Z, run: &str) -> Result<(), LakeError> {
     check_name("run id", run)?;
     let mark = format!("{{\"dropped\": \"{}\"}}\n", Utc::now().to_rfc3339());
     zone.put_if_absent(&format!("runs/{run}/{DROPPED}"), mark.into()).await.map(drop)
 }
 
-async fn refuse_dropped<Z: Zone>(zone: &Z, run: &str) -> Result<(), LakeError> {
-    let path = format!("runs/{run}/{DROPPED}");
-    match read::<Z, Value>(zone, &path).await? {
-        None => Ok(()),
-        Some(_) => Err(LakeError::Conflict(format!(
-            "{}: run {run} was dropped: its results are removed, and what it was stays on record\n\
-             help: choose another --run",
-            zone.url_of(&path)
-        ))),
-    }
+/// Whether `run` is [closed](close).
+pub async fn is_dropped<Z: Zone>(zone: &Z, run: &str) -> Result<bool, LakeError> {
+    check_name("run id", run)?;
+    Ok(read::<Z, Value>(zone, &format!("runs/{run}/{DROPPED}")).await?.is_some())
 }
 
-/// Claims (run, stage, shard) in `zone`: `inputs` of an earlier claim win if only their versions moved on;
-/// another configuration or other inputs are [`LakeError::Conflict`] naming what differs.
+async fn refuse_dropped<Z: Zone>(zone: &Z, run: &str) -> Result<(), LakeError> {
+    if !is_dropped(zone, run).await? {
+        return Ok(());
+    }
+    Err(LakeError::Conflict(format!(
+        "{}: run {run} was dropped: its results are removed, and what it was stays on record\n\
+         help: choose another --run",
+        zone.url_of(&format!("runs/{run}/{DROPPED}"))
+    )))
+}
+
+/// Claims (run, stage, shard) in `zone`: `inputs` of an earlier claim win if only their versions moved on, or if what
+/// has a digest lies elsewhere; another configuration or other inputs are [`LakeError::Conflict`] naming what differs.
+/// So they are where another shard of the run has them: a stage is one thing, whoever does its parts.
 pub async fn begin<Z: Zone>(zone: &Z, claim: Claim) -> Result<Begin<Z>, LakeError> {
     check_name("run id", &claim.run)?;
     check_name("stage", &claim.stage)?;
@@ -142,9 +149,11 @@ pub async fn begin<Z: Zone>(zone: &Z, claim: Claim) -> Result<Begin<Z>, LakeErro
         refuse_other_pins(zone, &manifest.claim)?;
         return Ok(Begin::Done(manifest));
     }
-    refuse_other_sharding(zone, &claim).await?;
+    refuse_other_shards(zone, &claim).await?;
     refuse_other_pins(zone, &claim)?;
     if zone.put_if_absent(&paths.claim, encode(&claim)?.into()).await? {
+        // Of two shards that begin at once, the later one at least sees the other now.
+        refuse_other_shards(zone, &claim).await?;
         return Ok(Begin::Fresh(RunHandle { claim, zone: zone.clone() }));
     }
     let earlier: Claim = read(zone, &paths.claim)
@@ -152,7 +161,8 @@ pub async fn begin<Z: Zone>(zone: &Z, claim: Claim) -> Result<Begin<Z>, LakeErro
         .ok_or_else(|| LakeError::Transient(format!("{}: removed while it was read", zone.url_of(&paths.claim))))?;
     compare(zone, &paths.claim, &earlier, &claim)?;
     refuse_other_pins(zone, &earlier)?;
-    Ok(Begin::Resumed(RunHandle { claim: earlier, zone: zone.clone() }))
+    let resumed = Claim { binary: claim.binary, command: claim.command, ..earlier };
+    Ok(Begin::Resumed(RunHandle { claim: resumed, zone: zone.clone() }))
 }
 
 /// The manifest of a finished stage, or `None`.
@@ -288,9 +298,10 @@ async fn read_all<Z: Zone, T: DeserializeOwned>(zone: &Z, below: &str, claims: b
     Ok(found)
 }
 
-/// A run is cut into shards once: others would write the same rows again under other transaction ids.
-async fn refuse_other_sharding<Z: Zone>(zone: &Z, claim: &Claim) -> Result<(), LakeError> {
-    let count = |shard: Option<(u32, u32)>| shard.map(|(_, count)| count);
+/// A run is cut into shards once: others would write the same rows again under other transaction ids. And all shards
+/// have the same settings and inputs: their rows stand in one table, under one name.
+async fn refuse_other_shards<Z: Zone>(zone: &Z, claim: &Claim) -> Result<(), LakeError> {
+    let own = Paths::new(&claim.run, &claim.stage, claim.shard).claim;
     for path in stage_objects(zone, &format!("runs/{}/stages", claim.run)).await? {
         let name = path.rsplit('/').next().unwrap_or_default();
         let Some(rest) = name.strip_suffix(".claim.json").and_then(|name| name.strip_prefix(&claim.stage)) else {
@@ -301,19 +312,30 @@ async fn refuse_other_sharding<Z: Zone>(zone: &Z, claim: &Claim) -> Result<(), L
             None => continue,
             Some(shard) => shard.split_once("-of-").and_then(|(_, count)| count.parse().ok()),
         };
-        if earlier != count(claim.shard) {
-            let say = |count: Option<u32>| count.map_or("one piece".to_string(), |count| format!("{count} shards"));
-            return Err(LakeError::Conflict(format!(
-                "{}: {} of run {} was begun in {}, now in {}\nhelp: keep the count, or use another --run",
-                zone.url_of(&path),
-                claim.stage,
-                claim.run,
-                say(earlier),
-                say(count(claim.shard))
-            )));
+        refuse_other_count(zone, &path, earlier, claim)?;
+        if path != own
+            && let Some(other) = read(zone, &path).await?
+        {
+            compare(zone, &path, &other, claim)?;
         }
     }
     Ok(())
+}
+
+fn refuse_other_count<Z: Zone>(zone: &Z, path: &str, earlier: Option<u32>, claim: &Claim) -> Result<(), LakeError> {
+    let now = claim.shard.map(|(_, count)| count);
+    if earlier == now {
+        return Ok(());
+    }
+    let say = |count: Option<u32>| count.map_or("one piece".to_string(), |count| format!("{count} shards"));
+    Err(LakeError::Conflict(format!(
+        "{}: {} of run {} was begun in {}, now in {}\nhelp: keep the count, or use another --run",
+        zone.url_of(path),
+        claim.stage,
+        claim.run,
+        say(earlier),
+        say(now)
+    )))
 }
 
 /// Every version that was asked for is the one that the stage reads.
@@ -354,6 +376,7 @@ fn check_place<Z: Zone>(zone: &Z, path: &str, claim: &Claim) -> Result<(), LakeE
     Ok(())
 }
 
+/// Refuses other settings or inputs than those of a claim of the same stage at `path`.
 fn compare<Z: Zone>(zone: &Z, path: &str, earlier: &Claim, now: &Claim) -> Result<(), LakeError> {
     check_place(zone, path, earlier)?;
     let differences = differences(earlier, now);
@@ -388,11 +411,12 @@ fn settings(claim: &Claim) -> BTreeMap<String, String> {
     flatten("", &claim.config, &mut found);
     found.insert("seeds".into(), format!("{:?}", claim.seeds));
     for input in &claim.inputs {
-        found.insert(format!("input {}", input.name), input.location.clone());
-        // A table may have moved on, and its digest with it; whatever has no version must be the same, byte for byte.
-        if let (None, Some(digest)) = (input.version, &input.digest) {
-            found.insert(format!("digest of input {}", input.name), digest.clone());
-        }
+        // A table may have moved on, and its digest with it; whatever has no version must be the same, byte for byte,
+        // and then may lie elsewhere.
+        match (input.version, &input.digest) {
+            (None, Some(digest)) => found.insert(format!("digest of input {}", input.name), digest.clone()),
+            _ => found.insert(format!("input {}", input.name), input.location.clone()),
+        };
     }
     found
 }
@@ -491,15 +515,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_command_is_written_down_and_not_compared() {
+    async fn a_manifest_names_the_command_and_the_binary_that_wrote_it() {
         let (_folder, root) = root().await;
         let mut first = claim(json!({}), 3);
-        first.command = vec!["--count=10".into()];
+        first.command = vec!["--device=cuda".into()];
+        first.binary = "doppel-synthesize 0.0.9".into();
         begin(&root, first.clone()).await.unwrap();
-        let Begin::Resumed(handle) = begin(&root, claim(json!({}), 3)).await.unwrap() else {
+        let mut second = claim(json!({}), 3);
+        second.command = vec!["--device=cpu".into()];
+        let Begin::Resumed(handle) = begin(&root, second.clone()).await.unwrap() else {
             panic!("expected a resumed run")
         };
-        assert_eq!(handle.claim.command, first.command);
+        let manifest = handle.finish(vec![], json!({})).await.unwrap();
+        assert_eq!((&manifest.claim.command, &manifest.claim.binary), (&second.command, &second.binary));
+        assert_eq!(claims_of(&root, "demo").await.unwrap(), [first.clone()]);
         let mut older = serde_json::to_value(&first).unwrap();
         older.as_object_mut().unwrap().remove("command");
         assert_eq!(serde_json::from_value::<Claim>(older).unwrap().command, Vec::<String>::new());
@@ -513,6 +542,42 @@ mod tests {
         other.shard = Some((1, 4));
         let error = begin(&root, other).await.unwrap_err().to_string();
         assert!(error.contains("2 shards, now in 4 shards"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn shards_of_a_run_have_the_same_settings_and_inputs() {
+        let (_folder, root) = root().await;
+        let shard = |index, count: u64, location: &str| {
+            let mut claim = claim(json!({ "count": count }), 3);
+            claim.shard = Some((index, 2));
+            claim.inputs[0].location = location.into();
+            claim
+        };
+        begin(&root, shard(0, 10, "runs/demo/adapter")).await.unwrap();
+        for (other, expected) in [
+            (shard(1, 20, "runs/demo/adapter"), "  count: earlier 10, now 20"),
+            (shard(1, 10, "runs/other/adapter"), "  input adapter: earlier runs/demo/adapter, now runs/other/adapter"),
+        ] {
+            let error = begin(&root, other).await.unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains("0-of-2.claim.json"), "{error}");
+        }
+        assert_eq!(claims_of(&root, "demo").await.unwrap().len(), 1, "a refused shard left a claim");
+        begin(&root, shard(1, 10, "runs/demo/adapter")).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_has_a_digest_may_lie_elsewhere() {
+        let (_folder, root) = root().await;
+        let model = |location: &str, digest: &str| {
+            let mut claim = claim(json!({}), 3);
+            let digest = Some(digest.into());
+            claim.inputs = vec![Input { name: "model".into(), location: location.into(), version: None, digest }];
+            claim
+        };
+        begin(&root, model("smol", "c0ffee")).await.unwrap();
+        assert!(matches!(begin(&root, model("snapshot", "c0ffee")).await.unwrap(), Begin::Resumed(_)));
+        let error = begin(&root, model("smol", "f00d")).await.unwrap_err().to_string();
+        assert!(error.contains("digest of input model: earlier c0ffee, now f00d"), "{error}");
     }
 
     #[tokio::test]

@@ -123,9 +123,18 @@ pub struct PrivateRoot(Store, Arc<Pins>);
 pub struct ReleaseRoot(Store, Arc<Pins>);
 
 impl PrivateRoot {
-    /// Opens the root at `url`: a path, `file://`, `s3://`, `gs://` or `az://` URL. Nothing is read or written yet.
+    /// Opens the root at `url`: a path, `file://`, `s3://`, `gs://` or `az://` URL. One that is marked as the other zone
+    /// is refused; nothing else is read yet, and nothing written.
     pub async fn open(url: &str, options: &StorageOptions) -> Result<Self, LakeError> {
-        Ok(Self(Store::open(url, options)?, Arc::default()))
+        let store = Store::open(url, options)?;
+        store.refuse_other_zone(Self::NAME).await?;
+        Ok(Self(store, Arc::default()))
+    }
+
+    /// The same root, which is marked as this zone with the first conditional put.
+    pub fn marked(self) -> Self {
+        self.0.tell_zone(Self::NAME);
+        self
     }
 
     /// The same root, where [`crate::Table::pin`] gives the versions of `pins`. A claim must be made of them:
@@ -141,9 +150,18 @@ impl PrivateRoot {
 }
 
 impl ReleaseRoot {
-    /// Opens the root at `url`: a path, `file://`, `s3://`, `gs://` or `az://` URL. Nothing is read or written yet.
+    /// Opens the root at `url`: a path, `file://`, `s3://`, `gs://` or `az://` URL. One that is marked as the other zone
+    /// is refused; nothing else is read yet, and nothing written.
     pub async fn open(url: &str, options: &StorageOptions) -> Result<Self, LakeError> {
-        Ok(Self(Store::open(url, options)?, Arc::default()))
+        let store = Store::open(url, options)?;
+        store.refuse_other_zone(Self::NAME).await?;
+        Ok(Self(store, Arc::default()))
+    }
+
+    /// The same root, which is marked as this zone with the first conditional put.
+    pub fn marked(self) -> Self {
+        self.0.tell_zone(Self::NAME);
+        self
     }
 
     /// The same root, where [`crate::Table::pin`] gives the versions of `pins`. A claim must be made of them:
@@ -188,12 +206,20 @@ impl Zone for ReleaseRoot {
 
 /// Refuses two roots that are the same, or of which one lies within the other: the zones would mix.
 pub fn check_disjoint(private: &PrivateRoot, release: &ReleaseRoot) -> Result<(), LakeError> {
-    if private.0.location().overlaps(release.0.location()) {
+    refuse_overlap(private.0.location(), release.0.location())
+}
+
+/// [`check_disjoint`] of two URLs, of which nothing is read.
+pub fn check_disjoint_urls(private: &str, release: &str) -> Result<(), LakeError> {
+    refuse_overlap(&Location::parse(private)?, &Location::parse(release)?)
+}
+
+fn refuse_overlap(private: &Location, release: &Location) -> Result<(), LakeError> {
+    if private.overlaps(release) {
         return Err(LakeError::Usage(format!(
             "the private root {} and the release root {} are the same or nested, so private data would lie in the \
              release zone\nhelp: choose two folders, prefixes or buckets of which neither contains the other",
-            private.url(),
-            release.url()
+            private.url, release.url
         )));
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! Rows in and out of data files: encoding, and reading with the types that a stage relies on.
 
 use std::ops::Range;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
@@ -192,13 +193,21 @@ pub(crate) async fn open(
     wanted: Wanted,
 ) -> Result<BoxStream<'static, Result<RecordBatch, LakeError>>, LakeError> {
     let url = file.url.clone();
-    let builder = ParquetRecordBatchStreamBuilder::new(file).await.map_err(|error| parquet_error(&url, error))?;
-    let schema = builder.schema().clone();
-    let indices: Vec<usize> = wanted.names().iter().filter_map(|name| schema.index_of(name).ok()).collect();
-    let mask = ProjectionMask::roots(builder.parquet_schema(), indices);
-    let rows = builder.with_projection(mask).with_batch_size(BATCH).build();
-    let rows = rows.map_err(|error| parquet_error(&url, error))?;
-    Ok(rows.map(move |batch| wanted.convert(&url, &batch.map_err(|error| parquet_error(&url, error))?)).boxed())
+    let opening = async {
+        let builder = ParquetRecordBatchStreamBuilder::new(file).await?;
+        let schema = builder.schema().clone();
+        let indices: Vec<usize> = wanted.names().iter().filter_map(|name| schema.index_of(name).ok()).collect();
+        let mask = ProjectionMask::roots(builder.parquet_schema(), indices);
+        builder.with_projection(mask).with_batch_size(BATCH).build()
+    };
+    let rows = decoded(&url, AssertUnwindSafe(opening).catch_unwind().await)?;
+    let rows = AssertUnwindSafe(rows).catch_unwind();
+    Ok(rows.map(move |batch| wanted.convert(&url, &decoded(&url, batch)?)).boxed())
+}
+
+/// What the decoder made. It panics on some files that are damaged, which makes them no less so, and is dropped then.
+fn decoded<T>(url: &str, result: std::thread::Result<Result<T, ParquetError>>) -> Result<T, LakeError> {
+    result.map_err(|_| damaged(url))?.map_err(|error| parquet_error(url, error))
 }
 
 /// Encodes `batches` as a Parquet file with the columns of `schema`, in that order.
@@ -285,21 +294,22 @@ fn fit(url: &str, schema: &SchemaRef, batch: &RecordBatch) -> Result<RecordBatch
         .map_err(|_| LakeError::Malformed(format!("{url}: the rows to append do not fit the table's schema")))
 }
 
+fn damaged(url: &str) -> LakeError {
+    LakeError::Malformed(format!(
+        "{url}: not a readable Parquet file; it is damaged or cut short\n\
+         help: restore the file, or write the table again"
+    ))
+}
+
 fn parquet_error(url: &str, error: ParquetError) -> LakeError {
-    let damaged = || {
-        LakeError::Malformed(format!(
-            "{url}: not a readable Parquet file; it is damaged or cut short\n\
-             help: restore the file, or write the table again"
-        ))
-    };
-    let ParquetError::External(cause) = error else { return damaged() };
+    let ParquetError::External(cause) = error else { return damaged(url) };
     match cause.downcast::<LakeError>().map(|error| *error) {
         Ok(LakeError::NotFound(_)) => LakeError::Malformed(format!(
             "{url}: the data file is not there, though the table's log names it\n\
              help: restore the file, or write the table again"
         )),
         Ok(error) => error,
-        Err(_) => damaged(),
+        Err(_) => damaged(url),
     }
 }
 
@@ -313,4 +323,22 @@ pub(crate) fn engine_error(url: &str, error: &DataFusionError) -> LakeError {
         cause = error.source();
     }
     LakeError::Malformed(format!("{url}: the table's data files cannot be read; one is damaged or missing"))
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::TryStreamExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_decoder_that_panics_has_met_a_damaged_file() {
+        let rows = futures::stream::iter([1, 2, 3]).map(|row| match row {
+            2 => panic!("as some damaged footers make it"),
+            row => Ok::<i32, ParquetError>(row),
+        });
+        let rows = AssertUnwindSafe(rows).catch_unwind().map(|row| decoded("s3://lake/a", row));
+        let found: Result<Vec<i32>, LakeError> = rows.try_collect().await;
+        assert!(matches!(&found, Err(LakeError::Malformed(text)) if text.contains("damaged")), "{found:?}");
+    }
 }

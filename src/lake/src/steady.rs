@@ -20,7 +20,7 @@ use object_store::{
 };
 use tokio::time::Instant;
 
-use crate::error::{LakeError, explain, is_transient};
+use crate::error::{LakeError, explain, is_transient, status, text};
 use crate::location::Location;
 use crate::store::Backoff;
 
@@ -73,7 +73,7 @@ impl Steady {
     /// A refused HEAD comes without a body, and so without its reason; a GET tells it.
     async fn ask(&self, at: &Path, options: GetOptions) -> Result<GetResult> {
         match self.inner.get_opts(at, options.clone()).await {
-            Err(object_store::Error::PermissionDenied { .. }) if options.head => {
+            Err(error) if options.head && is_refusal(&error) => {
                 self.inner.get_opts(at, GetOptions { head: false, ..options }).await
             }
             found => found,
@@ -93,6 +93,10 @@ impl Steady {
         let next = |mut listing: Listing| async move { Ok(listing.next().await?.map(|found| (found, listing))) };
         futures::stream::try_unfold(listing, next).boxed()
     }
+}
+
+fn is_refusal(error: &object_store::Error) -> bool {
+    matches!(error, object_store::Error::PermissionDenied { .. }) || status(&text(error)) == Some(400)
 }
 
 /// Only what the client or the network failed at, not what the store decided.

@@ -10,6 +10,8 @@ use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
+use serde::Deserialize;
+use tokio::sync::OnceCell;
 use tokio::time::Instant;
 use url::Url;
 
@@ -39,6 +41,9 @@ struct Inner {
     /// The same store without retries, for conditional puts: see [`Store::put_if_absent`].
     once: OnceLock<Arc<dyn ObjectStore>>,
     conditional: AtomicBool,
+    /// The zone that the first conditional put tells beforehand; see [`Store::tell_zone`].
+    zone: OnceLock<&'static str>,
+    told: OnceCell<()>,
 }
 
 impl std::fmt::Debug for Store {
@@ -67,6 +72,8 @@ impl Store {
             objects,
             failures,
             once: OnceLock::new(),
+            zone: OnceLock::new(),
+            told: OnceCell::new(),
         })))
     }
 
@@ -92,6 +99,9 @@ impl Store {
             failures: self.0.failures.clone(),
             once: OnceLock::from(over(scratch.once()?)),
             conditional: AtomicBool::new(scratch.0.conditional.load(Ordering::Relaxed)),
+            // The scratch area is no root.
+            zone: OnceLock::new(),
+            told: OnceCell::new(),
         })))
     }
 
@@ -257,9 +267,16 @@ impl Store {
     /// was first. So the client's own retries are off here: after an ambiguous failure, an object that exists with
     /// exactly our content counts as ours.
     pub(crate) async fn put_if_absent(&self, path: &str, body: Bytes) -> Result<bool, LakeError> {
+        if let Some(&zone) = self.0.zone.get() {
+            self.0.told.get_or_try_init(|| self.mark(zone)).await?;
+        }
+        self.put_absent(path, body).await
+    }
+
+    async fn put_absent(&self, path: &str, body: Bytes) -> Result<bool, LakeError> {
         let at = self.0.location.join(path)?;
         let url = self.url_of(path).to_string();
-        let created = self.create(&at, &url, &body).await?;
+        let created = self.create(path, &at, &url, &body).await?;
         if !self.0.conditional.load(Ordering::Relaxed) {
             if created {
                 self.prove_conditional(&at, &url, &body).await?;
@@ -277,22 +294,60 @@ impl Store {
         Ok(())
     }
 
-    async fn create(&self, at: &Path, url: &str, body: &Bytes) -> Result<bool, LakeError> {
-        let once = self.once()?;
+    /// Writes the mark of `zone`, as which the root is opened.
+    async fn mark(&self, zone: &'static str) -> Result<(), LakeError> {
+        match self.put_absent(ZONE, format!("{{\"zone\": \"{zone}\"}}\n").into()).await? {
+            true => Ok(()),
+            false => self.refuse_other_zone(zone).await,
+        }
+    }
+
+    /// From now on, the first conditional put is preceded by the mark of `zone`. Each stage begins to write with one, so
+    /// that one which fails before leaves nothing behind.
+    pub(crate) fn tell_zone(&self, zone: &'static str) {
+        // A store is of one zone.
+        let _ = self.0.zone.set(zone);
+    }
+
+    /// Refuses a root that is marked as another zone than `zone`. One without a mark is any zone.
+    pub(crate) async fn refuse_other_zone(&self, zone: &str) -> Result<(), LakeError> {
+        let mark = match self.get(ZONE).await {
+            Ok(body) => serde_json::from_slice::<Mark>(&body).ok(),
+            Err(error @ LakeError::Transient(_)) => return Err(error),
+            // Whatever else keeps it from being read is told where it keeps from what is needed.
+            Err(_) => None,
+        };
+        // PRIVACY: without this, one mistake in a command puts private records where everybody reads.
+        match mark {
+            Some(mark) if mark.zone != zone => Err(LakeError::Usage(format!(
+                "{} is marked as the {} root ({ZONE}), and given as the {zone} root\n\
+                 help: were --private and --release swapped?",
+                self.url(),
+                mark.zone
+            ))),
+            Some(_) => {
+                // Who looks while marking knows that anyway.
+                let _ = self.0.told.set(());
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    async fn create(&self, path: &str, at: &Path, url: &str, body: &Bytes) -> Result<bool, LakeError> {
         let deadline = Instant::now() + self.timeout();
         let (mut wait, mut ambiguous) = (Backoff::default(), false);
         loop {
-            let put = once.put_opts(at, body.clone().into(), PutOptions::from(PutMode::Create));
-            let error = match tokio::time::timeout_at(deadline, put).await {
-                Ok(Ok(_)) => return Ok(true),
-                Ok(Err(object_store::Error::AlreadyExists { .. })) => match self.existing(at, url).await? {
+            let error = match self.try_create(at, body, deadline).await? {
+                Some(Ok(())) => return Ok(true),
+                Some(Err(object_store::Error::AlreadyExists { .. })) => match self.existing(path).await? {
                     Some(existing) => return Ok(ambiguous && existing == *body),
                     // Refused because of a race, such as with a delete: nothing is there, so try again.
                     None => LakeError::Transient(format!("{url}: others keep writing it\nhelp: run again")),
                 },
-                Ok(Err(error)) if is_transient(&error) && !unsupported(&error) => explain(url, &error),
-                Ok(Err(error)) => return Err(refused_condition(url, &error)),
-                Err(_) => late(url, self.timeout()),
+                Some(Err(error)) if is_transient(&error) && !unsupported(&error) => explain(url, &error),
+                Some(Err(error)) => return Err(refused_condition(url, &error)),
+                None => late(url, self.timeout()),
             };
             ambiguous = true;
             if Instant::now() >= deadline {
@@ -302,9 +357,22 @@ impl Store {
         }
     }
 
-    async fn existing(&self, at: &Path, url: &str) -> Result<Option<Bytes>, LakeError> {
-        let read = async { self.0.objects.get(at).await?.bytes().await };
-        match self.within(url, read).await {
+    /// Tries a conditional put once; `None` where it takes too long. A small body that is not taken soon never will be,
+    /// while a large one may need all of the time on a slow line.
+    async fn try_create(
+        &self,
+        at: &Path,
+        body: &Bytes,
+        deadline: Instant,
+    ) -> Result<Option<object_store::Result<()>>, LakeError> {
+        let patience = if body.len() > 2 * PART { self.timeout() } else { request_timeout(self.timeout()) };
+        let put = self.once()?.put_opts(at, body.clone().into(), PutOptions::from(PutMode::Create));
+        let put = tokio::time::timeout_at(deadline.min(Instant::now() + patience), put).await;
+        Ok(put.ok().map(|put| put.map(drop)))
+    }
+
+    async fn existing(&self, path: &str) -> Result<Option<Bytes>, LakeError> {
+        match self.get(path).await {
             Ok(bytes) => Ok(Some(bytes)),
             Err(LakeError::NotFound(_)) => Ok(None),
             Err(error) => Err(error),
@@ -317,12 +385,14 @@ impl Store {
         let deadline = Instant::now() + self.timeout();
         let mut wait = Backoff::default();
         loop {
-            let again = self.once()?.put_opts(at, body.clone().into(), PutOptions::from(PutMode::Create)).await;
-            match again {
-                Ok(_) => return Err(LakeError::Usage(no_conditional_puts(url))),
-                Err(object_store::Error::AlreadyExists { .. }) => return Ok(()),
-                Err(error) if is_transient(&error) && Instant::now() < deadline => wait.sleep(deadline).await,
-                Err(error) => return Err(refused_condition(url, &error)),
+            match self.try_create(at, body, deadline).await? {
+                Some(Ok(())) => return Err(LakeError::Usage(no_conditional_puts(url))),
+                Some(Err(object_store::Error::AlreadyExists { .. })) => return Ok(()),
+                Some(Err(error)) if !is_transient(&error) || Instant::now() >= deadline => {
+                    return Err(refused_condition(url, &error));
+                }
+                None if Instant::now() >= deadline => return Err(late(url, self.timeout())),
+                Some(Err(_)) | None => wait.sleep(deadline).await,
             }
         }
     }
@@ -345,10 +415,18 @@ impl Store {
 
     /// All objects below `prefix`, by path.
     pub(crate) async fn list_stored(&self, prefix: &str) -> Result<Vec<Stored>, LakeError> {
+        self.list_behind(prefix, None).await
+    }
+
+    /// [`Store::list_stored`] without what comes before `after` and itself.
+    pub(crate) async fn list_behind(&self, prefix: &str, after: Option<&str>) -> Result<Vec<Stored>, LakeError> {
         let at = self.0.location.join(prefix)?;
         let url = self.url_of(prefix).to_string();
         let mut found = Vec::new();
-        let mut objects = self.0.objects.list(Some(&at));
+        let mut objects = match after {
+            Some(after) => self.0.objects.list_with_offset(Some(&at), &self.0.location.join(after)?),
+            None => self.0.objects.list(Some(&at)),
+        };
         loop {
             match self.within(&url, objects.try_next()).await {
                 Ok(Some(meta)) => found.extend(self.relative(&meta.location).map(|path| Stored {
@@ -364,7 +442,7 @@ impl Store {
         found.sort_by(|a, b| a.path.cmp(&b.path));
         let folders: Vec<bool> = found.iter().map(|object| is_folder(object, prefix, &found)).collect();
         let mut folders = folders.into_iter();
-        found.retain(|object| !folders.next().unwrap_or(false) && object.path != MARKER);
+        found.retain(|object| !folders.next().unwrap_or(false) && !OURS.contains(&object.path.as_str()));
         Ok(found)
     }
 
@@ -520,6 +598,18 @@ impl Pinned {
 
 /// Shows that the store at a root honours conditional puts; written once where nothing else has shown it.
 const MARKER: &str = "_doppel_root";
+
+/// Says which zone a root is.
+const ZONE: &str = "zone.json";
+
+/// What is about a root rather than in it: no listing has it, so that nothing copies or removes it.
+const OURS: [&str; 2] = [MARKER, ZONE];
+
+/// The content of [`ZONE`].
+#[derive(Deserialize)]
+struct Mark {
+    zone: String,
+}
 
 fn late(url: &str, timeout: Duration) -> LakeError {
     LakeError::Transient(format!(

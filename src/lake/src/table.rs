@@ -346,9 +346,10 @@ impl Table {
         let url = self.url.to_string();
         let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
         let encode = tokio::task::spawn_blocking(move || rows::encode(&url, &schema, &batches));
-        let body = encode
-            .await
-            .map_err(|_| LakeError::Transient(format!("{}: encoding was cut short\nhelp: run again", self.url)))??;
+        let body = encode.await.map_err(|error| match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => LakeError::Transient(format!("{}: encoding was cut short\nhelp: run again", self.url)),
+        })??;
         self.put_file(file_name(transaction), body, rows, true).await
     }
 
@@ -446,13 +447,15 @@ impl Table {
             Some(table) => table,
             None => DeltaTable::new(self.log_store()?),
         };
-        match self.load(table.update_state()).await {
-            Ok(()) => {
-                *latest = Some(table.clone());
-                Ok(table)
-            }
-            Err(error) => Err(delta::diagnose(&self.store, &self.path, None, error).await),
+        let known = version_of(&table);
+        if let Err(error) = self.load(table.update_state()).await {
+            return Err(delta::diagnose(&self.store, &self.path, None, error).await);
         }
+        if let Some(now) = version_of(&table).filter(|now| Some(*now) != known) {
+            delta::refuse_empty_commits(&self.store, &self.path, known, now).await?;
+        }
+        *latest = Some(table.clone());
+        Ok(table)
     }
 
     /// The table at `version`.
@@ -464,7 +467,7 @@ impl Table {
             .map_err(|_| LakeError::Usage(format!("{}: there is no version {version}", self.url)))?;
         let mut table = DeltaTable::new(self.log_store()?);
         match self.load(table.load_version(number)).await {
-            Ok(()) => Ok(table),
+            Ok(()) => delta::refuse_empty_commits(&self.store, &self.path, None, version).await.map(|()| table),
             Err(error) => Err(delta::diagnose(&self.store, &self.path, Some(number), error).await),
         }
     }

@@ -1,6 +1,7 @@
 //! The promises of a root, on a local disk.
 
 use std::path::Path;
+use std::time::Duration;
 
 use lake::{
     AppTransaction, LakeError, PrivateRoot, ReleaseRoot, StorageOptions, Zone, check_disjoint, promises, schema,
@@ -36,6 +37,41 @@ async fn nested_and_equal_roots_are_refused() {
         let release = ReleaseRoot::open(&at(release), &options).await.unwrap();
         assert_eq!(check_disjoint(&private, &release).is_ok(), disjoint, "{release:?}");
     }
+}
+
+#[tokio::test]
+async fn a_root_that_is_marked_as_the_other_zone_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, options) = (folder.path().join("private"), StorageOptions::default());
+    let (url, mark) = (path.display().to_string(), path.join("zone.json"));
+    let private = PrivateRoot::open(&url, &options).await.unwrap().marked();
+    assert!(!path.exists(), "opening wrote something");
+    let scratch = folder.path().join("scratch");
+    let overlay = lake::Overlay { scratch: scratch.display().to_string(), hidden: Vec::new() };
+    assert!(private.under(&overlay).unwrap().put_if_absent("claim", "text".into()).await.unwrap());
+    assert!(scratch.join("claim").exists() && !scratch.join("zone.json").exists() && !path.exists());
+
+    assert!(private.put_if_absent("claim", "text".into()).await.unwrap());
+    assert_eq!(std::fs::read_to_string(&mark).unwrap(), "{\"zone\": \"private\"}\n");
+    let found = ReleaseRoot::open(&url, &options).await.map(drop);
+    let words = ["is marked as the private root", "help: were --private and --release swapped?"];
+    assert!(matches!(&found, Err(LakeError::Usage(text)) if words.iter().all(|word| text.contains(word))), "{found:?}");
+    let again = PrivateRoot::open(&url, &options).await.unwrap().marked();
+    assert!(again.put_if_absent("another", "text".into()).await.unwrap());
+
+    // Neither a listing nor gc sees it.
+    assert_eq!(again.list("").await.unwrap(), ["another", "claim"]);
+    let retained = lake::gc::Retained { before: chrono::Utc::now() + Duration::from_secs(3600), ..Default::default() };
+    lake::gc::remove(&again, &lake::gc::plan(&again, &retained).await.unwrap()).await.unwrap();
+    assert!(mark.exists());
+
+    // Of two that mark a root at once as different zones, the second is refused before it writes.
+    std::fs::remove_file(&mark).unwrap();
+    let release = ReleaseRoot::open(&url, &options).await.unwrap().marked();
+    std::fs::write(&mark, "{\"zone\": \"private\"}").unwrap();
+    let found = release.put_if_absent("release", "text".into()).await;
+    assert!(matches!(found, Err(LakeError::Usage(_))), "{found:?}");
+    assert!(!path.join("release").exists());
 }
 
 async fn table_with_three_commits(root: &PrivateRoot) -> lake::Table {
@@ -101,6 +137,26 @@ async fn a_damaged_commit_is_named_without_its_content() {
 }
 
 #[tokio::test]
+async fn an_empty_commit_is_no_commit() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = root(folder.path()).await;
+    let table = table_with_three_commits(&root).await;
+    assert_eq!(table.pin().await.unwrap(), 3);
+    let log = folder.path().join("corpora/demo/_delta_log");
+    let words = ["corpora/demo: commit 4 is empty (_delta_log/00000000000000000004.json)", "help:"];
+    // Behind what is known already, and to who sees the table for the first time.
+    std::fs::write(log.join("00000000000000000004.json"), "").unwrap();
+    check_malformed(table.pin().await, &words);
+    check_malformed(root.table("corpora/demo").pin().await, &words);
+    assert_eq!(root.table("corpora/demo").count(3).await.unwrap(), 3);
+    std::fs::remove_file(log.join("00000000000000000004.json")).unwrap();
+    assert_eq!(table.pin().await.unwrap(), 3);
+    std::fs::write(log.join("00000000000000000002.json"), "").unwrap();
+    check_malformed(root.table("corpora/demo").scan(2, &["loss"]).await.map(drop), &["commit 2 is empty"]);
+    check_malformed(root.table("corpora/demo").scan(3, &["loss"]).await.map(drop), &["commit 2 is empty"]);
+}
+
+#[tokio::test]
 async fn a_damaged_or_missing_data_file_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let root = root(folder.path()).await;
@@ -111,6 +167,8 @@ async fn a_damaged_or_missing_data_file_is_named() {
     let whole = std::fs::read(&file).unwrap();
     std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
     check_malformed(table.read(3, &["loss"]).await, &[&name, "damaged or cut short"]);
+    std::fs::write(&file, "").unwrap();
+    check_malformed(table.read(3, &["loss"]).await, &[&name, "shorter than the log says"]);
     std::fs::remove_file(&file).unwrap();
     check_malformed(table.read(3, &["loss"]).await, &[&name, "not there"]);
     check_malformed(table.digest(3).await, &[&name, "the table's log names it"]);
@@ -147,6 +205,13 @@ async fn a_read_only_root_says_so() {
     // Even root may not make a folder there.
     let found = root(Path::new("/sys/doppel")).await.put("a/b", "text".into()).await;
     assert!(matches!(&found, Err(LakeError::Forbidden(text)) if text.contains("help:")), "{found:?}");
+}
+
+#[tokio::test]
+async fn a_name_that_is_too_long_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let found = root(folder.path()).await.put(&"x".repeat(300), "text".into()).await;
+    assert!(matches!(&found, Err(LakeError::Usage(text)) if text.contains("shorter --run")), "{found:?}");
 }
 
 #[tokio::test]

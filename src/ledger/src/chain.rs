@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use lake::{LakeError, PrivateRoot, Zone};
+use privacy::keyed::NoiseKey;
 
 use crate::entry::{Body, Entry, Seal};
 use crate::reserve::check_budget;
@@ -69,7 +70,7 @@ pub(crate) async fn load(root: &PrivateRoot, corpus: &str) -> Result<(Ledger, Op
         let malformed = |problem: String| broken(root, path, &problem);
         let entry = Entry::parse(bytes).map_err(malformed)?;
         if matches!(entry.body, Body::Reserve { .. }) && !ledger.has_reservation() {
-            seal = keyed_seal(root).await?;
+            seal = keyed_seal(key::stored(root).await, || key::lost(root))?;
         }
         if let Some(seal) = &seal {
             entry.check_digest(bytes, seal).map_err(malformed)?;
@@ -83,10 +84,13 @@ pub(crate) async fn load(root: &PrivateRoot, corpus: &str) -> Result<(Ledger, Op
 
 /// The seal of a ledger with reservations; `None` for who may read the ledger but not the key, such as an auditor. The
 /// hashes from entry to entry then still show every change but one of the newest. To write takes the key.
-async fn keyed_seal(root: &PrivateRoot) -> Result<Option<Seal>, LedgerError> {
-    match key::stored(root).await {
+fn keyed_seal(
+    stored: Result<Option<NoiseKey>, LedgerError>,
+    lost: impl FnOnce() -> LedgerError,
+) -> Result<Option<Seal>, LedgerError> {
+    match stored {
         Ok(Some(key)) => Ok(Some(Seal::keyed(&key))),
-        Ok(None) => Err(key::lost(root)),
+        Ok(None) => Err(lost()),
         Err(LedgerError::Lake(LakeError::Forbidden(_))) => Ok(None),
         Err(error) => Err(error),
     }
@@ -150,4 +154,20 @@ fn check_name(corpus: &str) -> Result<(), LedgerError> {
     Err(LedgerError::Usage(format!(
         "corpus name `{corpus}`: expected 1 to 100 letters, digits, `.`, `_` or `-`, the first a letter or digit"
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_may_not_read_the_noise_key_reads_without_it_and_nobody_else_does() {
+        let lost = || LedgerError::Malformed("lost".into());
+        let failed = |error: LakeError| keyed_seal(Err(error.into()), lost);
+        assert!(keyed_seal(Ok(Some(NoiseKey::new([7; 32]))), lost).unwrap().is_some());
+        assert!(failed(LakeError::Forbidden("closed".into())).unwrap().is_none());
+        assert!(matches!(keyed_seal(Ok(None), lost), Err(LedgerError::Malformed(text)) if text == "lost"));
+        let error = failed(LakeError::Transient("away".into())).map(drop).unwrap_err();
+        assert!(matches!(error, LedgerError::Lake(LakeError::Transient(_))), "{error}");
+    }
 }

@@ -102,7 +102,7 @@ pub(crate) fn check_budget(epsilon: f64, delta: f64) -> Result<(), String> {
     if !(epsilon.is_finite() && epsilon > 0.0) {
         return Err(format!("budget: ε is {epsilon}; expected a number above 0"));
     }
-    if !(delta > 0.0 && delta < 1.0) {
+    if !privacy::accounting::DELTAS.contains(&delta) {
         return Err(format!("budget: δ is {delta}; expected a number between 0 and 1, such as 1e-6"));
     }
     Ok(())

@@ -109,6 +109,11 @@ async fn a_resumed_run_pays_nothing_and_a_new_run_pays() {
     let error = reserve(&fixture.root, &votes("b")).await.unwrap_err();
     assert!(matches!(error, LedgerError::OverBudget(_)), "{error}");
     assert_eq!(error.exit_code(), 4);
+    // The early look at the budget tells the same of both.
+    let event = votes("a").event;
+    check(&fixture.root, CORPUS, "a", "vote", &event).await.unwrap();
+    let error = check(&fixture.root, CORPUS, "b", "vote", &event).await.unwrap_err();
+    assert!(matches!(error, LedgerError::OverBudget(_)), "{error}");
     assert_eq!(read(&fixture.root, CORPUS).await.unwrap().entries.len(), 2);
 }
 

@@ -76,13 +76,13 @@ impl Common {
     /// release root, where that is given, is refused: private data would lie in the release zone.
     pub async fn private_root(&self) -> Result<PrivateRoot, Failure> {
         let url = required(self.private.as_deref(), "private")?;
-        let root = PrivateRoot::open(url, &self.storage()).await?.pinned(self.pinned());
         if let Ok(release) = required(self.release.as_deref(), "release") {
-            lake::check_disjoint(&root, &ReleaseRoot::open(release, &self.storage()).await?)?;
+            lake::check_disjoint_urls(url, release)?;
         }
+        let root = PrivateRoot::open(url, &self.storage()).await?.pinned(self.pinned());
         match Overlays::of_process()?.private {
             Some(overlay) => Ok(root.under(&overlay)?),
-            None => Ok(root),
+            None => Ok(root.marked()),
         }
     }
 
@@ -92,7 +92,7 @@ impl Common {
         let root = ReleaseRoot::open(url, &self.storage()).await?.pinned(self.pinned());
         match Overlays::of_process()?.release {
             Some(overlay) => Ok(root.under(&overlay)?),
-            None => Ok(root),
+            None => Ok(root.marked()),
         }
     }
 

@@ -20,6 +20,15 @@ pub enum Failure {
     /// Exit code 5: storage or network; safe to retry.
     #[error("{0}")]
     Transient(String),
+    /// An exit code that the stage contract says nothing of: a run that a signal stopped, or whose command failed with
+    /// a code of its own.
+    #[error("{message}")]
+    Ended {
+        /// The exit code.
+        code: u8,
+        /// What happened.
+        message: String,
+    },
 }
 
 impl Failure {
@@ -35,7 +44,7 @@ impl Failure {
         }
     }
 
-    /// The exit code of the stage contract.
+    /// The exit code, for all but [`Failure::Ended`] that of the stage contract.
     pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Bug(_) => 1,
@@ -43,6 +52,7 @@ impl Failure {
             Failure::Input(_) => 3,
             Failure::Budget(_) => 4,
             Failure::Transient(_) => 5,
+            Failure::Ended { code, .. } => *code,
         }
     }
 
@@ -54,6 +64,7 @@ impl Failure {
             Failure::Input(_) => "input",
             Failure::Budget(_) => "budget",
             Failure::Transient(_) => "transient",
+            Failure::Ended { .. } => "ended",
         }
     }
 }

@@ -14,7 +14,7 @@
 //! | 3 | an input is missing or malformed |
 //! | 4 | refused by the privacy budget |
 //! | 5 | storage or network: safe to retry |
-//! | 130, 143 | ended by SIGINT, SIGTERM, as shells and schedulers expect; running it again continues |
+//! | 129, 130, 143 | ended by SIGHUP, SIGINT, SIGTERM, as shells and schedulers expect; running it again continues |
 //!
 //! # What may leave
 //! Standard output carries data or one summary. Standard error carries a failure as text, and logs: for people on a
@@ -28,6 +28,7 @@ mod logging;
 mod outcome;
 pub mod progress;
 pub mod shell;
+pub mod signals;
 pub mod telemetry;
 
 pub use command::{PLACE, command};

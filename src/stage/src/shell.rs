@@ -17,7 +17,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use crate::common::Verbosity;
 use crate::logging::{self, Confidence, Log, LogFormat};
 use crate::telemetry::{self, Telemetry};
-use crate::{Failure, Format, Summary, outcome, progress};
+use crate::{Failure, Format, Summary, outcome, progress, signals};
 
 /// How long the end of a stage may wait for a collector that does not answer.
 const FLUSH: Duration = Duration::from_secs(3);
@@ -60,7 +60,7 @@ impl Shell {
         Self { stage, leave_signals: false }
     }
 
-    /// Leaves SIGINT and SIGTERM to the work, which has children to end.
+    /// Leaves SIGHUP, SIGINT and SIGTERM to the work, which has children to end.
     pub fn leave_signals(self) -> Self {
         Self { leave_signals: true, ..self }
     }
@@ -110,8 +110,9 @@ impl Shell {
         };
         let span = telemetry::root_span(self.stage, flags.run.as_deref());
         let result = self.execute(&telemetry, &span, work);
+        let result = result.and_then(|summary| tell(&summary, flags.format));
         let (outcome, code) = match &result {
-            Ok(_) => ("done", 0),
+            Ok(()) => ("done", 0),
             Err(failure) => (failure.kind(), failure.exit_code()),
         };
         span.in_scope(|| tell_end(self.stage, outcome, code, flags.verbosity.log_format));
@@ -120,8 +121,7 @@ impl Shell {
         if !telemetry.flush(FLUSH) {
             tracing::warn!("telemetry: the collector did not take everything within {} s", FLUSH.as_secs());
         }
-        let told = result.and_then(|summary| tell(&summary, flags.format));
-        told.map_or_else(|failure| tell_failure(&failure), |()| 0)
+        result.map_or_else(|failure| tell_failure(&failure), |()| 0)
     }
 
     /// Runs the work to its end on a runtime; a panic in it becomes a failure.
@@ -140,8 +140,12 @@ impl Shell {
             let _guard = runtime.enter();
             let watch =
                 |kind| signal(kind).map_err(|error| Failure::Transient(format!("cannot watch signals: {error}")));
+            let hang_up = match signals::is_ignored(SignalKind::hangup()) {
+                true => None,
+                false => Some(watch(SignalKind::hangup())?),
+            };
             let (interrupt, terminate) = (watch(SignalKind::interrupt())?, watch(SignalKind::terminate())?);
-            runtime.spawn(end_on_signal(telemetry.clone(), interrupt, terminate));
+            runtime.spawn(end_on_signal(telemetry.clone(), interrupt, terminate, hang_up));
         }
         let result =
             panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(async { work().instrument(span.clone()).await })));
@@ -206,12 +210,24 @@ fn start(stage: &'static str, flags: &Flags) -> Result<Telemetry, Failure> {
     Ok(telemetry)
 }
 
-/// Ends the process on SIGINT or SIGTERM, at once: storage is consistent after a kill at any point, and the work may
-/// be deep in a computation that awaits nothing. Copies on this machine are deleted. Exit code 128 + signal.
-async fn end_on_signal(telemetry: Arc<Telemetry>, mut interrupt: Signal, mut terminate: Signal) {
+/// Ends the process on SIGINT, SIGTERM or SIGHUP, at once: storage is consistent after a kill at any point, and the work
+/// may be deep in a computation that awaits nothing. Copies on this machine are deleted. Exit code 128 + signal.
+async fn end_on_signal(
+    telemetry: Arc<Telemetry>,
+    mut interrupt: Signal,
+    mut terminate: Signal,
+    mut hang_up: Option<Signal>,
+) {
+    let hung_up = async {
+        match &mut hang_up {
+            Some(hang_up) => drop(hang_up.recv().await),
+            None => std::future::pending().await,
+        }
+    };
     let (name, code) = tokio::select! {
         _ = interrupt.recv() => ("SIGINT", 130),
         _ = terminate.recv() => ("SIGTERM", 143),
+        () = hung_up => ("SIGHUP", 129),
     };
     tracing::warn!(signal = name, exit_code = code, "stopped; the same command continues");
     let last = move || {

@@ -1,6 +1,7 @@
 //! The contract of every stage binary, by running one: exit codes, streams, signals, telemetry.
 
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -129,11 +130,18 @@ fn a_closed_reader_is_no_failure() {
 
 #[test]
 fn a_signal_ends_even_work_that_never_awaits() {
-    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+    for (signal, code) in [("HUP", 129), ("INT", 130), ("TERM", 143)] {
         let temporary = tempfile::tempdir().unwrap();
         let mut command = probe();
         command.env("TMPDIR", temporary.path());
         command.args(["--run", "r1", "--behave", "spin"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // SAFETY: `signal` may be called between fork and exec. The tests themselves may run under `nohup`.
+        unsafe {
+            command.pre_exec(|| {
+                libc::signal(libc::SIGHUP, libc::SIG_DFL);
+                Ok(())
+            })
+        };
         let mut child = command.spawn().unwrap();
         let mut out = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
@@ -155,6 +163,37 @@ fn a_signal_ends_even_work_that_never_awaits() {
 }
 
 #[test]
+fn what_ignores_the_end_of_its_terminal_outlives_it() {
+    let probe = probe();
+    let mut command = Command::new("sh");
+    // As `nohup` does it.
+    command.args(["-c", r#"trap '' HUP; exec "$0" "$@""#]).arg(probe.get_program());
+    for (name, _) in probe.get_envs() {
+        command.env_remove(name);
+    }
+    command.args(["--run", "r1", "--behave", "spin"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "spinning\n");
+    for signal in ["HUP", "TERM"] {
+        assert!(Command::new("kill").args(["-s", signal, &child.id().to_string()]).status().unwrap().success());
+    }
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(143), "{}", stderr(&output));
+}
+
+#[test]
+fn the_log_tells_the_exit_code_that_the_process_has() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = probe().args(["--run", "r1"]).stdout(full).output().unwrap();
+    assert_eq!(output.status.code(), Some(5), "{}", stderr(&output));
+    let lines = log(&output);
+    let end = lines.iter().find(|line| line["message"] == "stage ended").unwrap_or_else(|| panic!("{lines:?}"));
+    assert_eq!((&end["exit_code"], &end["outcome"]), (&Value::from(5), &Value::from("transient")));
+}
+
+#[test]
 fn roots_are_needed_and_must_lie_apart() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
@@ -167,6 +206,12 @@ fn roots_are_needed_and_must_lie_apart() {
     for release in [&private, &nested] {
         assert_eq!(open(&["--private", &private, "--release", release]).status.code(), Some(2));
     }
+    std::fs::create_dir(&private).unwrap();
+    std::fs::write(format!("{private}/zone.json"), r#"{"zone": "private"}"#).unwrap();
+    let output = open(&["--private", &release, "--release", &private]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("were --private and --release swapped?"), "{}", stderr(&output));
+    assert!(!std::path::Path::new(&release).exists(), "something was written");
 }
 
 #[test]

@@ -138,8 +138,11 @@ pub fn calibrate(events: impl Fn(f64) -> Vec<Event>, target_epsilon: f64, delta:
     Ok(noise_multiplier(works))
 }
 
+/// Values of δ that there are answers for.
+pub const DELTAS: std::ops::Range<f64> = 1e-300..1.0;
+
 fn check_delta(delta: f64) -> Result<(), AccountingError> {
-    if (1e-300..1.0).contains(&delta) {
+    if DELTAS.contains(&delta) {
         return Ok(());
     }
     Err(AccountingError(format!("delta: expected a number from 1e-300 to below 1, found {delta}")))

@@ -97,7 +97,9 @@ fn rounding_errors_are_not_calibrated_away_by_noise() {
 
 #[test]
 fn the_lower_bound_holds_on_grids_coarser_than_a_sampling_probability() {
-    for (event, delta) in [(sampled(0.01, 0.5, 1), 1e-8), (sampled(0.01, 1.0, 1), 1e-12), (sampled(0.01, 0.5, 10), 1e-8)] {
+    for (event, delta) in
+        [(sampled(0.01, 0.5, 1), 1e-8), (sampled(0.01, 1.0, 1), 1e-12), (sampled(0.01, 0.5, 10), 1e-8)]
+    {
         let found = bounds(std::slice::from_ref(&event), delta).unwrap();
         assert!(found.lower > 0.99 * found.upper, "{event:?}: {found:?}");
     }
