@@ -218,6 +218,8 @@ fn a_dropped_run_stays_paid_and_its_lineage_is_told_without_private_figures() {
     }
     let manifests = files(&place.path(LAKE).join(format!("release/runs/{RUN}/stages")));
     assert!(manifests.iter().any(|path| path.ends_with("vote.json")), "{manifests:?}");
+    let came_from = run(&format!("doppel lineage {RUN}/selected {}", roots(&place)), 0).stdout;
+    assert!(came_from.contains(&format!("made by vote of run {RUN} (dropped)")), "{came_from}");
     let refused = run(&place.train(LAKE), 2).stderr;
     assert!(refused.contains("was dropped") && refused.contains("help:"), "{refused}");
     assert!(run(&gc, 0).stdout.contains("nothing to remove"));

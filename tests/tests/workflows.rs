@@ -99,7 +99,10 @@ fn a_preflight_finds_an_epsilon_that_no_noise_attains() {
     let train = place.train("lake").replace("--noise-multiplier=1", "--target-epsilon=0.1 --delta=1e-5 --vote-sigma=5");
     let tasks = [Task::new("budget", &[], &place.budget("lake", "50")), Task::new("train", &["budget"], &train)];
     let told = binaries::run(&mut place.run(&tasks), 2).stderr;
-    assert!(told.contains("the preflight has 1 finding") && told.contains("- train: no noise multiplier"), "{told}");
+    assert!(
+        told.contains("the preflight has 1 finding") && told.contains("the vote of --vote-sigma alone spends"),
+        "{told}"
+    );
 }
 
 #[test]

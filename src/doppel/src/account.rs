@@ -73,18 +73,24 @@ struct Spec {
 impl Spec {
     fn parse(text: &str) -> Result<Self, Failure> {
         let mut spec = Self { noise_multiplier: None, sampling_probability: None, steps: None, discrete: false };
+        let mut given = Vec::new();
         for part in text.split(',') {
             let wrong = |why: String| Failure::Usage(format!("--mechanism {text}: {why}"));
             let (key, value) = part
                 .split_once('=')
                 .ok_or_else(|| wrong(format!("`{part}`: expected KEY=VALUE, such as noise_multiplier=1.1")))?;
+            let key = key.trim();
+            if given.contains(&key) {
+                return Err(wrong(format!("`{key}` is given twice; it has one value")));
+            }
+            given.push(key);
             let number = || value.trim().parse::<f64>().map_err(|_| wrong(format!("`{value}` is no number")));
-            match key.trim() {
+            match key {
                 "noise_multiplier" => spec.noise_multiplier = Some(number()?),
                 "sampling_probability" => spec.sampling_probability = Some(number()?),
                 "steps" => {
-                    let steps = value.trim().parse().map_err(|_| wrong(format!("`{value}` is no number of steps")))?;
-                    spec.steps = Some(steps);
+                    let steps = value.trim().parse();
+                    spec.steps = Some(steps.map_err(|_| wrong(format!("steps `{value}`: expected a whole number")))?);
                 }
                 "kind" => match value.trim() {
                     "gaussian" => spec.discrete = false,
@@ -233,7 +239,8 @@ mod tests {
             ("noise_multiplyer=1", "did you mean `noise_multiplier`?"),
             ("noise_multiplier", "expected KEY=VALUE"),
             ("noise_multiplier=x", "`x` is no number"),
-            ("noise_multiplier=1,steps=1.5", "no number of steps"),
+            ("noise_multiplier=1,noise_multiplier=2", "`noise_multiplier` is given twice"),
+            ("noise_multiplier=1,steps=1e3", "steps `1e3`: expected a whole number"),
             ("noise_multiplier=1,kind=laplace", "kind `laplace`"),
             ("noise_multiplier=1,kind=discrete_gaussian,steps=2", "neither steps nor sampling"),
         ] {

@@ -5,13 +5,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lake::{Claim, manifest};
+use lake::{Claim, Manifest, manifest};
 use privacy::event::Event;
 use serde_json::json;
 use stage::{Failure, Summary};
 
 use crate::budget;
-use crate::recorded::{Kind, Parameters, Recorded, Stage, Starter, flag_and_value};
+use crate::recorded::{Kind, MODELS, Parameters, Recorded, Stage, Starter, flag_and_value};
+use crate::runs::short;
 
 /// Runs the finished stages of `recorded` as `new`.
 pub async fn release(
@@ -27,29 +28,54 @@ pub async fn release(
     }
     let parameters = Parameters::new(given, &stages)?;
     parameters.check(&stages)?;
-    let commands = commands(recorded, &stages, new);
-    refuse_other(starter, new, &commands).await?;
-    afford(starter, &stages, new).await?;
-    for (kind, command) in &commands {
+    let work = work(recorded, &stages, new, &parameters);
+    refuse_other(starter, new, &work).await?;
+    afford(starter, &work, new).await?;
+    for Work { kind, words, .. } in &work {
         tracing::info!(stage = kind.name, run = new, "starting");
-        starter.start(*kind, &parameters.apply(command), None).await?;
+        starter.start(*kind, words, None).await?;
     }
+    let models = other_models(&work, &claims(starter, new).await?);
+    // Where a model lies is no change; whether it is another, its digest tells.
+    let changed = given.iter().filter(|(flag, _)| !MODELS.contains(&flag.as_str()));
+    let changed: BTreeMap<&str, &str> = changed.map(|(flag, value)| (flag.as_str(), value.as_str())).collect();
     let names: Vec<&str> = stages.iter().map(|stage| stage.kind.name).collect();
     let mut text =
         format!("run {new}: a new release from the snapshots and settings of {}: {}", recorded.run, names.join(", "));
+    for (flag, value) in &changed {
+        text += &format!("\nchanged: --{flag}={value}");
+    }
+    for model in &models {
+        text += &format!("\nchanged: {model}");
+    }
     for (stage, reason) in &recorded.unfinished {
         text += &format!("\nleft out: {stage}, of which {reason}");
     }
-    Ok(Summary { text, json: json!({ "run": new, "from": recorded.run, "stages": names }) })
+    let json = json!({
+        "run": new, "from": recorded.run, "stages": names, "changed": changed, "other_models": models,
+    });
+    Ok(Summary { text, json })
 }
 
-/// The commands of all shards, in the order of the stages.
-fn commands(recorded: &Recorded, stages: &[&Stage], new: &str) -> Vec<(Kind, Vec<String>)> {
+/// One shard to run, or a stage that has none.
+struct Work<'a> {
+    kind: Kind,
+    recorded: &'a Manifest,
+    /// The flags to start it with.
+    words: Vec<String>,
+}
+
+/// All shards, in the order of the stages.
+fn work<'a>(recorded: &'a Recorded, stages: &[&'a Stage], new: &str, parameters: &Parameters) -> Vec<Work<'a>> {
     let below = format!("runs/{}/", recorded.run);
     // The corpus is made by the run, too, and stays.
     let made: BTreeSet<&str> = recorded.made().into_iter().filter(|path| path.starts_with(&below)).collect();
-    let shards = stages.iter().flat_map(|stage| stage.shards.iter().map(|shard| (stage.kind, &shard.claim)));
-    shards.map(|(kind, claim)| (kind, renamed(claim, &made, new))).collect()
+    let shards = stages.iter().flat_map(|stage| stage.shards.iter().map(|shard| (stage.kind, shard)));
+    let work = |(kind, recorded): (Kind, &'a Manifest)| {
+        let words = parameters.apply(&renamed(&recorded.claim, &made, new));
+        Work { kind, recorded, words }
+    };
+    shards.map(work).collect()
 }
 
 /// The recorded flags of `claim` for the run `new`: what the old run made, the new one makes for itself; all other
@@ -71,20 +97,17 @@ fn renamed(claim: &Claim, made: &BTreeSet<&str>, new: &str) -> Vec<String> {
     words
 }
 
-/// Refuses a run id that stands for something else. One that was begun by this very command goes on: the stages know
-/// what is done.
-async fn refuse_other(starter: &Starter, new: &str, commands: &[(Kind, Vec<String>)]) -> Result<(), Failure> {
+/// What `new` began so far.
+async fn claims(starter: &Starter, new: &str) -> Result<Vec<Claim>, Failure> {
     let mut claims = manifest::claims_of(&starter.private, new).await?;
     claims.extend(manifest::claims_of(&starter.release, new).await?);
-    // A model may lie elsewhere by now; its digest is for the stage to compare.
-    let essence = |words: &[String]| -> BTreeSet<String> {
-        let is_place = |word: &&String| matches!(flag_and_value(word).0, "model" | "encoder");
-        words.iter().filter(|word| !is_place(word)).cloned().collect()
-    };
-    let ours = |claim: &Claim| {
-        commands.iter().any(|(kind, words)| kind.name == claim.stage && essence(words) == essence(&claim.command))
-    };
-    match claims.iter().find(|claim| !ours(claim)) {
+    Ok(claims)
+}
+
+/// Refuses a run id that stands for something else. One that was begun by this very command goes on: the stages know
+/// what is done.
+async fn refuse_other(starter: &Starter, new: &str, work: &[Work<'_>]) -> Result<(), Failure> {
+    match claims(starter, new).await?.iter().find(|claim| !is_of(claim, work)) {
         None => Ok(()),
         Some(claim) => Err(Failure::Usage(format!(
             "--as {new}: the run {new} exists, and its {} was not begun by this command\n\
@@ -94,16 +117,23 @@ async fn refuse_other(starter: &Starter, new: &str, commands: &[(Kind, Vec<Strin
     }
 }
 
+/// Whether `claim` is what came of one of `work`.
+fn is_of(claim: &Claim, work: &[Work<'_>]) -> bool {
+    // A model may lie elsewhere by now; its digest is for the stage to compare.
+    let essence = |words: &[String]| -> BTreeSet<String> {
+        let is_place = |word: &&String| MODELS.contains(&flag_and_value(word).0);
+        words.iter().filter(|word| !is_place(word)).cloned().collect()
+    };
+    work.iter().any(|one| one.kind.name == claim.stage && essence(&one.words) == essence(&claim.command))
+}
+
 /// Refuses what the budgets cannot pay, before anything starts.
-async fn afford(starter: &Starter, stages: &[&Stage], new: &str) -> Result<(), Failure> {
+async fn afford(starter: &Starter, work: &[Work<'_>], new: &str) -> Result<(), Failure> {
     let mut asked: BTreeMap<&str, Vec<(&str, Event)>> = BTreeMap::new();
-    for stage in stages {
-        for shard in &stage.shards {
-            let Some(corpus) = shard.claim.config["corpus"].as_str() else { continue };
-            let events = shard.facts["events"].as_array().into_iter().flatten();
-            let events = events.filter_map(|event| serde_json::from_value(event.clone()).ok());
-            asked.entry(corpus).or_default().extend(events.map(|event| (stage.kind.name, event)));
-        }
+    for one in work {
+        let Some(corpus) = one.recorded.claim.config["corpus"].as_str() else { continue };
+        let events = events(one).into_iter().map(|event| (one.kind.name, event));
+        asked.entry(corpus).or_default().extend(events);
     }
     for (corpus, events) in asked {
         budget::afford(&starter.private, corpus, new, &events).await?;
@@ -111,9 +141,116 @@ async fn afford(starter: &Starter, stages: &[&Stage], new: &str) -> Result<(), F
     Ok(())
 }
 
+/// What `work` will reserve: by its flags, which may have changed, or else what was reserved before.
+fn events(work: &Work<'_>) -> Vec<Event> {
+    let flag = |name: &str| work.words.iter().map(|word| flag_and_value(word)).find(|word| word.0 == name);
+    if let Some(event) = budget::planned_event(work.kind.binary, &|name| flag(name).map(|(_, value)| value)) {
+        return vec![event];
+    }
+    let events = work.recorded.facts["events"].as_array().into_iter().flatten();
+    events.filter_map(|event| serde_json::from_value(event.clone()).ok()).collect()
+}
+
+/// Models of the new run's `claims` that are not those of the old one: the stages take any for a new run.
+fn other_models(work: &[Work<'_>], claims: &[Claim]) -> BTreeSet<String> {
+    let mut others = BTreeSet::new();
+    for (recorded, claim) in work.iter().flat_map(|one| claims.iter().map(|claim| (&one.recorded.claim, claim))) {
+        if (&recorded.stage, recorded.shard) != (&claim.stage, claim.shard) {
+            continue;
+        }
+        for name in MODELS {
+            if let (Some(before), Some(now)) = (digest(recorded, name), digest(claim, name))
+                && before != now
+            {
+                others.insert(format!("{name} of {}: digest {}, earlier {}", claim.stage, short(now), short(before)));
+            }
+        }
+    }
+    others
+}
+
+fn digest<'a>(claim: &'a Claim, input: &str) -> Option<&'a str> {
+    claim.inputs.iter().find(|one| one.name == input)?.digest.as_deref()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::recorded::kind;
+
+    fn claim(stage: &str, command: &[&str]) -> Claim {
+        Claim {
+            run: "demo".into(),
+            stage: stage.into(),
+            shard: None,
+            inputs: Vec::new(),
+            config: serde_json::Value::Null,
+            seeds: Vec::new(),
+            binary: String::new(),
+            started: chrono::DateTime::UNIX_EPOCH,
+            command: command.iter().map(|word| (*word).to_owned()).collect(),
+        }
+    }
+
+    /// A run whose training took three steps.
+    fn trained(model_digest: &str) -> Recorded {
+        let command = [
+            "--run=demo",
+            "--corpus=chats",
+            "--model=llama",
+            "--sampling-probability=0.2",
+            "--steps=3",
+            "--noise-multiplier=1.5",
+        ];
+        let mut claim = claim("train", &command);
+        let digest = Some(model_digest.into());
+        claim.inputs = vec![lake::Input { name: "model".into(), location: "llama".into(), version: None, digest }];
+        let event = Event::PoissonSampledGaussian { sampling_probability: 0.2, noise_multiplier: 1.5, steps: 3 };
+        let shard = Manifest { ended: claim.started, claim, outputs: Vec::new(), facts: json!({ "events": [event] }) };
+        let stage = Stage { kind: kind("train").unwrap(), zone: "release", shards: vec![shard] };
+        Recorded { run: "demo".into(), stages: vec![stage], unfinished: Vec::new() }
+    }
+
+    #[test]
+    fn changed_flags_are_started_continued_and_priced() {
+        let recorded = trained("c0ffee");
+        let stages: Vec<&Stage> = recorded.stages.iter().collect();
+        let work = |given: &[(&str, &str)]| {
+            let given: Vec<(String, String)> =
+                given.iter().map(|(flag, value)| ((*flag).to_owned(), (*value).to_owned())).collect();
+            work(&recorded, &stages, "new", &Parameters::new(&given, &stages).unwrap())
+        };
+        let changed = work(&[("steps", "5"), ("model", "/models/llama")]);
+        assert!(changed[0].words.contains(&"--steps=5".to_owned()), "{:?}", changed[0].words);
+        // What the stage recorded when the same command began it, but for where the model lay.
+        let begun = [
+            "--run=new",
+            "--corpus=chats",
+            "--model=elsewhere",
+            "--sampling-probability=0.2",
+            "--steps=5",
+            "--noise-multiplier=1.5",
+        ];
+        let begun = claim("train", &begun);
+        assert!(is_of(&begun, &changed));
+        assert!(!is_of(&begun, &work(&[])) && !is_of(&begun, &work(&[("steps", "7")])));
+        let steps = |work: &Work| match &events(work)[..] {
+            [Event::PoissonSampledGaussian { steps, .. }] => *steps,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!((steps(&changed[0]), steps(&work(&[])[0])), (5, 3));
+    }
+
+    #[test]
+    fn another_model_of_a_new_release_is_told() {
+        let (recorded, other) = (trained("c0ffee"), trained("f00d"));
+        let stages: Vec<&Stage> = recorded.stages.iter().collect();
+        let work = work(&recorded, &stages, "new", &Parameters::default());
+        let claim = |recorded: &Recorded| recorded.stages[0].shards[0].claim.clone();
+        assert!(other_models(&work, &[claim(&recorded)]).is_empty());
+        let told = other_models(&work, &[claim(&other)]);
+        assert_eq!(told, BTreeSet::from(["model of train: digest f00d, earlier c0ffee".to_owned()]));
+    }
 
     #[test]
     fn what_the_old_run_made_is_made_anew_and_the_rest_is_pinned() {
@@ -123,33 +260,23 @@ mod tests {
             version,
             digest: None,
         };
-        let claim = Claim {
-            run: "demo".into(),
-            stage: "vote".into(),
-            shard: None,
-            inputs: vec![
-                input("candidates", "runs/demo/synthetic", Some(3)),
-                input("corpus", "corpora/chats", Some(0)),
-                input("corpus-embeddings", "runs/demo/embeddings", None),
-                input("baseline-embeddings", "runs/demo-base/embeddings", Some(2)),
-            ],
-            config: serde_json::Value::Null,
-            seeds: Vec::new(),
-            binary: String::new(),
-            started: chrono::DateTime::UNIX_EPOCH,
-            command: [
-                "--run=demo",
-                "--pin=corpora/chats=0",
-                "--corpus=demo",
-                "--adapter-run=demo",
-                "--baseline-run=demo-base",
-                "--candidates=runs/demo/synthetic",
-                "--table=runs/demo/by-hand",
-                "--no-dp",
-            ]
-            .map(str::to_owned)
-            .to_vec(),
-        };
+        let command = [
+            "--run=demo",
+            "--pin=corpora/chats=0",
+            "--corpus=demo",
+            "--adapter-run=demo",
+            "--baseline-run=demo-base",
+            "--candidates=runs/demo/synthetic",
+            "--table=runs/demo/by-hand",
+            "--no-dp",
+        ];
+        let mut claim = claim("vote", &command);
+        claim.inputs = vec![
+            input("candidates", "runs/demo/synthetic", Some(3)),
+            input("corpus", "corpora/chats", Some(0)),
+            input("corpus-embeddings", "runs/demo/embeddings", None),
+            input("baseline-embeddings", "runs/demo-base/embeddings", Some(2)),
+        ];
         let made = BTreeSet::from(["runs/demo/synthetic", "runs/demo/embeddings"]);
         let expected = [
             "--run=new",

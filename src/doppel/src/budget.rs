@@ -5,7 +5,6 @@ use std::path::Path;
 
 use lake::{PrivateRoot, Zone};
 use ledger::{Body, Ledger, LedgerError};
-use privacy::AccountingError;
 use privacy::event::Event;
 use serde_json::json;
 use stage::{Failure, Summary};
@@ -13,22 +12,44 @@ use stage::{Failure, Summary};
 use crate::cli::{BudgetSetArgs, BudgetShowArgs};
 use crate::plot::{self, Chart};
 use crate::preflight::{Finding, Invocation, storage};
+use crate::runs::seconds;
 use crate::table::table;
+
+/// An ε above this bounds nothing.
+const LARGEST_EPSILON: f64 = 1e6;
 
 /// Sets the budget of a corpus.
 pub async fn set(args: BudgetSetArgs) -> Result<Summary, Failure> {
     let root = args.root.open().await?;
     let BudgetSetArgs { corpus, epsilon, delta, .. } = args;
-    let before = ledger::read(&root, &corpus).await.map_err(failure)?.budget();
-    let already = before == Some(ledger::Budget { epsilon, delta });
+    if epsilon > LARGEST_EPSILON {
+        return Err(Failure::Usage(format!(
+            "--epsilon {epsilon}: expected at most {LARGEST_EPSILON:e}\n\
+             help: a bound this large promises nothing; useful ones are below 20"
+        )));
+    }
+    let before = ledger::read(&root, &corpus).await.map_err(failure)?;
     ledger::set_budget(&root, &corpus, epsilon, delta).await.map_err(failure)?;
+    let already = before.budget() == Some(ledger::Budget { epsilon, delta });
+    let spent = crate::beside(move || before.epsilon(delta).map_err(failure)).await?.pld;
+    let exceeded = exceeded(spent, epsilon);
     let done = if already { "done already; " } else { "" };
+    let mut text = format!("{corpus}: {done}the budget is ε = {epsilon} at δ = {delta:e}");
+    if let Some(by) = exceeded {
+        text += &format!("\nwarning: ε = {} is spent already, {by:.3} more than that: nothing more fits", up(spent));
+    }
     Ok(Summary {
-        text: format!("{corpus}: {done}the budget is ε = {epsilon} at δ = {delta:e}"),
+        text,
         json: json!({
             "corpus": corpus, "already_done": already, "budget": { "epsilon": epsilon, "delta": delta },
+            "exceeded": exceeded,
         }),
     })
+}
+
+/// By how much what was spent is more than the budget.
+fn exceeded(spent: f64, budget: f64) -> Option<f64> {
+    (spent > budget).then_some(spent - budget)
 }
 
 /// Shows what was spent.
@@ -102,6 +123,37 @@ struct Line {
     epsilon: Option<privacy::Epsilon>,
 }
 
+/// A budget that was set.
+struct Change {
+    sequence: u64,
+    at: String,
+    budget: ledger::Budget,
+}
+
+impl Line {
+    fn row(&self) -> Vec<String> {
+        let told = |epsilon: Option<f64>| epsilon.map(up).unwrap_or_default();
+        vec![
+            self.sequence.to_string(),
+            seconds(&self.at),
+            self.run.clone(),
+            self.stage.clone(),
+            self.mechanism.clone(),
+            if self.settled { "settled" } else { "reserved" }.to_owned(),
+            told(self.epsilon.map(|epsilon| epsilon.pld)),
+            told(self.epsilon.map(|epsilon| epsilon.rdp)),
+        ]
+    }
+}
+
+impl Change {
+    fn row(&self) -> Vec<String> {
+        let told = format!("budget: ε = {} at δ = {:e}", self.budget.epsilon, self.budget.delta);
+        let empty = String::new;
+        vec![self.sequence.to_string(), seconds(&self.at), empty(), empty(), told, "set".to_owned(), empty(), empty()]
+    }
+}
+
 /// What a corpus's ledger says.
 struct Statement {
     corpus: String,
@@ -109,6 +161,7 @@ struct Statement {
     conditions: BTreeSet<String>,
     budget: Option<ledger::Budget>,
     remaining: Option<f64>,
+    changes: Vec<Change>,
     lines: Vec<Line>,
 }
 
@@ -127,11 +180,19 @@ impl Statement {
             conditions: BTreeSet::new(),
             budget,
             remaining,
+            changes: Vec::new(),
             lines: Vec::new(),
         };
         for entry in &ledger.entries {
-            let Body::Reserve { run, stage, unit, event, conditions, .. } = &entry.body else {
-                continue;
+            let (run, stage, unit, event, conditions) = match &entry.body {
+                Body::Reserve { run, stage, unit, event, conditions, .. } => (run, stage, unit, event, conditions),
+                Body::Budget { epsilon, delta } => {
+                    let budget = ledger::Budget { epsilon: *epsilon, delta: *delta };
+                    statement.changes.push(Change { sequence: entry.sequence, at: entry.at.to_string(), budget });
+                    continue;
+                }
+                // Told by the line of its reservation.
+                Body::Settle { .. } => continue,
             };
             statement.unit = Some(unit.clone());
             statement.conditions.extend(conditions.iter().cloned());
@@ -153,16 +214,26 @@ impl Statement {
         self.lines.last().and_then(|line| line.epsilon).unwrap_or(privacy::Epsilon { pld: 0.0, rdp: 0.0 })
     }
 
+    fn exceeded(&self) -> Option<f64> {
+        exceeded(self.total().pld, self.budget?.epsilon)
+    }
+
     fn text(&self) -> String {
         let mut text = match (self.budget, self.remaining) {
-            (Some(budget), Some(remaining)) => format!(
-                "{}: ε = {} of {} at δ = {:e} spent, about {remaining:.3} left (RDP's second opinion: {})",
-                self.corpus,
-                up(self.total().pld),
-                budget.epsilon,
-                budget.delta,
-                up(self.total().rdp),
-            ),
+            (Some(budget), Some(remaining)) => {
+                let left = match self.exceeded() {
+                    Some(by) => format!("exceeded by {by:.3}"),
+                    None => format!("about {remaining:.3} left"),
+                };
+                format!(
+                    "{}: ε = {} of {} at δ = {:e} spent, {left} (RDP's second opinion: {})",
+                    self.corpus,
+                    up(self.total().pld),
+                    budget.epsilon,
+                    budget.delta,
+                    up(self.total().rdp),
+                )
+            }
             _ => format!("{}: no budget is set", self.corpus),
         };
         if let Some(unit) = &self.unit {
@@ -171,24 +242,15 @@ impl Statement {
         for condition in &self.conditions {
             text += &format!("\ncondition: {condition}");
         }
-        if self.lines.is_empty() {
+        let changes = self.changes.iter().map(|change| (change.sequence, change.row()));
+        let mut rows: Vec<_> = changes.chain(self.lines.iter().map(|line| (line.sequence, line.row()))).collect();
+        if rows.is_empty() {
             return text;
         }
-        let told = |epsilon: Option<f64>| epsilon.map(up).unwrap_or_default();
-        let rows = self.lines.iter().map(|line| {
-            vec![
-                line.sequence.to_string(),
-                line.at.get(..19).unwrap_or(&line.at).replace('T', " "),
-                line.run.clone(),
-                line.stage.clone(),
-                line.mechanism.clone(),
-                if line.settled { "settled" } else { "reserved" }.to_owned(),
-                told(line.epsilon.map(|epsilon| epsilon.pld)),
-                told(line.epsilon.map(|epsilon| epsilon.rdp)),
-            ]
-        });
+        rows.sort_by_key(|(sequence, _)| *sequence);
+        let rows: Vec<_> = rows.into_iter().map(|(_, row)| row).collect();
         let headings = ["entry", "time (UTC)", "run", "stage", "mechanism", "state", "ε so far", "by RDP"];
-        format!("{text}\n\n{}", table(&headings, &rows.collect::<Vec<_>>(), &[0, 6, 7]))
+        format!("{text}\n\n{}", table(&headings, &rows, &[0, 6, 7]))
     }
 
     fn json(&self) -> serde_json::Value {
@@ -204,6 +266,9 @@ impl Statement {
                 "epsilon": line.epsilon.map(epsilon),
             })
         });
+        let budgets = self.changes.iter().map(|Change { sequence, at, budget }| {
+            json!({ "sequence": sequence, "at": at, "epsilon": budget.epsilon, "delta": budget.delta })
+        });
         json!({
             "corpus": self.corpus,
             "unit": self.unit,
@@ -212,6 +277,8 @@ impl Statement {
             "budget": self.budget.map(|budget| json!({ "epsilon": budget.epsilon, "delta": budget.delta })),
             "spent": self.budget.map(|_| epsilon(self.total())),
             "remaining": self.remaining,
+            "exceeded": self.exceeded(),
+            "budgets": budgets.collect::<Vec<_>>(),
             "entries": entries.collect::<Vec<_>>(),
         })
     }
@@ -334,10 +401,7 @@ async fn affordable(root: &str, corpus: &str, invocations: &[&Invocation<'_>]) -
     let (mut asked, mut findings) = (Vec::new(), Vec::new());
     for invocation in invocations.iter().filter(|invocation| !reserved(invocation)) {
         let job = invocation.job.name.as_str();
-        match planned_event(invocation) {
-            Ok(event) => asked.extend(event.map(|event| (job, event))),
-            Err(error) => findings.push(Finding { message: format!("{job}: {error}"), code: 2 }),
-        }
+        asked.extend(planned_event(invocation.program, &|flag| invocation.one(flag)).map(|event| (job, event)));
     }
     if asked.is_empty() {
         return findings;
@@ -372,27 +436,23 @@ async fn affordable(root: &str, corpus: &str, invocations: &[&Invocation<'_>]) -
     findings
 }
 
-/// What an invocation will reserve, where its flags tell. An ε that no noise attains is an error; what is wrong with
-/// a single flag is for its stage to say.
-fn planned_event(invocation: &Invocation) -> Result<Option<Event>, AccountingError> {
-    let event = match invocation.program {
-        "vote" => Some(Event::DiscreteGaussian { noise_multiplier: invocation.number("sigma").unwrap_or(10.0) }),
-        "train" if invocation.one("no-dp").is_none() => planned_training(invocation)?,
+/// What a stage will reserve, where its flags tell: `flag` gives the value of each. What is wrong with the flags is for the
+/// stage to say.
+pub fn planned_event<'a>(program: &str, flag: &dyn Fn(&str) -> Option<&'a str>) -> Option<Event> {
+    let number = |name: &str| flag(name)?.parse().ok();
+    let event = match program {
+        "vote" => Some(Event::DiscreteGaussian { noise_multiplier: number("sigma").unwrap_or(10.0) }),
+        "train" if flag("no-dp").is_none() => planned_training(&number),
         _ => None,
     };
-    Ok(event.filter(|event| event.validate().is_ok()))
+    event.filter(|event| event.validate().is_ok())
 }
 
-fn planned_training(invocation: &Invocation) -> Result<Option<Event>, AccountingError> {
-    let number = |flag| invocation.number(flag);
+fn planned_training(number: &dyn Fn(&str) -> Option<f64>) -> Option<Event> {
     let probability = || Some(number("expected-batch-size")? / number("records")?);
-    let Some(sampling_probability) = number("sampling-probability").or_else(probability) else {
-        return Ok(None);
-    };
+    let sampling_probability = number("sampling-probability").or_else(probability)?;
     let epochs = || Some((number("epochs")? / sampling_probability - 1e-9).ceil().max(1.0));
-    let Some(steps) = number("steps").or_else(epochs) else {
-        return Ok(None);
-    };
+    let steps = number("steps").or_else(epochs)?;
     let event = |noise_multiplier| Event::PoissonSampledGaussian {
         sampling_probability,
         noise_multiplier,
@@ -403,9 +463,70 @@ fn planned_training(invocation: &Invocation) -> Result<Option<Event>, Accounting
         // Anything else wrong with the training is found with any noise.
         (None, Some(target), Some(delta)) if event(1.0).validate().is_ok() => {
             let vote = number("vote-sigma").map(|noise_multiplier| Event::DiscreteGaussian { noise_multiplier });
-            privacy::calibrate(|noise| std::iter::once(event(noise)).chain(vote.clone()).collect(), target, delta)?
+            privacy::calibrate(|noise| std::iter::once(event(noise)).chain(vote.clone()).collect(), target, delta)
+                .ok()?
         }
-        _ => return Ok(None),
+        _ => return None,
     };
-    Ok(Some(event(noise_multiplier)))
+    Some(event(noise_multiplier))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_stage_will_reserve_follows_from_its_flags() {
+        let planned = |program: &str, given: &[(&str, &'static str)]| {
+            let flag = |name: &str| given.iter().find(|(flag, _)| *flag == name).map(|(_, value)| *value);
+            planned_event(program, &flag)
+        };
+        let vote = |noise_multiplier| Some(Event::DiscreteGaussian { noise_multiplier });
+        assert_eq!(planned("vote", &[]), vote(10.0));
+        assert_eq!(planned("vote", &[("sigma", "5")]), vote(5.0));
+        let train = [("sampling-probability", "0.2"), ("steps", "3"), ("noise-multiplier", "1.5")];
+        let event = Event::PoissonSampledGaussian { sampling_probability: 0.2, noise_multiplier: 1.5, steps: 3 };
+        assert_eq!(planned("train", &train), Some(event));
+        assert_eq!(planned("train", &[&train[..], &[("no-dp", "")]].concat()), None);
+        assert_eq!(planned("embed", &train), None);
+    }
+
+    #[test]
+    fn a_statement_tells_changes_of_the_budget_and_by_how_much_it_is_exceeded() {
+        let reserve = Body::Reserve {
+            run: "demo".into(),
+            stage: "vote".into(),
+            version: 1,
+            unit: "id".into(),
+            adjacency: ledger::Adjacency::AddOrRemoveOne,
+            conditions: Vec::new(),
+            event: Event::DiscreteGaussian { noise_multiplier: 1.0 },
+            fingerprint: String::new(),
+        };
+        let budget = |epsilon| Body::Budget { epsilon, delta: 1e-5 };
+        let bodies = [budget(8.0), reserve, Body::Settle { reservation: 1 }, budget(1.0)];
+        let entries = bodies.into_iter().zip(0..).map(|(body, sequence)| ledger::Entry {
+            sequence,
+            previous: None,
+            at: chrono::DateTime::UNIX_EPOCH,
+            corpus: "chats".into(),
+            body,
+            digest: String::new(),
+        });
+        let ledger = Ledger { corpus: "chats".into(), entries: entries.collect() };
+        let statement = Statement::of(ledger).unwrap();
+        let by = statement.total().pld - 1.0;
+        assert!(by > 0.0);
+        let text = statement.text();
+        assert!(text.contains(&format!("spent, exceeded by {by:.3} (RDP")), "{text}");
+        let rows: Vec<&str> = text.lines().skip_while(|line| !line.starts_with("entry")).skip(1).collect();
+        assert_eq!(rows.len(), 3, "{text}");
+        for (row, part) in rows.iter().zip(["budget: ε = 8 at δ = 1e-5", "settled", "budget: ε = 1 at δ = 1e-5"]) {
+            assert!(row.contains(part), "expected {part:?} in:\n{text}");
+        }
+        let json = statement.json();
+        assert_eq!((json["exceeded"].as_f64(), json["entries"].as_array().map(Vec::len)), (Some(by), Some(1)));
+        let budgets = json["budgets"].as_array().unwrap();
+        assert_eq!((&budgets[0]["epsilon"], &budgets[1]["sequence"]), (&json!(8.0), &json!(3)));
+    }
 }

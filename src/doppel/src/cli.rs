@@ -95,13 +95,13 @@ pub struct RunArgs {
     #[arg(long)]
     pub no_preflight: bool,
     /// CPU slots; by default what this process may use.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=4096))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..=4096))]
     pub cpus: Option<u64>,
     /// GPU slots; by default those of this machine, or of CUDA_VISIBLE_DEVICES. A task without a GPU limit sees none.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub gpus: Option<usize>,
     /// Seconds between SIGTERM and SIGKILL when the run is stopped.
-    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, default_value_t = 20)]
     pub grace: u64,
     /// Folder for the tasks' logs; by default a temporary one, kept only when a task fails.
     #[arg(long, value_name = "DIR")]
@@ -122,15 +122,21 @@ fn name_value(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// An ε: it bounds something, so it is above 0.
-fn epsilon(text: &str) -> Result<f64, String> {
+/// An ε, which bounds something, or another number that 0 would make meaningless.
+fn positive(text: &str) -> Result<f64, String> {
     let value = text.parse().ok().filter(|value: &f64| value.is_finite() && *value > 0.0);
     value.ok_or_else(|| "expected a number above 0, such as 8".to_owned())
 }
 
+/// A number of things that are there.
+fn count(text: &str) -> Result<u64, String> {
+    let value = text.parse().ok().filter(|value| *value > 0);
+    value.ok_or_else(|| "expected a whole number above 0".to_owned())
+}
+
 /// A δ: a probability.
 fn delta(text: &str) -> Result<f64, String> {
-    let value = text.parse().ok().filter(|value| (f64::MIN_POSITIVE..1.0).contains(value));
+    let value = text.parse().ok().filter(|value| privacy::accounting::DELTAS.contains(value));
     value.ok_or_else(|| "expected a number between 0 and 1, such as 1e-6".to_owned())
 }
 
@@ -211,8 +217,8 @@ pub struct BudgetSetArgs {
     /// Corpus.
     #[arg(long, value_name = "NAME")]
     pub corpus: String,
-    /// Largest ε, under adding or removing one privacy unit.
-    #[arg(long, allow_negative_numbers = true, value_parser = epsilon)]
+    /// Largest ε, under adding or removing one privacy unit; at most 1e6.
+    #[arg(long, allow_negative_numbers = true, value_parser = positive)]
     pub epsilon: f64,
     /// The δ at which ε is taken.
     #[arg(long, allow_negative_numbers = true, value_parser = delta)]
@@ -235,7 +241,7 @@ pub struct BudgetSetArgs {
 ///
 /// Example: the paper's training and its vote.
 ///
-/// doppel account --delta 5e-7 --mechanism noise_multiplier=1.122,sampling_probability=0.022756,steps=439
+/// doppel account --delta 5e-7 --mechanism noise_multiplier=1.122,sampling_probability=0.022756,steps=439 \
 ///     --mechanism noise_multiplier=10,kind=discrete_gaussian
 #[derive(Args, Clone, Debug)]
 #[command(verbatim_doc_comment)]
@@ -248,7 +254,7 @@ pub struct AccountArgs {
     #[arg(long = "mechanism", value_name = "SPEC", required = true)]
     pub mechanisms: Vec<String>,
     /// Find the smallest noise multiplier for which the composition keeps to this ε.
-    #[arg(long, value_name = "E", allow_negative_numbers = true, value_parser = epsilon)]
+    #[arg(long, value_name = "E", allow_negative_numbers = true, value_parser = positive)]
     pub target_epsilon: Option<f64>,
     /// Print the trade-off between ε and δ; with a .svg or .png path, write it there as a plot too.
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
@@ -267,32 +273,37 @@ pub struct AccountArgs {
 #[derive(Args, Clone, Debug)]
 pub struct PlanArgs {
     /// Number of privacy units in the train split, as you declare it publicly.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000_000_000))]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u64).range(1..=1_000_000_000_000)
+    )]
     pub records: u64,
     /// ε for training and votes together.
-    #[arg(long, value_name = "E", allow_negative_numbers = true, value_parser = epsilon)]
+    #[arg(long, value_name = "E", allow_negative_numbers = true, value_parser = positive)]
     pub target_epsilon: f64,
     /// The δ at which ε is taken.
     #[arg(long, allow_negative_numbers = true, value_parser = delta)]
     pub delta: f64,
     /// σ of the votes' noise; 0 for no votes.
-    #[arg(long, value_name = "S", default_value_t = 10.0)]
+    #[arg(long, value_name = "S", allow_negative_numbers = true, default_value_t = 10.0)]
     pub vote_sigma: f64,
     /// Expected batch sizes to consider; by default a range that suits N.
-    #[arg(long, value_delimiter = ',', value_name = "B,…")]
+    #[arg(long, value_delimiter = ',', value_name = "B,…", allow_negative_numbers = true, value_parser = count)]
     pub expected_batch_size: Vec<u64>,
     /// Numbers of steps to consider; by default a range.
-    #[arg(long, value_delimiter = ',', value_name = "N,…")]
+    #[arg(long, value_delimiter = ',', value_name = "N,…", allow_negative_numbers = true, value_parser = count)]
     pub steps: Vec<u64>,
     /// Number of trained parameters, for the noise against the signal (rank 8 on q, k, v, o of a 7B model: 8.4 million).
-    #[arg(long, value_name = "P", default_value_t = 8_388_608)]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = count, default_value_t = 8_388_608)]
     pub parameters: u64,
     /// Examples per second of training, for the wall time: 8.5 is what SmolLM2-135M reaches to 128 tokens on two CPU cores
     /// (`make bench`).
-    #[arg(long, value_name = "R", default_value_t = 8.5)]
+    #[arg(long, value_name = "R", allow_negative_numbers = true, value_parser = positive, default_value_t = 8.5)]
     pub examples_per_second: f64,
     /// GPU hours at most, at the GPU's --examples-per-second; settings that need more are marked.
-    #[arg(long, value_name = "H")]
+    #[arg(long, value_name = "H", allow_negative_numbers = true, value_parser = positive)]
     pub gpu_hours: Option<f64>,
     /// What standard output carries.
     #[arg(long, value_enum, default_value_t = Format::Text)]
@@ -369,8 +380,9 @@ pub struct RerunArgs {
     pub stage: Option<String>,
     /// Value of a flag in all stages that were given it, such as model=models/smollm2; repeatable.
     ///
-    /// Runs record a model on a local disk by its name alone, so where it lies now must be said. Its digest must be the
-    /// recorded one.
+    /// Runs record a model on a local disk by its name alone, so where it lies now must be said, whatever its folder is
+    /// called. Without --as its digest must be the recorded one; with --as another is told at the end. Raw inputs are
+    /// read where they were.
     #[arg(short, long = "parameter", value_name = "FLAG=VALUE", value_parser = name_value)]
     pub parameters: Vec<(String, String)>,
     /// Where the roots are; both are needed.

@@ -50,6 +50,9 @@ pub async fn compact(args: CompactArgs) -> Result<Summary, Failure> {
              help: name tables of runs"
         )));
     }
+    if let Some(run) = &args.run {
+        roots.run(run).await?;
+    }
     let mut done = Vec::new();
     if let Some(root) = &roots.release {
         compact_zone(root, &args, &mut done).await?;
@@ -63,7 +66,7 @@ pub async fn compact(args: CompactArgs) -> Result<Summary, Failure> {
             "{missing}: no table there in any root given\nhelp: name its path, such as runs/demo/synthetic"
         )));
     }
-    Ok(summary(&done))
+    Ok(summary(&done, &roots))
 }
 
 async fn compact_zone<Z: Zone>(zone: &Z, args: &CompactArgs, done: &mut Vec<Compacted>) -> Result<(), Failure> {
@@ -98,7 +101,7 @@ async fn writers<Z: Zone>(zone: &Z, path: &str) -> Result<Writers, Failure> {
     Ok(if all_ended && !claims.is_empty() { Writers::Ended } else { Writers::Running })
 }
 
-fn summary(done: &[Compacted]) -> Summary {
+fn summary(done: &[Compacted], roots: &Roots) -> Summary {
     let told = |one: &Compacted| match (one.zone, one.change) {
         ("release", (true, Some(version))) => format!("compacted as version {version}"),
         ("release", _) => "already compact".to_owned(),
@@ -112,7 +115,9 @@ fn summary(done: &[Compacted]) -> Summary {
         }
         _ => json!({ "zone": one.zone, "table": one.table }),
     });
-    let text =
-        if rows.is_empty() { "no tables here".to_owned() } else { table(&["zone", "table", "state"], &rows, &[]) };
+    let text = match rows.is_empty() {
+        true => format!("no tables to compact in {}", roots.names()),
+        false => table(&["zone", "table", "state"], &rows, &[]),
+    };
     Summary { text, json: json.collect() }
 }

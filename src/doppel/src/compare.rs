@@ -18,7 +18,10 @@ const NOTICE: &str =
 /// The comparison of one run.
 struct Comparison {
     run: String,
-    /// Sets of texts with their total variation to the test records.
+    /// Whether there was a vote.
+    voted: bool,
+    /// Sets of texts with their total variation to the test records; without those that there was nothing to compare
+    /// for.
     sets: Vec<(String, f64)>,
     /// Validation loss by step, nats per token.
     losses: Vec<(i64, f64)>,
@@ -29,7 +32,7 @@ pub async fn compare(args: CompareArgs) -> Result<Summary, Failure> {
     let root = args.root.open().await?;
     let comparison = read(&root, &args.id).await?;
     let comparison = comparison.expose();
-    if comparison.sets.is_empty() && comparison.losses.is_empty() {
+    if !comparison.voted && comparison.losses.is_empty() {
         return Err(Failure::Input(unknown(&root, &args.id).await?));
     }
     Ok(Summary { text: comparison.text(), json: comparison.json() })
@@ -37,7 +40,8 @@ pub async fn compare(args: CompareArgs) -> Result<Summary, Failure> {
 
 async fn read(root: &PrivateRoot, run: &str) -> Result<Private<Comparison>, Failure> {
     let table = |name: &str| root.table(&format!("runs/{run}/{name}"));
-    let mut comparison = Comparison { run: run.to_owned(), sets: Vec::new(), losses: Vec::new() };
+    let voted = table("comparison").version().await?.is_some();
+    let mut comparison = Comparison { run: run.to_owned(), voted, sets: Vec::new(), losses: Vec::new() };
     for batch in rows(&table("comparison"), &["set", "total_variation"]).await? {
         let (sets, distances) = (batch.column(0).as_string::<i32>(), batch.column(1).as_primitive::<Float64Type>());
         let rows = sets.iter().flatten().map(str::to_owned).zip(distances.values().iter().copied());
@@ -82,12 +86,25 @@ impl Comparison {
             let rows = self.sets.iter().map(|(set, distance)| vec![set.clone(), format!("{distance:.3}")]);
             text += &format!("\n\n{}", table(&["set", "total variation"], &rows.collect::<Vec<_>>(), &[1]));
         }
+        if let Some(missing) = self.missing() {
+            text += &format!("\n\n{missing}");
+        }
         if !self.losses.is_empty() {
             let rows = self.losses.iter().map(|(step, loss)| vec![when(*step), format!("{loss:.3}")]);
             let headings = ["", "validation loss (nats per token)"];
             text += &format!("\n\n{}", table(&headings, &rows.collect::<Vec<_>>(), &[1]));
         }
         text
+    }
+
+    /// What there was none of, so that the vote wrote no distance to it.
+    fn missing(&self) -> Option<&'static str> {
+        let has = |name: &str| self.sets.iter().any(|(set, _)| set == name);
+        match (self.voted, self.sets.is_empty()) {
+            (false, _) => None,
+            (true, true) => Some("no held-out real records: there is nothing to compare the sets with"),
+            (true, false) => (!has("selected")).then_some("no selected rows"),
+        }
     }
 
     fn json(&self) -> Value {
@@ -97,6 +114,7 @@ impl Comparison {
             "private": NOTICE,
             "run": self.run,
             "sets": sets.collect::<Vec<_>>(),
+            "missing": self.missing(),
             "validation_loss": losses.collect::<Vec<_>>(),
         })
     }
@@ -104,4 +122,26 @@ impl Comparison {
 
 fn when(step: i64) -> String {
     if step == 0 { "before training".to_owned() } else { format!("after {step} steps") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_side_is_told_in_words() {
+        let told = |voted: bool, sets: &[&str]| {
+            let sets = sets.iter().map(|set| ((*set).to_owned(), 0.25)).collect();
+            Comparison { run: "demo".into(), voted, sets, losses: vec![(0, 3.5)] }.text()
+        };
+        assert!(told(true, &[]).contains("no held-out real records"));
+        let some = told(true, &["base", "synthetic"]);
+        assert!(
+            some.contains("no selected rows") && some.contains(&format!("synthetic{}0.250", " ".repeat(12))),
+            "{some}"
+        );
+        for whole in [told(true, &["synthetic", "selected"]), told(false, &[])] {
+            assert!(!whole.contains("no held-out") && !whole.contains("no selected"), "{whole}");
+        }
+    }
 }

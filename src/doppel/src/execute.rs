@@ -14,7 +14,7 @@ use workflow::{Job, JobReport, Machine, Observer, Options, Plan, Report, State};
 use crate::cli::RunArgs;
 use crate::preflight::Invocation;
 use crate::table::{duration, table};
-use crate::{exit, preflight, stages, view};
+use crate::{preflight, stages, view};
 
 /// Runs the workflow file that `args` name.
 pub async fn run(args: RunArgs) -> Result<Summary, Failure> {
@@ -58,12 +58,15 @@ fn machine(args: &RunArgs) -> Machine {
         machine.cpu = cpus * 1_000;
     }
     if let Some(gpus) = args.gpus {
-        let known = machine.gpus.len();
-        machine.gpus.truncate(gpus);
-        // More than were found: the caller knows better, and numbers them from 0.
-        machine.gpus.extend((known..gpus).map(|id| id.to_string()));
+        machine.gpus = gpu_slots(machine.gpus, gpus);
     }
     machine
+}
+
+/// `count` GPUs of those `found`. Where there are to be more, the caller knows better: the smallest other numbers.
+fn gpu_slots(found: Vec<String>, count: usize) -> Vec<String> {
+    let others = (0..count).map(|id| id.to_string()).filter(|id| !found.contains(id));
+    found.iter().cloned().chain(others).take(count).collect()
 }
 
 /// What every task's process gets: the trace, and logs for people where people look on.
@@ -75,11 +78,11 @@ fn environment() -> Vec<(String, String)> {
     env
 }
 
-/// SIGINT, SIGTERM and SIGHUP.
+/// SIGINT, SIGTERM and, unless it was ignored from the start, SIGHUP.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
-    hang_up: Signal,
+    hang_up: Option<Signal>,
     /// Exit code for the first that came.
     code: u8,
 }
@@ -87,10 +90,12 @@ struct Signals {
 impl Signals {
     fn new() -> Result<Self, Failure> {
         let watch = |kind| signal(kind).map_err(|error| Failure::Transient(format!("cannot watch signals: {error}")));
+        let hang_up =
+            if stage::signals::is_ignored(SignalKind::hangup()) { None } else { Some(watch(SignalKind::hangup())?) };
         Ok(Self {
             interrupt: watch(SignalKind::interrupt())?,
             terminate: watch(SignalKind::terminate())?,
-            hang_up: watch(SignalKind::hangup())?,
+            hang_up,
             code: 0,
         })
     }
@@ -99,7 +104,7 @@ impl Signals {
         let code = tokio::select! {
             _ = self.interrupt.recv() => 130,
             _ = self.terminate.recv() => 143,
-            _ = self.hang_up.recv() => 129,
+            Some(_) = heard(&mut self.hang_up) => 129,
         };
         if self.code == 0 {
             self.code = code;
@@ -107,9 +112,14 @@ impl Signals {
     }
 
     fn stopped(&self) -> Failure {
-        exit::with(self.code);
-        Failure::Transient("stopped by a signal\nhelp: the same command continues".to_owned())
+        let message = "stopped by a signal\nhelp: the same command continues".to_owned();
+        Failure::Ended { code: self.code, message }
     }
+}
+
+/// The next of a signal, if it is listened to.
+async fn heard(signal: &mut Option<Signal>) -> Option<()> {
+    signal.as_mut()?.recv().await
 }
 
 /// Runs the plan; the first signal ends the tasks gently, a second one at once.
@@ -170,12 +180,12 @@ fn conclude(plan: &Plan, report: &Report, format: Format, signals: &Signals) -> 
         Format::Json => format!("{}\n", summary.json),
     };
     stage::print(data.as_bytes())?;
-    let failure = if report.failed().is_empty() { signals.stopped() } else { failure(plan, report) };
-    if report.stopped {
+    Err(match (report.failed().is_empty(), report.stopped) {
+        (true, _) => signals.stopped(),
+        (false, false) => failure(plan, report),
         // Whatever failed before: to whoever sent the signal, this is how it ended.
-        exit::with(signals.code);
-    }
-    Err(failure)
+        (false, true) => Failure::Ended { code: signals.code, message: failure(plan, report).to_string() },
+    })
 }
 
 /// The failure of the first failed task, with what each of them last said.
@@ -185,18 +195,19 @@ fn failure(plan: &Plan, report: &Report) -> Failure {
     for &job in &failed {
         text += &format!("\n  {}", complaint(&plan.jobs[job].name, &report.jobs[job]));
     }
-    text += "\nhelp: the same command continues with what is not done yet";
-    let first = failed.first().and_then(|job| report.jobs[*job].outcome.as_ref());
-    match first.map(workflow::retry::Outcome::code) {
+    let code = failed.first().and_then(|job| report.jobs[*job].outcome.as_ref()).map(workflow::retry::Outcome::code);
+    text += match code {
+        // Final ones: the same command would only fail again.
+        Some(2..=4) => "\nhelp: first do what the task asks for; the same command then continues with what is not done",
+        _ => "\nhelp: the same command continues with what is not done yet",
+    };
+    match code {
         Some(3) => Failure::Input(text),
         Some(4) => Failure::Budget(text),
         Some(5) => Failure::Transient(text),
         Some(2) => Failure::Usage(text),
-        _ => {
-            // A command that failed in a way of its own: it is not for the front to call that a bug.
-            exit::with(1);
-            Failure::Usage(text)
-        }
+        // A command that failed in a way of its own: it is not for the front to call that a bug.
+        _ => Failure::Ended { code: 1, message: text },
     }
 }
 
@@ -299,6 +310,15 @@ pub fn base_name(program: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_gpu_is_given_out_twice() {
+        let slots = |found: &[&str], count| gpu_slots(found.iter().map(|id| (*id).to_owned()).collect(), count);
+        assert_eq!(slots(&["1"], 2), ["1", "0"]);
+        assert_eq!(slots(&["2", "0"], 4), ["2", "0", "1", "3"]);
+        assert_eq!(slots(&["0", "1", "2"], 1), ["0"]);
+        assert_eq!(slots(&[], 2), ["0", "1"]);
+    }
 
     #[test]
     fn commands_are_quoted_for_a_shell() {

@@ -28,7 +28,8 @@ use crate::table::table;
 /// claim or manifest names.
 ///
 /// What was spent stays spent: claims and manifests of a dropped run that the ledger names, or that made a corpus,
-/// stay, and its id is closed. With one root alone only what killed writers left and scratch go, since what the other
+/// stay. The id of a dropped run is closed for good, and dropping it again does nothing; a run that never was is
+/// refused with exit code 3. With one root alone only what killed writers left and scratch go, since what the other
 /// zone pins is not known.
 ///
 /// Parts of uploads that were cut short are no objects on S3: set a lifecycle rule that aborts incomplete multipart
@@ -88,13 +89,9 @@ pub async fn gc(args: GcArgs) -> Result<Summary, Failure> {
         None => None,
     };
     if !args.dry_run {
-        // First of all the ids are closed, so that no stage begins anew on what is half removed.
-        let kept = |run: &str| {
-            let plans = private.iter().map(|(_, plan)| plan).chain(release.iter().map(|(_, plan)| plan));
-            plans.flat_map(|plan| &plan.kept).any(|kept| kept.path == format!("runs/{run}/stages"))
-        };
-        // One whose manifests stay would be taken for done.
-        for (run, _) in retained.dropped.iter().filter(|(run, on_record)| on_record.is_some() || kept(run)) {
+        // First of all the ids are closed, so that no stage begins anew on what is half removed, that no id ever means
+        // two things, and that a run that was dropped can be told from one that never was.
+        for run in retained.dropped.keys() {
             close(&roots, run).await?;
         }
         if let Some((root, plan)) = &release {
@@ -137,7 +134,8 @@ async fn retained(args: &GcArgs, roots: &Roots, report: &mut Report) -> Result<R
     }
     for run in &args.dropped {
         match last_write(roots, run).await? {
-            None => report.notes.push(format!("run {run}: nothing of it is left")),
+            None if !is_dropped(roots, run).await? => return Err(roots.unknown(run)),
+            None => report.notes.push(format!("run {run}: dropped before, and nothing of it is left")),
             Some(at) if at >= before => report.notes.push(format!(
                 "run {run}: kept for now, since it was written to at {} UTC, within --min-age",
                 at.format("%Y-%m-%d %H:%M")
@@ -158,6 +156,18 @@ fn on_record(run: &str, reserved: &BTreeSet<String>, all: &[Known]) -> Option<&'
     }
     let mut claims = all.iter().filter(|told| told.run == run).flat_map(|told| &told.claims);
     claims.any(|claim| claim.stage == "partition").then_some("the run made a corpus")
+}
+
+async fn is_dropped(roots: &Roots, run: &str) -> Result<bool, Failure> {
+    let release = match &roots.release {
+        Some(root) => lake::manifest::is_dropped(root, run).await?,
+        None => false,
+    };
+    let private = match &roots.private {
+        Some(root) => lake::manifest::is_dropped(root, run).await?,
+        None => false,
+    };
+    Ok(release || private)
 }
 
 async fn last_write(roots: &Roots, run: &str) -> Result<Option<chrono::DateTime<Utc>>, Failure> {

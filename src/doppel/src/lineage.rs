@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use lake::{Claim, Input, Manifest, PrivateRoot, ReleaseRoot, Zone};
+use lake::{Claim, Input, Manifest, PrivateRoot, Zone};
 use serde_json::{Value, json};
 use stage::{Failure, Summary};
 
 use crate::cli::LineageArgs;
-use crate::roots::Roots;
+use crate::roots::{self, Known, Roots};
 use crate::runs::{seconds, shard, short};
 
 /// Tells where a table comes from.
@@ -62,28 +62,77 @@ fn named(text: &str) -> Result<(String, Option<i64>), Failure> {
     }
 }
 
+/// A stage, or one shard of it, that ended.
+struct Done {
+    zone: &'static str,
+    manifest: Manifest,
+    /// The binary that began it, where another one ended it.
+    begun_by: Option<String>,
+    /// Whether its run was dropped since.
+    dropped: bool,
+}
+
+impl Done {
+    fn all(known: Known) -> Vec<Self> {
+        let Known { zone, dropped, claims, manifests, .. } = known;
+        let begun_by = |manifest: &Manifest| {
+            let of = |claim: &Claim| (claim.stage.clone(), claim.shard);
+            let claim = claims.iter().find(|claim| of(claim) == of(&manifest.claim))?;
+            (claim.binary != manifest.claim.binary).then(|| claim.binary.clone())
+        };
+        let done = |manifest| Self { zone, begun_by: begun_by(&manifest), manifest, dropped };
+        manifests.into_iter().map(done).collect()
+    }
+
+    fn claim(&self) -> &Claim {
+        &self.manifest.claim
+    }
+
+    fn is_same_stage(&self, other: &Self) -> bool {
+        (&self.claim().run, &self.claim().stage) == (&other.claim().run, &other.claim().stage)
+    }
+
+    /// Whether both were made by the same binaries with the same settings; their commands differ in the shard.
+    fn is_made_alike(&self, other: &Self) -> bool {
+        let making = |one: &Self| (one.claim().binary.clone(), one.begun_by.clone(), one.claim().seeds.clone());
+        making(self) == making(other) && self.claim().config == other.claim().config
+    }
+}
+
+/// `all` in groups of those that are `alike`.
+fn groups<'a>(all: Vec<&'a Done>, alike: fn(&Done, &Done) -> bool) -> Vec<Vec<&'a Done>> {
+    let mut groups: Vec<Vec<&Done>> = Vec::new();
+    for one in all {
+        match groups.iter_mut().find(|group| alike(group[0], one)) {
+            Some(group) => group.push(one),
+            None => groups.push(vec![one]),
+        }
+    }
+    groups
+}
+
 /// All finished stages of both roots.
 struct Finished {
-    stages: Vec<(&'static str, Manifest)>,
+    stages: Vec<Done>,
     zones: Vec<&'static str>,
 }
 
 impl Finished {
     async fn read(roots: &Roots) -> Result<Self, Failure> {
-        let mut stages = Vec::new();
+        let mut known = Vec::new();
         if let Some(root) = &roots.private {
-            stages.extend(lake::manifest::manifests(root).await?.into_iter().map(|one| (PrivateRoot::NAME, one)));
+            known.extend(roots::all(root).await?);
         }
         if let Some(root) = &roots.release {
-            stages.extend(lake::manifest::manifests(root).await?.into_iter().map(|one| (ReleaseRoot::NAME, one)));
+            known.extend(roots::all(root).await?);
         }
-        Ok(Self { stages, zones: roots.zones() })
+        Ok(Self { stages: known.into_iter().flat_map(Done::all).collect(), zones: roots.zones() })
     }
 
-    /// The manifests that name `path` of `zone` as an output.
-    fn writers(&self, zone: &str, path: &str) -> Vec<&Manifest> {
+    /// The stages that name `path` of `zone` as an output.
+    fn writers(&self, zone: &str, path: &str) -> Vec<&Done> {
         let writes = |one: &Manifest| one.outputs.iter().any(|output| output.path == path);
-        self.stages.iter().filter(|(of, one)| *of == zone && writes(one)).map(|(_, one)| one).collect()
+        self.stages.iter().filter(|one| one.zone == zone && writes(&one.manifest)).collect()
     }
 
     /// What `path` came from. `above` is the way from the table that was asked for: manifests edited by hand could
@@ -96,22 +145,19 @@ impl Finished {
             return node;
         }
         above.push(name);
-        let mut writers = self.writers(zone, path);
-        while let Some(first) = writers.first().copied() {
-            let same = |one: &&Manifest| (&one.claim.run, &one.claim.stage) == (&first.claim.run, &first.claim.stage);
-            let (shards, others): (Vec<&Manifest>, Vec<&Manifest>) = writers.into_iter().partition(same);
-            writers = others;
-            node.makers.push(self.maker(zone, &shards, above));
-            let outputs = shards.iter().flat_map(|one| &one.outputs).filter(|output| output.path == path);
+        for shards in groups(self.writers(zone, path), Done::is_same_stage) {
+            let Claim { run, stage, .. } = shards[0].claim();
+            let outputs = shards.iter().flat_map(|one| &one.manifest.outputs).filter(|output| output.path == path);
             let ended = outputs.filter_map(|output| output.version).max();
             if let (Some(version), Some(ended)) = (version, ended)
                 && version != ended
             {
                 node.note = Some(format!(
-                    "no stage ended with this version: {} of run {} wrote the table, last version {ended}",
-                    first.claim.stage, first.claim.run
+                    "no stage ended with this version: {stage} of run {run} wrote the table, last version {ended}"
                 ));
             }
+            let alike = groups(shards, Done::is_made_alike);
+            node.makers.extend(alike.into_iter().map(|shards| self.maker(zone, &shards, above)));
         }
         if node.makers.is_empty() {
             node.note = Some(match self.zones.contains(&zone) {
@@ -123,17 +169,19 @@ impl Finished {
         node
     }
 
-    fn maker(&self, zone: &'static str, shards: &[&Manifest], above: &mut Vec<String>) -> Maker {
+    fn maker(&self, zone: &'static str, shards: &[&Done], above: &mut Vec<String>) -> Maker {
         let first = shards[0];
-        let mut inputs: Vec<(String, Node)> = Vec::new();
-        for input in shards.iter().flat_map(|one| &one.claim.inputs) {
-            if !inputs.iter().any(|(name, node)| (name, node.version) == (&input.name, input.version)) {
-                inputs.push((input.name.clone(), self.input(zone, input, above)));
+        let mut inputs: Vec<(Input, Node)> = Vec::new();
+        for input in shards.iter().flat_map(|one| &one.claim().inputs) {
+            if !inputs.iter().any(|(known, _)| known == input) {
+                inputs.push((input.clone(), self.input(zone, input, above)));
             }
         }
         Maker {
-            claims: shards.iter().map(|one| one.claim.clone()).collect(),
-            ended: shards.iter().map(|one| one.ended).max().unwrap_or(first.ended),
+            claims: shards.iter().map(|one| one.claim().clone()).collect(),
+            begun_by: first.begun_by.clone(),
+            dropped: first.dropped,
+            ended: shards.iter().map(|one| one.manifest.ended).max().unwrap_or(first.manifest.ended),
             inputs,
         }
     }
@@ -154,7 +202,7 @@ impl Finished {
 
     fn unknown(&self, path: &str, roots: &Roots) -> String {
         let outputs: BTreeSet<&str> =
-            self.stages.iter().flat_map(|(_, one)| &one.outputs).map(|output| output.path.as_str()).collect();
+            self.stages.iter().flat_map(|one| &one.manifest.outputs).map(|output| output.path.as_str()).collect();
         let name = |path: &str| path.rsplit('/').next().map(str::to_owned);
         let near = workflow::finding::nearest(path, outputs.iter().copied());
         let of_name: Vec<&str> = outputs.iter().copied().filter(|other| name(other) == name(path)).take(5).collect();
@@ -178,11 +226,13 @@ struct Node {
     makers: Vec<Maker>,
 }
 
-/// A stage that wrote it, with all shards.
+/// A stage that wrote it, with all shards that were made alike.
 struct Maker {
     claims: Vec<Claim>,
+    begun_by: Option<String>,
+    dropped: bool,
     ended: chrono::DateTime<chrono::Utc>,
-    inputs: Vec<(String, Node)>,
+    inputs: Vec<(Input, Node)>,
 }
 
 impl Node {
@@ -224,32 +274,37 @@ impl Maker {
         let claim = &self.claims[0];
         let shards: Vec<String> = self.claims.iter().filter_map(shard).collect();
         let shards = if shards.is_empty() { String::new() } else { format!(" {}", shards.join(", ")) };
+        let dropped = if self.dropped { " (dropped)" } else { "" };
+        let begun = self.begun_by.as_deref().map(|binary| format!(" (begun by {binary})")).unwrap_or_default();
         let ended = seconds(&self.ended.to_string());
         let mut text = format!(
-            "\n{indent}made by {}{shards} of run {}, {}, ended {ended}\n{indent}settings {}",
+            "\n{indent}made by {}{shards} of run {}{dropped}, {}{begun}, ended {ended}\n{indent}settings {}",
             claim.stage, claim.run, claim.binary, claim.config
         );
-        for (role, node) in &self.inputs {
-            text += &format!("\n{}", node.text(depth + 1, role, told));
+        for (input, node) in &self.inputs {
+            text += &format!("\n{}", node.text(depth + 1, &input.name, told));
         }
         text
     }
 
     fn json(&self) -> Value {
         let claim = &self.claims[0];
-        let input = |(role, node): &(String, Node)| {
+        let input = |(input, node): &(Input, Node)| {
             let mut json = node.json();
-            json["name"] = role.as_str().into();
+            json["name"] = input.name.as_str().into();
             json
         };
         json!({
             "run": claim.run,
+            "dropped": self.dropped,
             "stage": claim.stage,
             "shards": self.claims.iter().filter_map(shard).collect::<Vec<_>>(),
             "binary": claim.binary,
+            "begun_by": self.begun_by,
             "config": claim.config,
             "seeds": claim.seeds,
             "command": claim.command,
+            "commands": self.claims.iter().map(|claim| &claim.command).collect::<Vec<_>>(),
             "started": self.claims.iter().map(|claim| claim.started).min(),
             "ended": self.ended,
             "inputs": self.inputs.iter().map(input).collect::<Vec<_>>(),
@@ -259,6 +314,8 @@ impl Maker {
 
 #[cfg(test)]
 mod tests {
+    use lake::ReleaseRoot;
+
     use super::*;
 
     #[test]
@@ -276,7 +333,7 @@ mod tests {
         }
     }
 
-    fn manifest(stage: &str, shard: Option<(u32, u32)>, reads: (&str, &str, i64), writes: (&str, i64)) -> Manifest {
+    fn done(stage: &str, shard: Option<(u32, u32)>, reads: (&str, &str, i64), writes: (&str, i64)) -> Done {
         let input = Input { name: reads.0.into(), location: reads.1.into(), version: Some(reads.2), digest: None };
         let output = lake::Output { name: "out".into(), path: writes.0.into(), version: Some(writes.1) };
         let claim = Claim {
@@ -290,21 +347,22 @@ mod tests {
             started: chrono::DateTime::UNIX_EPOCH,
             command: Vec::new(),
         };
-        Manifest { ended: claim.started, claim, outputs: vec![output], facts: Value::Null }
+        let manifest = Manifest { ended: claim.started, claim, outputs: vec![output], facts: Value::Null };
+        Done { zone: ReleaseRoot::NAME, manifest, begun_by: None, dropped: false }
+    }
+
+    fn finished(stages: Vec<Done>) -> Finished {
+        Finished { stages, zones: vec![ReleaseRoot::NAME] }
+    }
+
+    /// A shard of two that embed one table.
+    fn embedded(index: u32, version: i64) -> Done {
+        done("embed", Some((index, 2)), ("texts", "runs/demo/synthetic", 1), ("runs/demo/vectors", version))
     }
 
     #[test]
     fn a_version_between_those_of_shards_leads_to_all_shards_and_says_so() {
-        let shard = |index, version| {
-            let shard = manifest(
-                "embed",
-                Some((index, 2)),
-                ("texts", "runs/demo/synthetic", 1),
-                ("runs/demo/vectors", version),
-            );
-            (ReleaseRoot::NAME, shard)
-        };
-        let finished = Finished { stages: vec![shard(0, 3), shard(1, 4)], zones: vec![ReleaseRoot::NAME] };
+        let finished = finished(vec![embedded(0, 3), embedded(1, 4)]);
         let exact = finished.walk(ReleaseRoot::NAME, "runs/demo/vectors", Some(4), &mut Vec::new());
         assert_eq!((exact.makers.len(), exact.makers[0].claims.len(), &exact.note), (1, 2, &None));
         let between = finished.walk(ReleaseRoot::NAME, "runs/demo/vectors", Some(2), &mut Vec::new());
@@ -313,20 +371,58 @@ mod tests {
     }
 
     #[test]
+    fn shards_that_were_made_differently_are_told_apart_with_all_that_they_read() {
+        let (first, mut second) = (embedded(0, 3), embedded(1, 4));
+        second.manifest.claim.binary = "doppel-embed 0.2.0".into();
+        second.manifest.claim.inputs[0].location = "runs/other/synthetic".into();
+        second.begun_by = Some("doppel-embed 0.1.0".into());
+        let tree = finished(vec![first, second]).walk(ReleaseRoot::NAME, "runs/demo/vectors", Some(4), &mut Vec::new());
+        assert_eq!(tree.note, None);
+        let text = tree.text(0, "", &mut BTreeSet::new());
+        for part in [
+            "made by embed 0/2 of run demo, doppel-embed 0.1.0, ended",
+            "texts: runs/demo/synthetic at version 1",
+            "made by embed 1/2 of run demo, doppel-embed 0.2.0 (begun by doppel-embed 0.1.0), ended",
+            "texts: runs/other/synthetic at version 1",
+        ] {
+            assert!(text.contains(part), "expected {part:?} in:\n{text}");
+        }
+        assert_eq!(tree.json()["made_by"][1]["begun_by"], "doppel-embed 0.1.0");
+    }
+
+    #[test]
+    fn inputs_of_shards_are_the_same_only_in_place_version_and_digest() {
+        let (first, mut second) = (embedded(0, 3), embedded(1, 4));
+        second.manifest.claim.inputs[0].digest = Some("c0ffee".into());
+        let tree = finished(vec![first, second]).walk(ReleaseRoot::NAME, "runs/demo/vectors", Some(4), &mut Vec::new());
+        assert_eq!((tree.makers.len(), tree.makers[0].inputs.len()), (1, 2));
+    }
+
+    #[test]
+    fn a_claim_of_another_binary_and_a_dropped_run_are_told() {
+        let manifest = embedded(0, 3).manifest;
+        let mut claim = manifest.claim.clone();
+        claim.binary = "doppel-embed 0.0.9".into();
+        let (zone, run) = (ReleaseRoot::NAME, "demo".to_owned());
+        let known = Known { zone, run, dropped: true, claims: vec![claim], manifests: vec![manifest] };
+        let done = Done::all(known);
+        assert_eq!((done[0].begun_by.as_deref(), done[0].dropped), (Some("doppel-embed 0.0.9"), true));
+        let tree = finished(done).walk(zone, "runs/demo/vectors", Some(3), &mut Vec::new());
+        assert!(tree.text(0, "", &mut BTreeSet::new()).contains("of run demo (dropped), doppel-embed 0.1.0"));
+    }
+
+    #[test]
     fn the_private_side_of_a_walk_says_that_its_root_is_missing() {
-        let vote = manifest("vote", None, ("corpus", "corpora/chats", 0), ("runs/demo/selected", 1));
-        let finished = Finished { stages: vec![(ReleaseRoot::NAME, vote)], zones: vec![ReleaseRoot::NAME] };
-        let tree = finished.walk(ReleaseRoot::NAME, "runs/demo/selected", Some(1), &mut Vec::new());
+        let vote = done("vote", None, ("corpus", "corpora/chats", 0), ("runs/demo/selected", 1));
+        let tree = finished(vec![vote]).walk(ReleaseRoot::NAME, "runs/demo/selected", Some(1), &mut Vec::new());
         assert!(tree.text(0, "", &mut BTreeSet::new()).contains("the private root was not given"));
     }
 
     #[test]
     fn manifests_that_lead_in_a_circle_end() {
-        let one = manifest("a", None, ("texts", "runs/demo/y", 1), ("runs/demo/x", 1));
-        let other = manifest("b", None, ("texts", "runs/demo/x", 1), ("runs/demo/y", 1));
-        let stages = vec![(ReleaseRoot::NAME, one), (ReleaseRoot::NAME, other)];
-        let finished = Finished { stages, zones: vec![ReleaseRoot::NAME] };
-        let tree = finished.walk(ReleaseRoot::NAME, "runs/demo/x", Some(1), &mut Vec::new());
+        let one = done("a", None, ("texts", "runs/demo/y", 1), ("runs/demo/x", 1));
+        let other = done("b", None, ("texts", "runs/demo/x", 1), ("runs/demo/y", 1));
+        let tree = finished(vec![one, other]).walk(ReleaseRoot::NAME, "runs/demo/x", Some(1), &mut Vec::new());
         assert!(tree.text(0, "", &mut BTreeSet::new()).contains("made of itself"));
     }
 }

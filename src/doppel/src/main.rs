@@ -11,6 +11,5 @@ fn main() -> ExitCode {
         return doppel::stages::become_stage(stage, &args[1..]);
     }
     // Whatever can be said of the values of its flags, the parsers of those say.
-    let code = Shell::new("doppel").leave_signals().run(|_| Ok::<_, Failure>(()), doppel::run);
-    doppel::exit::code().unwrap_or(code)
+    Shell::new("doppel").leave_signals().run(|_| Ok::<_, Failure>(()), doppel::run)
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use clap::Args;
-use lake::{Claim, Input, Output, PrivateRoot, ReleaseRoot, Zone};
+use lake::{Claim, Input, Manifest, Output, PrivateRoot, ReleaseRoot, Zone};
 use serde_json::{Value, json};
 use stage::{Failure, Summary};
 use url::Url;
@@ -67,9 +67,7 @@ pub async fn openlineage(args: OpenlineageArgs) -> Result<Summary, Failure> {
     events.sort_by_key(|(time, _)| *time);
     let events: Vec<String> = events.into_iter().map(|(_, event)| event.to_string()).collect();
     if let Some(run) = args.run.as_ref().filter(|_| events.is_empty()) {
-        return Err(Failure::Input(format!(
-            "the run `{run}` left nothing in the roots given\nhelp: `doppel runs` lists runs"
-        )));
+        return Err(roots.unknown(run));
     }
     let lines: String = events.iter().map(|event| format!("{event}\n")).collect();
     match args.to.as_str() {
@@ -101,7 +99,8 @@ impl Teller<'_> {
             for claim in &told.claims {
                 events.push((claim.started, self.event("START", claim.started, claim, &[])));
                 if let Some(manifest) = told.manifest_of(claim) {
-                    events.push((manifest.ended, self.event("COMPLETE", manifest.ended, claim, &manifest.outputs)));
+                    let Manifest { claim, outputs, ended, .. } = manifest;
+                    events.push((*ended, self.event("COMPLETE", *ended, claim, outputs)));
                 }
             }
         }

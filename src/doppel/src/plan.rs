@@ -88,14 +88,8 @@ fn check(args: &PlanArgs) -> Result<(), Failure> {
     if !(args.vote_sigma.is_finite() && args.vote_sigma >= 0.0) {
         findings.push(format!("--vote-sigma {}: expected 0 or more", args.vote_sigma));
     }
-    if let Some(batch) = args.expected_batch_size.iter().find(|batch| **batch == 0 || **batch > args.records) {
+    if let Some(batch) = args.expected_batch_size.iter().find(|batch| **batch > args.records) {
         findings.push(format!("--expected-batch-size {batch}: expected 1 to the number of records"));
-    }
-    if args.steps.contains(&0) {
-        findings.push("--steps 0: expected at least 1".to_owned());
-    }
-    if args.examples_per_second.is_nan() || args.examples_per_second <= 0.0 {
-        findings.push(format!("--examples-per-second {}: expected a number above 0", args.examples_per_second));
     }
     if findings.is_empty() { Ok(()) } else { Err(Failure::Usage(findings.join("\n"))) }
 }
@@ -184,6 +178,25 @@ mod tests {
         let cli = Cli::try_parse_from(words.iter().chain(flags)).unwrap();
         let Command::Plan(args) = cli.command else { panic!("{flags:?}") };
         plan(&args)
+    }
+
+    #[test]
+    fn what_no_plan_can_have_is_refused_by_the_name_of_its_flag() {
+        for (flag, value, expected) in [
+            ("--gpu-hours", "nan", "expected a number above 0"),
+            ("--gpu-hours", "-1", "expected a number above 0"),
+            ("--examples-per-second", "0", "expected a number above 0"),
+            ("--parameters", "0", "expected a whole number above 0"),
+            ("--steps", "-1", "expected a whole number above 0"),
+            ("--expected-batch-size", "64,0", "expected a whole number above 0"),
+        ] {
+            let words =
+                ["doppel", "plan", "--target-epsilon", "8", "--delta", "1e-5", "--records", "7168", flag, value];
+            let told = Cli::try_parse_from(words).unwrap_err().to_string();
+            assert!(told.contains(flag) && told.contains(expected), "{told}");
+        }
+        let told = planned(&["--records", "7168", "--vote-sigma", "-1"]).unwrap_err().to_string();
+        assert!(told.contains("--vote-sigma -1: expected 0 or more"), "{told}");
     }
 
     const DEMO: [&str; 8] =

@@ -29,14 +29,21 @@ pub fn write(file: &Path, chart: &Chart) -> Result<(), Failure> {
         // The font is a constant of a dependency; a chart without it fails below with a message.
         let _ = register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular());
     });
-    let drawn = match file.extension().and_then(|extension| extension.to_str()) {
-        Some("svg") => draw(&SVGBackend::new(file, SIZE).into_drawing_area(), chart),
-        Some("png") => draw(&BitMapBackend::new(file, SIZE).into_drawing_area(), chart),
-        _ => {
-            return Err(Failure::Usage(format!("{}: a plot's file name ends in .svg or .png", file.display())));
-        }
+    let format = file.extension().and_then(|extension| extension.to_str());
+    if !matches!(format, Some("svg" | "png")) {
+        return Err(Failure::Usage(format!("{}: a plot's file name ends in .svg or .png", file.display())));
+    }
+    let failed = |error: &dyn std::fmt::Display| {
+        let help = "name a file that can be written, in a folder that exists";
+        Failure::Usage(format!("{}: cannot be written: {error}\nhelp: {help}", file.display()))
     };
-    drawn.map_err(|error| Failure::Usage(format!("{}: cannot be written: {error}", file.display())))
+    // Errors of the backends wrap the system's words in their own.
+    std::fs::File::create(file).map_err(|error| failed(&error))?;
+    let drawn = match format {
+        Some("svg") => draw(&SVGBackend::new(file, SIZE).into_drawing_area(), chart),
+        _ => draw(&BitMapBackend::new(file, SIZE).into_drawing_area(), chart),
+    };
+    drawn.map_err(|error| failed(&error))
 }
 
 fn draw<B: DrawingBackend>(area: &DrawingArea<B, Shift>, chart: &Chart) -> Result<(), String> {
@@ -85,6 +92,10 @@ mod tests {
             assert!(std::fs::read(&file).unwrap().starts_with(start), "{name}");
         }
         assert_eq!(write(&folder.path().join("c.pdf"), &chart).unwrap_err().exit_code(), 2);
-        assert_eq!(write(&folder.path().join("no/such/c.svg"), &chart).unwrap_err().exit_code(), 2);
+        let told = write(&folder.path().join("no/such/c.svg"), &chart).unwrap_err();
+        assert_eq!(told.exit_code(), 2);
+        for part in ["no/such/c.svg: cannot be written: No such file", "help: name a file"] {
+            assert!(told.to_string().contains(part) && !told.to_string().contains("backend"), "{told}");
+        }
     }
 }

@@ -72,10 +72,10 @@ pub fn verdict(findings: &[Finding]) -> Result<(), Failure> {
 
 /// Checks `plan` against this machine and the storage that it names.
 pub async fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
-    let mut findings = BTreeSet::new();
-    for job in &plan.jobs {
-        findings.extend(surroundings(job, machine).into_iter().map(Finding::usage));
-    }
+    let around = plan.jobs.iter().flat_map(|job| {
+        let found = surroundings(job, machine).into_iter();
+        found.map(|message| (job.task.as_str(), Finding::usage(message)))
+    });
     let invocations: Vec<Invocation> = plan.jobs.iter().filter_map(Invocation::new).collect();
     let (flags, roots, inputs, budget) = futures::join!(
         check_flags(plan),
@@ -83,14 +83,34 @@ pub async fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
         check_inputs(&invocations),
         budget::preflight(&invocations),
     );
-    findings.extend(flags.into_iter().chain(roots).chain(inputs).chain(budget));
-    findings.into_iter().collect()
+    let empty = plan.empty.iter().map(|task| {
+        let message = "expands to no task, though others wait for it\nhelp: give it at least one item";
+        Finding::usage(format!("{task}: {message}"))
+    });
+    let found = merged(around.chain(flags)).into_iter().chain(empty).chain(roots).chain(inputs).chain(budget);
+    found.collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+/// Findings of tasks, each once, after the names of all that it is about.
+fn merged<'a>(found: impl Iterator<Item = (&'a str, Finding)>) -> Vec<Finding> {
+    let mut tasks: BTreeMap<Finding, Vec<&str>> = BTreeMap::new();
+    for (task, finding) in found {
+        let tasks = tasks.entry(finding).or_default();
+        if !tasks.contains(&task) {
+            tasks.push(task);
+        }
+    }
+    let named = |(finding, tasks): (Finding, Vec<&str>)| Finding {
+        message: format!("{}: {}", tasks.join(", "), finding.message),
+        ..finding
+    };
+    tasks.into_iter().map(named).collect()
 }
 
 /// What a job needs of this machine and does not find.
 fn surroundings(job: &Job, machine: &Machine) -> Vec<String> {
     let mut found = Vec::new();
-    let mut say = |message: String| found.push(format!("{}: {message}", job.task));
+    let mut say = |message: String| found.push(message);
     match job.command.first() {
         Some(program) if find_program(program, &stages::folders()).is_none() => {
             say(format!("the program `{program}` is neither beside doppel nor on PATH; install or build it"));
@@ -98,7 +118,8 @@ fn surroundings(job: &Job, machine: &Machine) -> Vec<String> {
         _ => {}
     }
     if let Some(reason) = machine.lacks(job) {
-        say(format!("{reason}; lower what the workflow requests, or raise --gpus if it is wrong"));
+        let or = if job.gpus as usize > machine.gpus.len() { ", or raise --gpus if more are there" } else { "" };
+        say(format!("{reason}; lower what the workflow requests{or}"));
     }
     for folder in job.mounts.iter().chain(&job.working_dir) {
         if !Path::new(folder).is_dir() {
@@ -185,12 +206,21 @@ impl<'a> Invocation<'a> {
         self.one(flag)?.parse().ok()
     }
 
+    /// `url` as this process finds it: where it is a relative path, the job takes it from its own working folder.
+    pub fn located(&self, url: &str) -> String {
+        match &self.job.working_dir {
+            Some(folder) if !url.contains("://") => Path::new(folder).join(url).display().to_string(),
+            _ => url.to_owned(),
+        }
+    }
+
     /// The root of a zone, or the `run`: a flag, the job's environment, or that of this process.
     pub fn given(&self, flag: &str) -> Option<String> {
         let variable = format!("DOPPEL_{}", flag.to_uppercase());
         let declared = || self.job.env.iter().rev().find(|(name, _)| *name == variable).map(|(_, value)| value.clone());
         let given = self.one(flag).map(str::to_owned).or_else(declared).or_else(|| std::env::var(&variable).ok());
-        given.filter(|given| !given.is_empty())
+        let given = given.filter(|given| !given.is_empty())?;
+        Some(if flag == "run" { given } else { self.located(&given) })
     }
 }
 
@@ -201,7 +231,7 @@ pub fn storage() -> StorageOptions {
 
 /// Lets each stage judge its own flags and their values. Of a fan-out, which differs in its items only, the first and
 /// the last.
-async fn check_flags(plan: &Plan) -> Vec<Finding> {
+async fn check_flags(plan: &Plan) -> Vec<(&str, Finding)> {
     let mut chosen: BTreeMap<&str, Vec<&Job>> = BTreeMap::new();
     for job in &plan.jobs {
         let jobs = chosen.entry(&job.task).or_default();
@@ -215,7 +245,7 @@ async fn check_flags(plan: &Plan) -> Vec<Finding> {
     futures::stream::iter(checks).buffered(at_once).filter_map(std::future::ready).collect().await
 }
 
-async fn flags_of(job: &Job) -> Option<Finding> {
+async fn flags_of(job: &Job) -> Option<(&str, Finding)> {
     let program = find_program(&job.command[0], &stages::folders())?;
     let mut command = tokio::process::Command::new(program);
     command.args(&job.command[1..]).envs(job.env.iter().cloned()).env(CHECK_FLAGS, "1");
@@ -223,15 +253,19 @@ async fn flags_of(job: &Job) -> Option<Finding> {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
     let output = match command.output().await {
         Ok(output) => output,
-        Err(error) => {
-            return Some(Finding::usage(format!("{}: {}: {error}", job.task, job.command[0])));
-        }
+        Err(error) => return Some((&job.task, Finding::usage(format!("{}: {error}", job.command[0])))),
     };
     if output.status.success() {
         return None;
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Some(Finding::usage(format!("{}: {}", job.name, said.trim().trim_start_matches("error: "))))
+    Some((&job.task, Finding::usage(gist(&String::from_utf8_lossy(&output.stderr)))))
+}
+
+/// What a stage says of its flags, without what it says every time.
+fn gist(said: &str) -> String {
+    let usual = |line: &str| line.trim().is_empty() || line.starts_with("For more information, try");
+    let lines: Vec<&str> = said.lines().filter(|line| !usual(line)).collect();
+    lines.join("\n").trim_start_matches("error: ").to_owned()
 }
 
 /// Roots are reachable and writable, lie apart, and have room.
@@ -256,10 +290,7 @@ async fn check_roots(invocations: &[Invocation<'_>]) -> Vec<Finding> {
     }
     for private in &privates {
         for release in &releases {
-            let opened = (PrivateRoot::open(private, &storage()).await, ReleaseRoot::open(release, &storage()).await);
-            if let (Ok(private), Ok(release)) = opened {
-                findings.extend(lake::check_disjoint(&private, &release).err().as_ref().map(Finding::from));
-            }
+            findings.extend(lake::check_disjoint_urls(private, release).err().as_ref().map(Finding::from));
         }
     }
     findings
@@ -280,13 +311,16 @@ async fn writable<Z: Zone>(root: Result<Z, lake::LakeError>) -> Option<Finding> 
 /// Models and raw inputs are there, and are what their flags take.
 async fn check_inputs(invocations: &[Invocation<'_>]) -> Vec<Finding> {
     let named = invocations.iter().flat_map(|one| {
-        let values = move |flag: &'static str| one.all(flag).map(move |url| ((flag, url), one.job));
+        let values = move |flag: &'static str| {
+            let given = one.all(flag).filter(|url| !url.is_empty());
+            given.map(move |url| ((flag, one.located(url)), one.job))
+        };
         ["input", "model", "encoder"].into_iter().flat_map(values)
     });
     // One finding per input, with the first task that reads it.
-    let inputs: BTreeMap<(&str, &str), &Job> = named.collect::<Vec<_>>().into_iter().rev().collect();
-    let checks = inputs.into_iter().filter(|((_, url), _)| !url.is_empty()).map(|((flag, url), job)| async move {
-        let problem = present(flag, url).await.err()?;
+    let inputs: BTreeMap<(&str, String), &Job> = named.collect::<Vec<_>>().into_iter().rev().collect();
+    let checks = inputs.into_iter().map(|((flag, url), job)| async move {
+        let problem = present(flag, &url).await.err()?;
         let finding = Finding::from(&problem);
         Some(Finding { message: format!("{}: {}", job.task, finding.message), ..finding })
     });
@@ -295,9 +329,8 @@ async fn check_inputs(invocations: &[Invocation<'_>]) -> Vec<Finding> {
 
 async fn present(flag: &str, url: &str) -> Result<(), lake::LakeError> {
     let names = match local(url) {
-        Some(path) => local_names(&path).map_err(|error| {
-            lake::LakeError::NotFound(format!("{url}: {error}\nhelp: correct the path, or run `make setup`"))
-        })?,
+        Some(path) => local_names(&path)
+            .map_err(|error| lake::LakeError::NotFound(format!("{url}: {error}\nhelp: correct the path")))?,
         None => remote_names(url).await?,
     };
     match unlike(flag, &names) {
@@ -397,6 +430,24 @@ mod tests {
     }
 
     #[test]
+    fn relative_paths_are_those_of_the_jobs_folder() {
+        let command = ["doppel", "train", "--private", "lake/p", "--run", "r1", "--release=s3://lake/r"];
+        let job = Job { working_dir: Some("/work".into()), ..job(&command) };
+        let invocation = Invocation::new(&job).unwrap();
+        let given = |flag| invocation.given(flag).unwrap();
+        assert_eq!([given("private"), given("run"), given("release")], ["/work/lake/p", "r1", "s3://lake/r"]);
+        assert_eq!([invocation.located("m"), invocation.located("/m")], ["/work/m", "/m"]);
+    }
+
+    #[test]
+    fn a_finding_of_many_tasks_is_told_once() {
+        let finding = || Finding::usage(gist("error: no `x`\n\nUsage: y\n\nFor more information, try '--help'.\n"));
+        let found = [("train", finding()), ("embed", finding()), ("train", finding())];
+        let told: Vec<String> = merged(found.into_iter()).into_iter().map(|finding| finding.message).collect();
+        assert_eq!(told, ["train, embed: no `x`\nUsage: y"]);
+    }
+
+    #[test]
     fn words_before_the_flags_tell_subcommands() {
         let set = job(&["doppel", "budget", "set", "--corpus", "c"]);
         let invocation = Invocation::new(&set).unwrap();
@@ -413,7 +464,10 @@ mod tests {
         let machine = Machine { cpu: 1_000, gpus: Vec::new(), memory: 1 << 30 };
         let found = surroundings(&lonely, &machine);
         assert_eq!(found.len(), 4, "{found:?}");
-        assert!(found.iter().all(|message| message.starts_with("a: ")));
+        assert!(found.iter().any(|message| message.contains("needs 3 GPUs") && message.contains("raise --gpus")));
+        let big = Job { memory: 2 << 30, ..job(&["true"]) };
+        let found = surroundings(&big, &machine);
+        assert!(found.len() == 1 && found[0].ends_with("lower what the workflow requests"), "{found:?}");
     }
 
     #[test]

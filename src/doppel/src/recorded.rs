@@ -13,7 +13,7 @@ use crate::roots::{Known, Roots};
 use crate::stages;
 
 /// Flags that name an input outside the roots, which the digest of the input of that name guards.
-const MODELS: [&str; 2] = ["model", "encoder"];
+pub const MODELS: [&str; 2] = ["model", "encoder"];
 
 /// How a stage is started, by the name in its claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,10 +77,7 @@ impl Recorded {
         }
         stages.sort_by_key(|stage| stage.shards.iter().map(|one| one.claim.started).min());
         if stages.is_empty() && unfinished.is_empty() {
-            return Err(Failure::Input(format!(
-                "the run `{run}` left nothing in {}\nhelp: `doppel runs` lists runs",
-                roots.names()
-            )));
+            return Err(roots.unknown(run));
         }
         Ok(Self { run: run.to_owned(), stages, unfinished })
     }
@@ -103,7 +100,8 @@ fn missing(stage: &str, claims: &[Claim], done: usize) -> Option<String> {
     }
 }
 
-fn kind(name: &str) -> Result<Kind, Failure> {
+/// How the stage called `name` is started.
+pub fn kind(name: &str) -> Result<Kind, Failure> {
     KINDS.into_iter().find(|kind| kind.name == name).ok_or_else(|| {
         Failure::Input(format!("the stage `{name}` is unknown here\nhelp: use the version of doppel that ran it"))
     })
@@ -114,11 +112,14 @@ fn kind(name: &str) -> Result<Kind, Failure> {
 pub struct Parameters(BTreeMap<String, String>);
 
 impl Parameters {
-    /// From `FLAG=VALUE`s; one that no stage was given is an error.
+    /// From `FLAG=VALUE`s; one that no stage was given, or that must stay as it was, is an error.
     pub fn new(given: &[(String, String)], stages: &[&Stage]) -> Result<Self, Failure> {
         let words = || stages.iter().flat_map(|stage| &stage.shards).flat_map(|shard| &shard.claim.command);
         let flags: BTreeSet<&str> = words().map(|word| flag_and_value(word).0).collect();
         for (flag, _) in given {
+            if let Some(reason) = fixed(flag) {
+                return Err(Failure::Usage(format!("-p {flag}: {reason}\nhelp: leave it out")));
+            }
             if !flags.contains(flag.as_str()) {
                 let near = workflow::finding::nearest(flag, flags.iter().copied());
                 let hint = near.map_or("`doppel show` prints the recorded flags".to_owned(), |near| {
@@ -156,6 +157,18 @@ impl Parameters {
             true => Ok(()),
             false => Err(Failure::Usage(findings.into_iter().collect::<Vec<_>>().join("\n"))),
         }
+    }
+}
+
+/// Why a recorded flag stays as it is.
+fn fixed(flag: &str) -> Option<&'static str> {
+    match flag {
+        "run" | "shard" => Some("it says which part of which run a recorded command is"),
+        "pin" => Some("versions are pinned to those that were read"),
+        "input" => {
+            Some("no digest of a raw input is recorded that would prove it elsewhere, so it is read where it was")
+        }
+        _ => None,
     }
 }
 
@@ -297,8 +310,11 @@ mod tests {
     #[test]
     fn a_parameter_that_no_stage_takes_is_refused_with_the_nearest() {
         let stage = stage(&["--run=demo", "--model=llama"]);
-        let told = Parameters::new(&[("modle".into(), "x".into())], &[&stage]).unwrap_err().to_string();
-        assert!(told.contains("did you mean `model`?"), "{told}");
+        let told = |flag: &str| Parameters::new(&[(flag.into(), "x".into())], &[&stage]).unwrap_err().to_string();
+        assert!(told("modle").contains("did you mean `model`?"), "{}", told("modle"));
+        for fixed in ["run", "shard", "pin", "input"] {
+            assert!(told(fixed).contains("leave it out"), "{}", told(fixed));
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use lake::{LakeError, Overlay, PrivateRoot, ReleaseRoot, StorageOptions, Zone};
 use serde_json::{Value, json};
 use stage::common::Overlays;
 use stage::{Failure, Format, Summary};
+use url::Url;
 
 use crate::anew;
 use crate::cli::RerunArgs;
@@ -159,6 +160,15 @@ impl Scratch {
     async fn remove(&self, private: &PrivateRoot) -> Result<(), Failure> {
         for path in private.list(&self.path).await? {
             private.delete(&path).await?;
+        }
+        // What is left on a local disk are empty folders, which hurt nobody where they cannot be removed.
+        let url = Url::parse(&private.url_of(&self.path)).ok();
+        if let Some(folder) = url.and_then(|url| url.to_file_path().ok()) {
+            let _ = std::fs::remove_dir_all(&folder);
+            // The folders of the run's reruns and of all reruns, unless there are others in them.
+            for above in folder.ancestors().skip(1).take(2) {
+                let _ = std::fs::remove_dir(above);
+            }
         }
         Ok(())
     }

@@ -95,6 +95,21 @@ impl Roots {
         Ok(ids)
     }
 
+    /// What each root knows of `run`; that none knows it is an error.
+    pub async fn run(&self, run: &str) -> Result<Vec<Known>, Failure> {
+        let known = self.known(run).await?;
+        match known.iter().all(|known| known.claims.is_empty() && known.manifests.is_empty()) {
+            true => Err(self.unknown(run)),
+            false => Ok(known),
+        }
+    }
+
+    /// The failure that no root knows `run`.
+    pub fn unknown(&self, run: &str) -> Failure {
+        let roots = self.names();
+        Failure::Input(format!("the run `{run}` left nothing in {roots}\nhelp: `doppel runs` lists runs"))
+    }
+
     /// What each root knows of `run`.
     pub async fn known(&self, run: &str) -> Result<Vec<Known>, Failure> {
         let mut all = Vec::new();
@@ -114,6 +129,8 @@ pub struct Known {
     pub zone: &'static str,
     /// Run id.
     pub run: String,
+    /// Whether its results were removed for good.
+    pub dropped: bool,
     /// Claims of finished and unfinished stages.
     pub claims: Vec<Claim>,
     /// Manifests of finished stages.
@@ -141,5 +158,6 @@ pub async fn all<Z: Zone>(root: &Z) -> Result<Vec<Known>, Failure> {
 async fn known<Z: Zone>(root: &Z, run: &str) -> Result<Known, Failure> {
     let claims = manifest::claims_of(root, run).await?;
     let manifests = manifest::manifests_of(root, run).await?;
-    Ok(Known { zone: Z::NAME, run: run.to_owned(), claims, manifests })
+    let dropped = manifest::is_dropped(root, run).await?;
+    Ok(Known { zone: Z::NAME, run: run.to_owned(), dropped, claims, manifests })
 }

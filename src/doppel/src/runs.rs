@@ -1,7 +1,5 @@
 //! `doppel runs` and `doppel show`: what was run, from the manifests in the roots.
 
-use std::collections::BTreeMap;
-
 use lake::{Claim, Manifest};
 use serde_json::{Value, json};
 use stage::{Failure, Summary};
@@ -12,52 +10,73 @@ use crate::table::table;
 
 /// Lists runs.
 pub async fn list(args: RunsArgs) -> Result<Summary, Failure> {
-    let mut runs: BTreeMap<String, Vec<Known>> = BTreeMap::new();
     let roots = Roots::open(&args.roots).await?;
+    let mut runs = Vec::new();
     for run in roots.ids().await? {
-        let known = roots.known(&run).await?;
-        runs.insert(run, known);
+        runs.push(Run::of(&roots.known(&run).await?, run));
     }
-    let rows = runs.iter().map(|(run, known)| {
-        let done: Vec<&Manifest> = known.iter().flat_map(|known| &known.manifests).collect();
-        let claims: Vec<&Claim> = known.iter().flat_map(|known| &known.claims).collect();
-        let started = claims.iter().map(|claim| claim.started).min().map(|time| time.to_string()).unwrap_or_default();
-        let mut stages: Vec<&str> = Vec::new();
-        for claim in &claims {
-            if !stages.contains(&claim.stage.as_str()) {
-                stages.push(&claim.stage);
-            }
-        }
-        (run.clone(), started, stages.join(", "), done.len(), claims.len())
-    });
-    let rows: Vec<_> = rows.collect();
-    let json = rows.iter().map(|(run, started, stages, done, begun)| {
-        json!({ "run": run, "started": started, "stages": stages, "done": done, "begun": begun })
-    });
-    let json: Value = json.collect();
-    let rows: Vec<Vec<String>> = rows
-        .iter()
-        .map(|(run, started, stages, done, begun)| {
-            vec![run.clone(), seconds(started), format!("{done}/{begun}"), stages.clone()]
-        })
-        .collect();
-    let text = if rows.is_empty() {
-        "no runs here".to_owned()
-    } else {
-        table(&["run", "started (UTC)", "done", "stages"], &rows, &[2])
+    let json = runs.iter().map(Run::json).collect();
+    let rows: Vec<Vec<String>> = runs.iter().map(Run::row).collect();
+    let text = match rows.is_empty() {
+        true => format!("no runs in {}", roots.names()),
+        false => table(&["run", "started (UTC)", "done", "stages"], &rows, &[2]),
     };
     Ok(Summary { text, json })
+}
+
+/// A run in the list.
+struct Run {
+    run: String,
+    started: String,
+    /// In the order in which they began.
+    stages: Vec<String>,
+    done: usize,
+    begun: usize,
+    dropped: bool,
+}
+
+impl Run {
+    fn of(known: &[Known], run: String) -> Self {
+        let mut claims: Vec<&Claim> = known.iter().flat_map(|known| &known.claims).collect();
+        claims.sort_by_key(|claim| claim.started);
+        let mut stages: Vec<String> = Vec::new();
+        for claim in &claims {
+            if !stages.contains(&claim.stage) {
+                stages.push(claim.stage.clone());
+            }
+        }
+        Self {
+            run,
+            started: claims.first().map(|claim| claim.started.to_string()).unwrap_or_default(),
+            stages,
+            done: known.iter().map(|known| known.manifests.len()).sum(),
+            begun: claims.len(),
+            dropped: is_dropped(known),
+        }
+    }
+
+    fn row(&self) -> Vec<String> {
+        let done = if self.dropped { "dropped".to_owned() } else { format!("{}/{}", self.done, self.begun) };
+        vec![self.run.clone(), seconds(&self.started), done, self.stages.join(", ")]
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "run": self.run, "started": self.started, "stages": self.stages.join(", "), "done": self.done,
+            "begun": self.begun, "dropped": self.dropped,
+        })
+    }
+}
+
+fn is_dropped(known: &[Known]) -> bool {
+    known.iter().any(|known| known.dropped)
 }
 
 /// Shows one run.
 pub async fn show(args: ShowArgs) -> Result<Summary, Failure> {
     let roots = Roots::open(&args.roots).await?;
-    let known = roots.known(&args.id).await?;
-    if known.iter().all(|known| known.claims.is_empty() && known.manifests.is_empty()) {
-        let message =
-            format!("the run `{}` left nothing in {}\nhelp: `doppel runs` lists runs", args.id, roots.names());
-        return Err(Failure::Input(message));
-    }
+    let known = roots.run(&args.id).await?;
+    let dropped = is_dropped(&known);
     let mut stages = Vec::new();
     for Known { zone, manifests, claims, .. } in &known {
         for manifest in manifests {
@@ -73,8 +92,11 @@ pub async fn show(args: ShowArgs) -> Result<Summary, Failure> {
         }
     }
     stages.sort_by_key(|(started, ..)| *started);
-    let (text, json): (Vec<String>, Vec<Value>) = stages.into_iter().map(|(_, text, json)| (text, json)).unzip();
-    Ok(Summary { text: text.join("\n\n"), json: json!({ "run": args.id, "stages": json }) })
+    let (mut text, json): (Vec<String>, Vec<Value>) = stages.into_iter().map(|(_, text, json)| (text, json)).unzip();
+    if dropped {
+        text.insert(0, format!("run {} was dropped: what it wrote is removed, but for what others need", args.id));
+    }
+    Ok(Summary { text: text.join("\n\n"), json: json!({ "run": args.id, "dropped": dropped, "stages": json }) })
 }
 
 /// `0/2` of a sharded stage.
@@ -125,4 +147,37 @@ fn stage_text(zone: &str, claim: &Claim, manifest: Option<&Manifest>) -> String 
 /// A time without its fraction of a second.
 pub fn seconds(time: &str) -> String {
     time.get(..19).unwrap_or(time).replace('T', " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claim(stage: &str, second: i64) -> Claim {
+        Claim {
+            run: "demo".into(),
+            stage: stage.into(),
+            shard: None,
+            inputs: Vec::new(),
+            config: Value::Null,
+            seeds: Vec::new(),
+            binary: String::new(),
+            started: chrono::DateTime::from_timestamp(second, 0).unwrap(),
+            command: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_run_lists_its_stages_as_they_began_and_that_it_was_dropped() {
+        let known = |zone, dropped, claims| Known { zone, run: "demo".into(), dropped, claims, manifests: Vec::new() };
+        let private = vec![claim("embed-corpus", 3), claim("partition", 1)];
+        let known = |dropped| {
+            let release = known("release", dropped, vec![claim("train", 2), claim("vote", 4)]);
+            Run::of(&[known("private", dropped, private.clone()), release], "demo".into())
+        };
+        let stages = "partition, train, embed-corpus, vote";
+        assert_eq!(known(false).row(), ["demo", "1970-01-01 00:00:01", "0/4", stages]);
+        assert_eq!(known(true).row(), ["demo", "1970-01-01 00:00:01", "dropped", stages]);
+        assert_eq!(known(true).json()["dropped"], true);
+    }
 }

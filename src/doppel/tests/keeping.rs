@@ -1,4 +1,4 @@
-//! The command line contract of `doppel gc`, `compact` and `openlineage`.
+//! The command line contract of `doppel gc`, `compact` and `openlineage`, and what they and `runs` say of unknown runs.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -74,14 +74,14 @@ fn to_drop_a_run_takes_both_roots() {
 }
 
 #[test]
-fn a_young_run_is_not_dropped_and_an_unknown_one_is_told() {
+fn a_young_run_is_not_dropped_and_an_unknown_one_is_refused() {
     let folder = TempDir::new().unwrap();
     write_run(folder.path());
-    let (stdout, _) = run(doppel(folder.path(), &[&["gc", "--drop", "demo", "--drop", "none"], &BOTH[..]].concat()), 0);
-    assert!(
-        stdout.contains("run demo: kept for now") && stdout.contains("run none: nothing of it is left"),
-        "{stdout}"
-    );
+    let (stdout, _) = run(doppel(folder.path(), &[&["gc", "--drop", "demo"], &BOTH[..]].concat()), 0);
+    assert!(stdout.contains("run demo: kept for now"), "{stdout}");
+    let drop = ["gc", "--min-age", "0s", "--drop", "demo", "--drop", "none"];
+    let (_, stderr) = run(doppel(folder.path(), &[&drop, &BOTH[..]].concat()), 3);
+    assert!(stderr.contains("the run `none` left nothing in file://") && stderr.contains("help:"), "{stderr}");
     assert!(folder.path().join("release/runs/demo/adapter/adapter_config.json").exists());
 }
 
@@ -101,7 +101,9 @@ fn compaction_names_what_is_no_table_and_refuses_a_corpus() {
     let folder = TempDir::new().unwrap();
     write_run(folder.path());
     let (stdout, _) = run(doppel(folder.path(), &[&["compact"], &BOTH[..]].concat()), 0);
-    assert_eq!(stdout, "no tables here\n");
+    assert!(stdout.starts_with("no tables to compact in file://") && stdout.contains("/release"), "{stdout}");
+    let (_, stderr) = run(doppel(folder.path(), &[&["compact", "--run", "none"], &BOTH[..]].concat()), 3);
+    assert!(stderr.contains("the run `none` left nothing"), "{stderr}");
     let (_, stderr) = run(doppel(folder.path(), &[&["compact", "runs/demo/none"], &BOTH[..]].concat()), 3);
     assert!(stderr.contains("runs/demo/none: no table there"), "{stderr}");
     let (_, stderr) = run(doppel(folder.path(), &[&["compact", "corpora/chats"], &BOTH[..]].concat()), 2);
@@ -204,7 +206,7 @@ async fn begin(folder: &Path, claim: Claim) -> Result<(), String> {
 }
 
 #[test]
-fn the_id_of_a_run_whose_manifests_stay_is_closed() {
+fn the_id_of_a_dropped_run_is_closed_and_dropping_it_again_does_nothing() {
     let drop = [&["gc", "--min-age", "0s", "--drop", "demo"], &BOTH[..]].concat();
     let train = || claim("demo", "train", "corpora/chats", Some(1));
     let folder = TempDir::new().unwrap();
@@ -215,11 +217,25 @@ fn the_id_of_a_run_whose_manifests_stay_is_closed() {
     assert!(stdout.contains("kept: release runs/demo/stages"), "{stdout}");
     let refused = begin(folder.path(), train()).unwrap_err();
     assert!(refused.contains("run demo was dropped"), "{refused}");
-    // Where nothing stays, the id is free again.
+    let (stdout, _) = run(doppel(folder.path(), &[&["runs"], &BOTH[..]].concat()), 0);
+    assert!(stdout.lines().any(|line| line.starts_with("demo ") && line.contains("  dropped  ")), "{stdout}");
+    let (stdout, _) = run(doppel(folder.path(), &[&["show", "demo"], &BOTH[..]].concat()), 0);
+    assert!(stdout.starts_with("run demo was dropped"), "{stdout}");
+    // Where nothing stays, the mark does: the run is no unknown one.
     let folder = TempDir::new().unwrap();
     write_run(folder.path());
     run(doppel(folder.path(), &drop), 0);
-    begin(folder.path(), train()).unwrap();
+    assert!(begin(folder.path(), train()).unwrap_err().contains("run demo was dropped"));
+    let (stdout, _) = run(doppel(folder.path(), &drop), 0);
+    assert!(stdout.contains("nothing to remove") && stdout.contains("run demo: dropped before"), "{stdout}");
+}
+
+#[test]
+fn roots_without_runs_are_named() {
+    let folder = TempDir::new().unwrap();
+    let (stdout, _) = run(doppel(folder.path(), &["runs", "--private", "typo", "--release", "typo2"]), 0);
+    assert!(stdout.starts_with("no runs in file://"), "{stdout}");
+    assert!(stdout.contains("/typo and file://") && stdout.ends_with("/typo2\n"), "{stdout}");
 }
 
 #[test]

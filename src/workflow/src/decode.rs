@@ -230,6 +230,10 @@ fn template(node: &Node, path: &str, findings: &mut Findings) -> Option<Template
     let retry = retry_node.and_then(|node| self::retry(node, &below(path, "retryStrategy"), findings));
     let container = container_node.and_then(|node| self::container(node, &below(path, "container"), findings));
     let dag = dag_node.and_then(|node| self::dag(node, &below(path, "dag"), findings));
+    if let (Some(node), Some(_)) = (retry_node, dag_node) {
+        let message = "the local runner tries a container again, not a dag; declare it in the templates of its tasks";
+        findings.add(node.at, &below(path, "retryStrategy"), message);
+    }
     if container_node.is_some() && dag_node.is_some() {
         findings.add(node.at, path, "has both `container` and `dag`; a template has one of them");
     } else if container_node.is_none() && dag_node.is_none() && !refused {

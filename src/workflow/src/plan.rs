@@ -27,6 +27,8 @@ pub struct Plan {
     pub jobs: Vec<Job>,
     /// DAGs that jobs belong to.
     pub dags: Vec<DagScope>,
+    /// Tasks that others wait for, but that expanded to no job.
+    pub empty: Vec<String>,
 }
 
 /// One instance of a DAG.
@@ -120,17 +122,17 @@ pub fn expand(workflow: &Workflow, given: &[(String, String)], findings: &mut Fi
         parsed(Some(value), "a whole number above 0", |n| n.parse().ok().filter(|n| *n > 0), findings)
     });
     let entry = workflow.templates.iter().find(|template| template.name.raw == workflow.entrypoint.raw)?;
-    let mut builder = Builder { workflow, jobs: Vec::new(), dags: Vec::new(), findings };
+    let mut builder = Builder { workflow, jobs: Vec::new(), dags: Vec::new(), empty: Vec::new(), findings };
     // As in Argo, the entry template's inputs take the workflow's arguments of the same name.
     let inputs = builder.inputs(entry, &parameters, &scope);
     let scope = Scope { inputs, ..scope };
     builder.template(entry, &scope, Place { name: &entry.name.raw, task: &entry.name.raw, after: &[], dag: None });
-    let (jobs, dags) = (builder.jobs, builder.dags);
+    let Builder { jobs, dags, empty, .. } = builder;
     if jobs.len() > MAX_JOBS {
         let message = format!("expands to more than {MAX_JOBS} jobs");
         findings.add(workflow.entrypoint.at, &workflow.entrypoint.path, message);
     }
-    Some(Plan { name: workflow.name.clone(), parallelism, parameters, jobs, dags })
+    Some(Plan { name: workflow.name.clone(), parallelism, parameters, jobs, dags, empty })
 }
 
 fn value(text: &Text, scope: &Scope, findings: &mut Findings) -> (Text, String) {
@@ -154,6 +156,7 @@ struct Builder<'a, 'f> {
     workflow: &'a Workflow,
     jobs: Vec<Job>,
     dags: Vec<DagScope>,
+    empty: Vec<String>,
     findings: &'f mut Findings,
 }
 
@@ -172,22 +175,21 @@ impl<'a> Builder<'a, '_> {
     fn container(&mut self, template: &Template, container: &Container, scope: &Scope, place: Place) -> Vec<usize> {
         let retry = template.retry.as_ref().or(self.workflow.retry.as_ref());
         let retry = retry.map_or_else(Retry::never, |retry| resolve(retry, scope, self.findings));
-        let texts = |texts: &[Text], findings: &mut Findings| -> Vec<String> {
-            texts.iter().map(|text| expand_text(text, scope, findings)).collect()
-        };
-        let mut command = texts(&container.command, self.findings);
-        command.extend(texts(&container.args, self.findings));
-        let mounts = texts(&container.mounts, self.findings);
         let (mut env, mut required_env) = (Vec::new(), Vec::new());
         for variable in &container.env {
+            let name = variable.name.raw.clone();
             match &variable.value {
                 VariableValue::Text(text) => {
-                    env.push((variable.name.raw.clone(), expand_text(text, scope, self.findings)));
+                    let value = self.word(text, scope, container, &env);
+                    env.push((name, value));
                 }
-                VariableValue::Inherited { optional: false } => required_env.push(variable.name.raw.clone()),
+                VariableValue::Inherited { optional: false } => required_env.push(name),
                 VariableValue::Inherited { optional: true } => {}
             }
         }
+        let words = container.command.iter().chain(&container.args);
+        let command = words.map(|text| self.word(text, scope, container, &env)).collect();
+        let mounts = container.mounts.iter().map(|text| expand_text(text, scope, self.findings)).collect();
         let working_dir = container.working_dir.as_ref().map(|text| expand_text(text, scope, self.findings));
         let mut cpus = |text| {
             self.quantity(text, scope, "a number of CPUs such as 2 or 500m", |text| {
@@ -220,6 +222,26 @@ impl<'a> Builder<'a, '_> {
         vec![self.jobs.len() - 1]
     }
 
+    /// `text` as the process gets it: its tags replaced as by Argo, then its `$(NAME)` as by Kubernetes, from the
+    /// variables declared so far.
+    fn word(&mut self, text: &Text, scope: &Scope, container: &Container, env: &[(String, String)]) -> String {
+        let expanded = expand_text(text, scope, self.findings);
+        substitute::references(&expanded, |name| {
+            let known = env.iter().rev().find(|(other, _)| other == name).map(|(_, value)| value.as_str());
+            let inherited = |variable: &Variable| {
+                variable.name.raw == name && matches!(variable.value, VariableValue::Inherited { .. })
+            };
+            if known.is_none() && container.env.iter().any(inherited) {
+                let message = format!(
+                    "`$({name})` is kept in the cluster; the local runner writes no such value into a text, so let the \
+                     command read its variable"
+                );
+                self.findings.add(text.at, &text.path, message);
+            }
+            known
+        })
+    }
+
     fn quantity<T>(
         &mut self,
         text: &Option<Text>,
@@ -236,7 +258,7 @@ impl<'a> Builder<'a, '_> {
         self.dags.push(DagScope { fail_fast: dag.fail_fast, parent: place.dag });
         let prefix = if place.dag.is_none() { String::new() } else { format!("{}.", place.name) };
         let mut ends: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
-        let mut waited_for = Vec::new();
+        let (mut waited_for, mut empty) = (Vec::new(), Vec::new());
         for task in in_order(&dag.tasks) {
             let mut after = place.after.to_vec();
             for dependency in &task.dependencies {
@@ -245,9 +267,15 @@ impl<'a> Builder<'a, '_> {
             }
             after.sort_unstable();
             after.dedup();
+            let before = self.jobs.len();
             let end = self.task(task, scope, &prefix, &after, index);
+            if self.jobs.len() == before {
+                empty.push(task.name.raw.as_str());
+            }
             ends.insert(task.name.raw.as_str(), end);
         }
+        empty.retain(|name| waited_for.contains(name));
+        self.empty.extend(empty.into_iter().map(|name| format!("{prefix}{name}")));
         let last = ends.into_iter().filter(|(name, _)| !waited_for.contains(name)).flat_map(|(_, end)| end);
         let mut last: Vec<usize> = last.collect();
         last.sort_unstable();
@@ -338,17 +366,19 @@ impl<'a> Builder<'a, '_> {
     }
 
     fn sequence(&mut self, sequence: &Sequence, scope: &Scope) -> Vec<Value> {
+        let count = sequence.count.as_ref().map(|text| value(text, scope, self.findings));
+        let count = parsed(count, "a whole number of 0 or more", |text| text.parse::<u64>().ok(), self.findings);
         let mut number = |text: &Option<Text>| -> Option<i64> {
             let value = text.as_ref().map(|text| value(text, scope, self.findings));
             parsed(value, "a whole number", |text| text.parse().ok(), self.findings)
         };
         let start = number(&sequence.start).unwrap_or(0);
-        let (count, end) = (number(&sequence.count), number(&sequence.end));
+        let end = number(&sequence.end);
         let format = sequence.format.as_ref().map(|text| value(text, scope, self.findings));
         let format = parsed(format, "a format with one %d or %0Nd", Format::parse, self.findings);
         let format = format.unwrap_or_default();
         let (length, step) = match (count, end) {
-            (Some(count), _) => (count.max(0).unsigned_abs(), 1),
+            (Some(count), _) => (count, 1),
             (None, Some(end)) => (end.abs_diff(start).saturating_add(1), if end < start { -1 } else { 1 }),
             (None, None) => return Vec::new(),
         };

@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::retry::Outcome;
 use crate::run::Stop;
 
-/// How long output may still come after the process itself has ended (from a child of its own that lives on).
+/// How long output may still come after the process itself has ended (from a child of its own that left the group).
 const DRAIN: Duration = Duration::from_millis(500);
 /// A longer line is cut into several.
 const MAX_LINE: usize = 16 << 10;
@@ -29,7 +29,8 @@ pub(crate) struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
-    /// Runs the process to its end, or, when `stop` says so, ends its whole group: SIGTERM, then SIGKILL after `grace`.
+    /// Runs the process to its end, or, when `stop` says so, ends it: SIGTERM, then SIGKILL after `grace`. Its group
+    /// ends with it.
     pub async fn run(
         &self,
         mut stop: watch::Receiver<Stop>,
@@ -66,6 +67,9 @@ impl Attempt<'_> {
                 count = stderr.read(), if !stderr.closed() => stderr.hand_on(count, &mut sink),
                 status = child.wait(), if ended.is_none() => {
                     ended = Some(status);
+                    // Whoever of the group outlived its leader, as the end of a container would end it: it must not
+                    // work on beside another attempt. At once, while no other group can have got the number.
+                    signal(Signal::KILL);
                     drained_at = Instant::now() + DRAIN;
                 }
                 wish = next_stop(&mut stop, stopping), if ended.is_none() => {
@@ -82,10 +86,6 @@ impl Attempt<'_> {
                 }
                 () = sleep_until(drained_at) => break,
             }
-        }
-        if stopping != Stop::No {
-            // Whoever of the group outlived its leader and SIGTERM.
-            signal(Signal::KILL);
         }
         stdout.flush(&mut sink);
         stderr.flush(&mut sink);

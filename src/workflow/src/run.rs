@@ -222,6 +222,8 @@ struct Runner<'a> {
     jobs: Vec<Progress>,
     running: FuturesUnordered<LocalBoxFuture<'a, Done>>,
     free: Machine,
+    /// DAGs that hold a failed job, or a closed DAG.
+    hurt: HashSet<usize>,
     /// DAGs in which nothing new may start.
     closed: HashSet<usize>,
 }
@@ -242,8 +244,8 @@ impl<'a> Runner<'a> {
             gpus: Vec::new(),
         };
         let jobs = plan.jobs.iter().map(progress).collect();
-        let (running, closed) = (FuturesUnordered::new(), HashSet::new());
-        Self { plan, options, stop, observer, jobs, running, free: options.machine.clone(), closed }
+        let (running, free) = (FuturesUnordered::new(), options.machine.clone());
+        Self { plan, options, stop, observer, jobs, running, free, hurt: HashSet::new(), closed: HashSet::new() }
     }
 
     /// Starts every job that waits for nothing and fits, in the order of the file.
@@ -397,20 +399,60 @@ impl<'a> Runner<'a> {
         }));
     }
 
-    /// The job failed for good: nothing new starts in its DAG, nor in those around it, while they fail fast.
+    /// The job failed for good.
     fn fail(&mut self, index: usize, outcome: Outcome) {
         self.jobs[index].report.state = State::Failed;
-        if let Some(dag) = self.plan.jobs[index].dag {
-            let dags: Vec<usize> = self.ancestors(dag).take_while(|dag| self.plan.dags[*dag].fail_fast).collect();
-            self.closed.extend(dags);
-        }
+        self.hurt.extend(self.plan.jobs[index].dag);
         self.end(index, outcome);
+    }
+
+    /// Closes the DAGs around the job in which something failed: at once where they fail fast, else when nothing in
+    /// them can run any more, so that the DAG around such a one counts it as failed then.
+    fn close_around(&mut self, index: usize) {
+        let mut next = self.plan.jobs[index].dag;
+        while let Some(dag) = next {
+            let scope = &self.plan.dags[dag];
+            if self.hurt.contains(&dag) && (scope.fail_fast || !self.alive(dag)) {
+                self.closed.insert(dag);
+                self.hurt.extend(scope.parent);
+            }
+            next = scope.parent;
+        }
+    }
+
+    /// Whether a job in the DAG, or in one inside of it, runs or still may.
+    fn alive(&self, dag: usize) -> bool {
+        let inside = |job: &Job| job.dag.is_some_and(|of| self.ancestors(of).any(|around| around == dag));
+        self.plan.jobs.iter().zip(self.live()).any(|(job, live)| live && inside(job))
+    }
+
+    /// Which jobs run or still may: those that are open and before which no job failed or can no longer run.
+    fn live(&self) -> Vec<bool> {
+        let possible = |job: usize| match self.jobs[job].phase {
+            Phase::Running => true,
+            Phase::Pausing | Phase::Waiting => self.open(job),
+            Phase::Ended => false,
+        };
+        let mut live: Vec<bool> = (0..self.jobs.len()).map(possible).collect();
+        let barred = |job: &usize, live: &[bool]| {
+            let lost = |before: &usize| !live[*before] && self.jobs[*before].report.state != State::Succeeded;
+            live[*job] && self.jobs[*job].phase == Phase::Waiting && self.plan.jobs[*job].after.iter().any(lost)
+        };
+        // A job may wait for one that stands after it: again, until nothing changes.
+        loop {
+            let found: Vec<usize> = (0..live.len()).filter(|job| barred(job, &live)).collect();
+            if found.is_empty() {
+                return live;
+            }
+            found.into_iter().for_each(|job| live[job] = false);
+        }
     }
 
     fn end(&mut self, index: usize, outcome: Outcome) {
         let progress = &mut self.jobs[index];
         progress.phase = Phase::Ended;
         progress.report.outcome = Some(outcome);
+        self.close_around(index);
         self.observer.event(self.plan, Event::Finished { job: index, report: &self.jobs[index].report });
     }
 

@@ -125,6 +125,31 @@ pub(crate) fn expand(text: &Text, scope: &Scope, findings: &mut Findings) -> Str
     out
 }
 
+/// `text` as Kubernetes hands it to a container: `$(NAME)` becomes what `value` knows, or stays; `$$` becomes `$`.
+/// Source: <https://github.com/kubernetes/kubernetes/blob/master/third_party/forked/golang/expansion/expand.go>.
+pub(crate) fn references<'v>(text: &str, mut value: impl FnMut(&str) -> Option<&'v str>) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('$') {
+        out.push_str(before);
+        rest = after;
+        if let Some(after) = after.strip_prefix('$') {
+            out.push('$');
+            rest = after;
+        } else if let Some((name, after)) = after.strip_prefix('(').and_then(|inside| inside.split_once(')')) {
+            match value(name) {
+                Some(value) => out.push_str(value),
+                None => out.extend(["$(", name, ")"]),
+            }
+            rest = after;
+        } else {
+            out.push('$');
+        }
+    }
+    out.push_str(rest);
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -157,6 +182,31 @@ mod tests {
                 expected
             );
             assert!(findings.list().is_empty(), "{findings}");
+        }
+    }
+
+    /// Cases of Kubernetes' own table, `expand_test.go` beside its source.
+    #[test]
+    fn references_are_replaced_as_kubernetes_does() {
+        let value = |name: &str| match name {
+            "VAR_A" => Some("A"),
+            "VAR_EMPTY" => Some(""),
+            "VAR_REF" => Some("$(VAR_A)"),
+            _ => None,
+        };
+        for (text, expected) in [
+            ("$(VAR_A)", "A"),
+            ("___$(VAR_REF)___", "___$(VAR_A)___"),
+            ("foo$(VAR_EMPTY)bar", "foobar"),
+            ("$(VAR_DNE)", "$(VAR_DNE)"),
+            ("$$(VAR_A)_$(VAR_A)", "$(VAR_A)_A"),
+            ("f000-$$VAR_A", "f000-$VAR_A"),
+            ("$$$(VAR_A)", "$A"),
+            ("$$$$(foo)$(bar)", "$$(foo)$(bar)"),
+            ("$VAR_A) $ $(VAR_A", "$VAR_A) $ $(VAR_A"),
+            ("$()$(VAR_A)$", "$()A$"),
+        ] {
+            assert_eq!(references(text, value), expected, "{text}");
         }
     }
 

@@ -136,6 +136,53 @@ fn resources_and_retries_are_read_and_cluster_fields_passed_over() {
     assert!(job.retry.condition.is_some());
 }
 
+/// https://kubernetes.io/docs/tasks/inject-data-application/define-interdependent-environment-variables/
+#[test]
+fn references_to_variables_are_replaced_as_kubernetes_does() {
+    let template = "  - name: say
+    container:
+      command: [echo, $(HOST)]
+      args: ['$(URL)/{{workflow.parameters.x}}', $$(HOST), $(OTHER), '$$$$']
+      env:
+      - {name: URL_BEFORE, value: http://$(HOST)}
+      - {name: HOST, value: 'h{{workflow.parameters.x}}'}
+      - {name: URL, value: http://$(HOST)}
+";
+    let say = "      - {name: say, template: say}\n";
+    let plan = load(&file(X, say, template), &[("x", "2")]).unwrap();
+    assert_eq!(commands(&plan), ["say: echo h2 http://h2/2 $(HOST) $(OTHER) $$"]);
+    let values: Vec<&str> = plan.jobs[0].env.iter().map(|(_, value)| value.as_str()).collect();
+    assert_eq!(values, ["http://$(HOST)", "h2", "http://h2"]);
+
+    let secret =
+        template.replace("value: 'h{{workflow.parameters.x}}'", "valueFrom: {secretKeyRef: {name: s, key: k}}");
+    let told = load(&file(X, say, &secret), &[]).unwrap_err();
+    for place in ["container.command[1]", "container.env[0].value", "container.env[2].value"] {
+        assert!(told.contains(&format!("{place}: `$(HOST)` is kept in the cluster")), "{told}");
+    }
+}
+
+#[test]
+fn a_task_without_items_that_others_wait_for_is_noted() {
+    let tasks = "      - {name: shards, template: echo, withSequence: {count: '{{workflow.parameters.x}}'}}
+      - {name: vote, template: echo, dependencies: [shards]}
+      - {name: idle, template: echo, withItems: []}
+";
+    let empty = |x| load(&file(X, tasks, ECHO), &[("x", x)]).unwrap().empty;
+    assert_eq!(empty("0"), ["shards"]);
+    assert!(empty("1").is_empty());
+}
+
+#[test]
+fn retries_of_a_whole_dag_are_refused() {
+    let dag = "  - name: inner
+    retryStrategy: {limit: 2}
+    dag: {tasks: [{name: a, template: echo}]}
+";
+    let told = load(&file(X, "      - {name: b, template: inner}\n", &format!("{dag}{ECHO}")), &[]).unwrap_err();
+    assert!(told.contains("spec.templates[1].retryStrategy: the local runner tries a container again"), "{told}");
+}
+
 #[test]
 fn everything_that_is_wrong_is_told_at_once_with_its_place() {
     let tasks = "      - name: a
@@ -182,7 +229,8 @@ fn mistakes_in_names_and_graphs_are_refused() {
         (task(", arguments: {parameters: [{name: text, value: '{{workflow.parameters.y}}'}]}"), "no parameter `y`"),
         (task(", withItems: [1], withParam: '[]'"), "more than one of"),
         (task(", withSequence: {start: 1}"), "needs one of `count` and `end`"),
-        (task(", withSequence: {count: x}"), "must be a whole number, not `x`"),
+        (task(", withSequence: {count: x}"), "must be a whole number of 0 or more, not `x`"),
+        (task(", withSequence: {count: -1}"), "must be a whole number of 0 or more, not `-1`"),
         (task(", withSequence: {count: 1, format: '%s'}"), "one %d"),
         (task(", withSequence: {count: 20000}"), "more than 10000"),
         (task(", withParam: '{}'"), "must be a JSON list"),
