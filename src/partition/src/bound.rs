@@ -21,6 +21,7 @@ pub struct Choice {
 /// Keeps, for each unit, the records of smallest priority.
 pub struct Bounds {
     max_per_unit: usize,
+    /// By priority.
     units: HashMap<u64, Vec<Choice>>,
 }
 
@@ -35,15 +36,11 @@ impl Bounds {
     /// A record offered twice, with the same priority, is one record: so ids stay unique within a unit.
     pub fn offer(&mut self, unit: u64, choice: Choice) {
         let kept = self.units.entry(unit).or_insert_with(|| Vec::with_capacity(1));
-        if kept.iter().any(|other| other.priority == choice.priority) {
-            return;
-        }
-        if kept.len() < self.max_per_unit {
-            kept.push(choice);
-        } else if let Some(worst) = kept.iter_mut().max()
-            && choice < *worst
+        if let Err(place) = kept.binary_search_by_key(&choice.priority, |other| other.priority)
+            && place < self.max_per_unit
         {
-            *worst = choice;
+            kept.truncate(self.max_per_unit - 1);
+            kept.insert(place, choice);
         }
     }
 

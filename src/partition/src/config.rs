@@ -1,6 +1,7 @@
 //! What was typed, and what it means.
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 use clap::{Parser, ValueEnum};
@@ -25,9 +26,9 @@ EXIT CODES
   0 done or already done; 2 wrong usage; 3 an input is missing or malformed; 5 storage failed, safe to retry
 
 MEMORY
-  Does not grow with the text of the inputs. It takes a few hundred MB for what is read and written at a time (JSON in
-  pieces of 1 MiB, Parquet in 256 rows of the columns that are read, the corpus in chunks of 64 MiB of text), about
-  100 bytes for each privacy unit, and what --dedup says: below 4 GB for five million conversations of 2 KB."
+  Does not grow with the text of the inputs. It takes a few hundred MB for what is read and written at a time (JSON in \
+pieces of 1 MiB, Parquet in 256 rows of the columns that are read, the corpus in chunks of 64 MiB of text), about 100 \
+bytes for each privacy unit, and what --dedup says: below 4 GB for five million conversations of 2 KB."
 )]
 pub struct Args {
     /// Flags that every stage shares.
@@ -38,7 +39,7 @@ pub struct Args {
     /// A JSON array, JSON Lines or Parquet; told apart by their first bytes. Read in the order given.
     #[arg(long, required = true, value_name = "URL", value_hint = stage::PLACE)]
     pub input: Vec<String>,
-    /// Name of the corpus to write: letters, digits, `.`, `_`, `-`.
+    /// Name of the corpus to write: letters, digits, `.`, `_`, `-`; at most 100, the first a letter or digit.
     #[arg(long)]
     pub corpus: String,
     /// How a conversation is laid out.
@@ -49,7 +50,8 @@ pub struct Args {
     pub text_column: Option<String>,
     /// Column that names the language; `language` is used where it exists.
     ///
-    /// Named here, it must be in every row. A row without one is judged by a detector.
+    /// Named here, it must be in every row. A row in which it is empty is judged by a detector, as is one without
+    /// `language`. Tags such as `en-GB`, `en_US` and `eng_Latn` are English.
     #[arg(long, value_name = "NAME")]
     pub language_column: Option<String>,
     /// Language to keep.
@@ -61,7 +63,8 @@ pub struct Args {
     /// How the unit follows from the column: `whole`, `prefix:SEP`, or `record`.
     ///
     /// `prefix:_` takes what stands before the first `_`, so that the parts `a_0` and `a_1` of one conversation are one
-    /// unit. `record` ignores the column and protects each record on its own.
+    /// unit. `record` ignores the column and protects each record on its own, also where texts are equal. A row whose
+    /// unit is empty is refused.
     #[arg(long, default_value = "whole", value_name = "RULE")]
     pub unit_rule: UnitRule,
     /// Most records that one unit keeps, at least 1; which ones is a keyed choice within the unit.
@@ -245,8 +248,13 @@ impl Config {
     /// Checks what was typed; all findings come at once.
     pub fn new(args: &Args) -> Result<Self, PartitionError> {
         let mut findings = Vec::new();
-        if !is_name(&args.corpus) {
-            findings.push("--corpus: expected letters, digits, `.`, `_` and `-`, not starting with `.`".to_owned());
+        // The ledger takes the same names: a corpus that it refuses could never get a budget.
+        if stage::common::run_id(&args.corpus).is_err() {
+            let expected = "1 to 100 letters, digits, `.`, `_` and `-`, the first a letter or digit";
+            findings.push(format!("--corpus: expected {expected}"));
+        }
+        for folder in args.input.iter().filter(|input| is_folder(input)) {
+            findings.push(format!("--input {folder}: is a folder; name its files, --input is repeatable"));
         }
         if args.max_per_unit == 0 {
             findings.push("--max-per-unit: expected at least 1; a unit that keeps nothing needs no corpus".to_owned());
@@ -263,7 +271,7 @@ impl Config {
         if !findings.is_empty() {
             return Err(PartitionError::Usage(findings.join("\n")));
         }
-        let inputs = args.input.iter().map(|url| lake::canonical_url(url)).collect::<Result<_, _>>()?;
+        let inputs = args.input.iter().map(|input| canonical(input)).collect::<Result<_, _>>()?;
         Ok(Self {
             corpus: args.corpus.clone(),
             inputs,
@@ -301,7 +309,21 @@ impl Config {
     }
 }
 
-fn is_name(name: &str) -> bool {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    !name.is_empty() && !name.starts_with('.') && name.chars().all(allowed)
+fn is_folder(input: &str) -> bool {
+    Path::new(input.strip_prefix("file://").unwrap_or(input)).is_dir()
+}
+
+/// Storage URLs have no `..`, with which a zone could be left. An input lies in no zone: its folder may be named so.
+fn canonical(input: &str) -> Result<String, lake::LakeError> {
+    lake::canonical_url(without_parents(input).as_deref().unwrap_or(input))
+}
+
+/// A local path with its folder resolved; `None` for anything else, and where there is no such folder.
+fn without_parents(input: &str) -> Option<String> {
+    if input.contains("://") {
+        return None;
+    }
+    let path = Path::new(input);
+    let folder = path.parent()?.canonicalize().ok()?;
+    folder.join(path.file_name()?).to_str().map(str::to_owned)
 }

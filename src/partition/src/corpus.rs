@@ -3,6 +3,7 @@
 //! PRIVACY: a commit for each chunk would make the table's version, which releases name, tell how many records there
 //! are.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, RecordBatch, StringArray};
@@ -11,7 +12,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::bound::{Choice, Keys, Split};
-use crate::config::Config;
+use crate::config::{Config, Dedup};
 use crate::error::PartitionError;
 use crate::input::Batch;
 use crate::select::Kept;
@@ -47,12 +48,14 @@ pub struct Extraction {
     found: usize,
     /// Number of the next record over all inputs.
     ordinal: u64,
+    /// Of texts that may be equal and still be units of their own: how many came so far.
+    times: HashMap<u64, u64>,
 }
 
 impl Extraction {
     /// `selection` is in the order of the input.
     pub fn new(config: Arc<Config>, keys: Arc<Keys>, selection: Vec<Choice>) -> Self {
-        Self { config, keys, selection, found: 0, ordinal: 0 }
+        Self { config, keys, selection, found: 0, ordinal: 0, times: HashMap::new() }
     }
 
     /// The rows of the next batch; only selected records are parsed.
@@ -65,8 +68,21 @@ impl Extraction {
             .par_iter()
             .map(|choice| self.row(batch, *choice, (choice.ordinal - first) as usize))
             .collect::<Vec<_>>();
+        let mut rows = rows.into_iter().collect::<Result<Vec<_>, _>>()?;
+        // PRIVACY: equal texts are told apart by number alone, so that one of them more or less, wherever it stands, is
+        // one unit more or less.
+        if self.config.unit_rule.is_record() && self.config.dedup == Dedup::None {
+            for (row, choice) in rows.iter_mut().zip(wanted) {
+                let times = self.times.entry(choice.priority).or_default();
+                let earlier = std::mem::replace(times, *times + 1);
+                if earlier > 0 {
+                    let text = std::mem::take(&mut row.kept.text);
+                    *row = self.placed(Kept::new(&self.config, &earlier.to_string(), text));
+                }
+            }
+        }
         self.found += wanted.len();
-        rows.into_iter().collect()
+        Ok(rows)
     }
 
     /// Whether every selected record was found.
@@ -81,8 +97,12 @@ impl Extraction {
         if self.keys.priority(&kept.record_id) != choice.priority {
             return Err(changed(batch.object()));
         }
+        Ok(self.placed(kept))
+    }
+
+    fn placed(&self, kept: Kept) -> Row {
         let split = self.keys.split(&kept.unit, self.config.split);
-        Ok(Row { kept, split })
+        Row { kept, split }
     }
 }
 

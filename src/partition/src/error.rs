@@ -17,7 +17,7 @@ pub enum PartitionError {
     Field {
         /// URL of the object.
         object: String,
-        /// Row in the object, from 0.
+        /// Row in the object, from 1.
         row: u64,
         /// The field, with the way to it.
         field: String,
@@ -33,7 +33,7 @@ pub enum PartitionError {
     Syntax {
         /// URL of the object.
         object: String,
-        /// Row in the object, from 0.
+        /// Row in the object, from 1.
         row: u64,
         /// Byte offset in the object.
         offset: u64,

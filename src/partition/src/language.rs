@@ -2,8 +2,8 @@
 
 /// Whether the value of a language column means English.
 pub fn names_english(language: &str) -> bool {
-    let language = language.trim().to_ascii_lowercase();
-    language == "english" || language == "en" || language == "eng" || language.starts_with("en-")
+    let tag = language.trim().split(['-', '_']).next().unwrap_or_default();
+    ["en", "eng", "english"].iter().any(|name| name.eq_ignore_ascii_case(tag))
 }
 
 /// How much of a text the detector looks at, in bytes: prompts say their language early, and pasted code says nothing.
@@ -126,10 +126,10 @@ mod tests {
 
     #[test]
     fn columns_name_english_in_several_ways() {
-        for name in ["English", "english", " en ", "eng", "en-US"] {
+        for name in ["English", "english", " en ", "eng", "en-US", "en_US", "en_GB.UTF-8", "eng_Latn"] {
             assert!(names_english(name), "{name}");
         }
-        for name in ["", "German", "End", "unknown", "fr"] {
+        for name in ["", "German", "End", "unknown", "fr", "enm", "fr-en", "_en"] {
             assert!(!names_english(name), "{name}");
         }
     }

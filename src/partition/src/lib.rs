@@ -1,8 +1,9 @@
 //! partition: raw conversations become a corpus of instructions with bounded privacy units.
 //!
 //! The only stage that reads raw data. It reads the inputs twice: [`select`] decides which records stay, holding hashes
-//! and no text; [`corpus`] then writes them. Between the two nothing is written, so an input that turns out to be
-//! malformed leaves nothing behind. Both passes are deterministic, so an attempt that was killed can be repeated.
+//! and no text; [`corpus`] then writes them. Until both the choice and a digest of the inputs are there nothing is
+//! written, so an input that turns out to be malformed leaves nothing behind. Both passes are deterministic, so an
+//! attempt that was killed can be repeated.
 //!
 //! Must never know: models, mechanisms. It spends no budget, but it makes the promise that others rely on: at most
 //! `max_per_unit` records of a unit, and a unit in one split only. Start reading at [`run`].
@@ -67,13 +68,14 @@ async fn partition(
     for url in &config.inputs {
         objects.push(Object::open(url, storage).await?);
     }
-    let owner = Owner { run: run.clone(), inputs: objects.iter().map(|object| object.identity.clone()).collect() };
+    let mut owner = Owner { run: run.clone(), inputs: objects.iter().map(|object| object.identity.clone()).collect() };
     owner.refuse_other_run(root, &config.corpus).await?;
     let objects = Arc::new(objects);
     let key = ledger::noise_key(root).await.map_err(PartitionError::from)?;
     let keys = Arc::new(Keys::new(&key, &config.corpus));
     let selected = first_pass(config, &keys, &objects).await?;
     let terms = terms(config, &selected);
+    owner.read_digests(storage).await?;
 
     let handle = match lake::manifest::begin(root, claim).await? {
         Begin::Fresh(handle) | Begin::Resumed(handle) => handle,

@@ -1,7 +1,7 @@
 //! Who writes a corpus, and from what: one run, and the same inputs at every attempt.
 //!
-//! PRIVACY: sizes and entity tags of the inputs tell about private data; they stay in the private root, and no message
-//! repeats them.
+//! PRIVACY: sizes, entity tags and digests of the inputs tell about private data; they stay in the private root, and no
+//! message repeats them.
 
 use lake::{LakeError, PrivateRoot, StorageOptions, Zone};
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,14 @@ impl Owner {
         }
     }
 
+    /// Reads the digests of all inputs, by which they are known when they were copied or touched.
+    pub async fn read_digests(&mut self, storage: &StorageOptions) -> Result<(), LakeError> {
+        for input in &mut self.inputs {
+            input.read_digest(storage).await?;
+        }
+        Ok(())
+    }
+
     /// Makes this run the only one that writes to the corpus, before its first row.
     pub async fn take(&self, root: &PrivateRoot, corpus: &str) -> Result<(), Failure> {
         let body = serde_json::to_vec_pretty(self).map_err(|error| Failure::Bug(error.to_string()))?;
@@ -39,8 +47,8 @@ impl Owner {
             Some(earlier) => {
                 let mut pairs = earlier.inputs.iter().zip(&self.inputs);
                 pairs
-                    .find(|(earlier, now)| earlier != now)
-                    .map_or(Ok(()), |(_, now)| Err(changed(corpus, &self.run, now)))
+                    .find(|(earlier, now)| !earlier.is_same(now))
+                    .map_or(Ok(()), |(earlier, now)| Err(changed(corpus, &self.run, earlier, now)))
             }
             None => Err(Failure::Transient(format!("{}: removed while it was read", root.url_of(&path(corpus))))),
         }
@@ -52,13 +60,22 @@ impl Owner {
 pub async fn refuse_changed(root: &PrivateRoot, corpus: &str, storage: &StorageOptions) -> Result<(), Failure> {
     let Some(owner) = read(root, corpus).await? else { return Ok(()) };
     for earlier in &owner.inputs {
-        match Identity::of(&earlier.url, storage).await {
-            Ok(now) if now != *earlier => return Err(changed(corpus, &owner.run, &now)),
+        match current(earlier, storage).await {
+            Ok(now) if !earlier.is_same(&now) => return Err(changed(corpus, &owner.run, earlier, &now)),
             Ok(_) | Err(LakeError::NotFound(_) | LakeError::Forbidden(_)) => {}
             Err(error) => return Err(error.into()),
         }
     }
     Ok(())
+}
+
+/// What an input is now; read only where its size leaves open whether it is the same and its tag does not confirm it.
+async fn current(earlier: &Identity, storage: &StorageOptions) -> Result<Identity, LakeError> {
+    let mut now = Identity::of(&earlier.url, storage).await?;
+    if earlier.digest.is_some() && earlier.size == now.size && earlier.etag != now.etag {
+        now.read_digest(storage).await?;
+    }
+    Ok(now)
 }
 
 fn path(corpus: &str) -> String {
@@ -83,11 +100,17 @@ fn taken(corpus: &str, run: &str) -> Failure {
     ))
 }
 
-fn changed(corpus: &str, run: &str, input: &Identity) -> Failure {
+fn changed(corpus: &str, run: &str, earlier: &Identity, now: &Identity) -> Failure {
+    let evidence = match (earlier.size == now.size, &earlier.digest) {
+        (false, _) => "its size is another",
+        (true, Some(_)) => "its content is another",
+        (true, None) => "its size is the same, its time stamp or place in the store is not, and no digest was kept",
+    };
     Failure::Usage(format!(
-        "corpus `{corpus}`: {} changed since run `{run}` began to write\n\
-         help: partition it under a new --run and --corpus; for units that are in both corpora, what the two ledgers \
-         spend adds up",
-        input.url
+        "corpus `{corpus}`: {} changed since run `{run}` began to write: {evidence}\n\
+         help: put back what it was then, on a disk the same file with its time stamp: the same content needs no new \
+         corpus; partition other content under a new --run and --corpus; for units that are in both corpora, what the \
+         two ledgers spend adds up",
+        now.url
     ))
 }

@@ -1,6 +1,6 @@
 //! One conversation as the later steps see it, and how it is laid out in the four shapes that we read.
 
-use crate::config::{Config, Shape};
+use crate::config::{Config, Shape, UnitRule};
 
 /// A conversation, reduced to what the steps need. No `Debug`: it holds private text.
 #[derive(Clone, PartialEq, Eq, Default)]
@@ -22,7 +22,7 @@ pub struct Record {
 pub struct FieldProblem {
     /// The field, with the way to it.
     pub field: String,
-    /// Type that was found, or `missing`.
+    /// Type that was found, `missing` or `empty`.
     pub found: &'static str,
     /// What was expected.
     pub expected: &'static str,
@@ -37,7 +37,7 @@ impl FieldProblem {
         Self { field: field.into(), found, expected, help }
     }
 
-    /// The unit column is missing or not an id.
+    /// The unit column is missing, empty or not an id.
     pub fn unit(column: &str, found: &'static str) -> Self {
         Self {
             field: column.to_owned(),
@@ -66,6 +66,8 @@ pub struct Layout {
     pub turns: Option<TurnFields>,
     /// Column of the privacy unit; `None` under `--unit-rule record`.
     pub unit: Option<String>,
+    /// How the unit follows from its column.
+    pub unit_rule: UnitRule,
     /// Column of the language.
     pub language: String,
     /// Whether a row without a language is an error, since the operator named the column.
@@ -95,13 +97,28 @@ impl Layout {
             body: body.to_owned(),
             turns,
             unit: (!config.unit_rule.is_record()).then(|| unit.to_owned()),
+            unit_rule: config.unit_rule.clone(),
             language: config.language_column.clone().unwrap_or_else(|| "language".to_owned()),
             language_required: config.language_column.is_some(),
         };
-        if layout.unit.as_deref() == Some(layout.body.as_str()) {
-            return Err(format!("column `{body}` cannot hold the text and name the privacy unit as well"));
+        let mut columns = layout.columns();
+        columns.sort_unstable();
+        let twice = columns.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0].to_owned());
+        match twice {
+            Some(column) => Err(format!("column `{column}` cannot be two of text, privacy unit, language and mark")),
+            None => Ok(layout),
         }
-        Ok(layout)
+    }
+
+    /// Refuses a value of the unit column that leaves no unit: all records like it would be one.
+    pub fn check_unit(&self, source: &str) -> Result<(), FieldProblem> {
+        match &self.unit {
+            Some(column) if source.trim().is_empty() => Err(FieldProblem::unit(column, "empty")),
+            Some(column) if self.unit_rule.unit(source, "").trim().is_empty() => {
+                Err(FieldProblem::unit(column, "empty before its first separator"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// All columns that this layout reads where they exist.

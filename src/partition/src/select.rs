@@ -107,6 +107,8 @@ type Judged = Vec<Result<Result<Candidate, Dropped>, PartitionError>>;
 /// The steps that compare records, and what they know of those that came so far.
 struct Admission {
     dedup: Dedup,
+    /// Whether each record is a unit, also where texts are equal.
+    unit_is_record: bool,
     seen: Seen,
     /// Units and choices of the records that deduplication tells about at the end.
     open: Vec<(u64, Choice)>,
@@ -129,6 +131,7 @@ impl Selection {
     pub fn new(config: Arc<Config>, keys: Arc<Keys>) -> Self {
         let admission = Admission {
             dedup: config.dedup,
+            unit_is_record: config.unit_rule.is_record(),
             seen: Seen::new(IN_MEMORY),
             open: Vec::new(),
             bounds: Bounds::new(config.max_per_unit),
@@ -176,9 +179,9 @@ impl Judge {
         if flagged {
             return Err(Dropped::Flagged);
         }
-        let stays = match (self.config.language, &language) {
+        let stays = match (self.config.language, language.filter(|language| !language.trim().is_empty())) {
             (Language::Any, _) => true,
-            (Language::En, Some(language)) => names_english(language),
+            (Language::En, Some(language)) => names_english(&language),
             (Language::En, None) => is_english(&text),
         };
         if !stays {
@@ -208,11 +211,12 @@ impl Admission {
 
     fn one(&mut self, candidate: &Candidate, ordinal: u64) -> Result<(), PartitionError> {
         let choice = Choice { priority: candidate.priority, ordinal };
+        let unit = if self.unit_is_record { ordinal } else { candidate.unit };
         match self.seen.insert(self.dedup, &candidate.fingerprint)? {
             Verdict::Exact => self.counts.exact_duplicates += 1,
             Verdict::Ngram => self.counts.ngram_duplicates += 1,
-            Verdict::New => self.offer(candidate.unit, choice),
-            Verdict::Open => self.open.push((candidate.unit, choice)),
+            Verdict::New => self.offer(unit, choice),
+            Verdict::Open => self.open.push((unit, choice)),
         }
         Ok(())
     }

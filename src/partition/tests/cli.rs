@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use arrow::array::builder::{BooleanBuilder, LargeListBuilder, ListBuilder, StringBuilder, StructBuilder};
 use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, Int64Array, LargeStringArray, ListArray, RecordBatch, StringArray,
-    StructArray,
+    Array, ArrayRef, AsArray, BooleanArray, Int64Array, LargeStringArray, ListArray, NullArray, RecordBatch,
+    StringArray, StructArray,
 };
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field};
@@ -80,7 +80,7 @@ impl Setting {
         self.rows("c").into_iter().map(|row| row.2).collect()
     }
 
-    /// All files below the private root, except the noise key.
+    /// All files below the private root, except the noise key and the mark of the zone.
     fn left_behind(&self) -> Vec<String> {
         fn walk(folder: &Path, found: &mut Vec<String>) {
             for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -90,7 +90,7 @@ impl Setting {
         }
         let mut found = Vec::new();
         walk(&self.private(), &mut found);
-        found.retain(|path| !path.ends_with("noise.key"));
+        found.retain(|path| !path.ends_with("noise.key") && !path.ends_with("zone.json"));
         found.sort();
         found
     }
@@ -266,8 +266,11 @@ fn a_detector_judges_what_no_column_does() {
     check(&[with("a", &english, none.clone()), with("b", german, none.clone())], &[], &[&english]);
     check(&[with("a", &english, null.clone()), with("b", german, null)], &[], &[&english]);
     check(&[with("a", &english, named("German")), with("b", german, named("English"))], &[], &[german]);
+    check(&[with("a", &english, named("")), with("b", german, named("en_US"))], &[], &[&english, german]);
+    check(&[with("a", &english, named("eng_Latn")), with("b", german, named(""))], &[], &[&english]);
     let by_name = ["--language-column", "lang"];
     check(&[with("a", &english, named("de")), with("b", german, named("en"))], &by_name, &[german]);
+    check(&[with("a", &english, named("")), with("b", german, named(""))], &by_name, &[&english]);
     check(
         &[with("a", &english, none.clone()), with("b", german, none.clone())],
         &["--language", "any"],
@@ -277,7 +280,7 @@ fn a_detector_judges_what_no_column_does() {
     let setting = Setting::new();
     let input = setting.input("in.jsonl", [with("a", &english, named("en")), with("b", german, none)].join("\n"));
     let missing = ["--input", &input, "--language-column", "lang"];
-    setting.run(&missing).check(3, &["row 1", "field `lang` is missing", "help:"]);
+    setting.run(&missing).check(3, &["row 2", "field `lang` is missing", "help:"]);
     assert!(setting.left_behind().is_empty());
 }
 
@@ -383,6 +386,54 @@ fn the_marks_of_lmsys_in_parquet() {
 }
 
 #[test]
+fn moderation_of_another_shape_is_refused_in_parquet() {
+    let setting = Setting::new();
+    let list = |values: ArrayRef| -> ArrayRef {
+        let item = Arc::new(Field::new("item", values.data_type().clone(), true));
+        Arc::new(ListArray::new(item, OffsetBuffer::from_lengths([1]), values, None))
+    };
+    let mark: ArrayRef = Arc::new(BooleanArray::from(vec![true]));
+    let hate = Arc::new(Field::new("hate", DataType::Boolean, true));
+    let unflagged: ArrayRef = Arc::new(StructArray::from(vec![(hate, mark.clone())]));
+    let file = |moderation: ArrayRef| {
+        let (id, text) = (strings(["a"]), strings(["Tell me about whales."]));
+        let batch = RecordBatch::try_from_iter([("id", id), ("text", text), ("openai_moderation", moderation)]);
+        setting.input("in.parquet", parquet_of(&batch.expect("a batch")))
+    };
+    for (moderation, found) in [
+        (strings(["flagged"]), "is a string,"),
+        (mark.clone(), "is a truth value,"),
+        (unflagged.clone(), "is a struct,"),
+        (list(unflagged), "is a list of structs without it,"),
+        (list(mark), "is a list of other values,"),
+    ] {
+        let messages = ["row 1", "`openai_moderation`", found, "expected a list of structs", "help:"];
+        setting.run(&["--input", &file(moderation)]).check(3, &messages);
+        assert!(setting.left_behind().is_empty(), "{found}: {:?}", setting.left_behind());
+    }
+    // Nulls mark nothing.
+    setting.run(&["--input", &file(Arc::new(NullArray::new(1)))]).check(0, &[]);
+    assert_eq!(setting.texts(), ["Tell me about whales."]);
+}
+
+#[test]
+fn a_unit_that_is_empty_is_refused() {
+    let setting = Setting::new();
+    let text = "Tell me about hush.";
+    let line = |id: &str| serde_json::json!({"id": id, "text": text}).to_string();
+    for (id, found) in [("", "is empty,"), (" ", "is empty,"), ("_hush", "is empty before its first separator,")] {
+        let lines = setting.input("in.jsonl", [line("a_0"), line(id)].join("\n"));
+        let batch = RecordBatch::try_from_iter([("id", strings(["a_0", id])), ("text", strings([text, text]))]);
+        let parquet = setting.input("in.parquet", parquet_of(&batch.expect("a batch")));
+        for input in [lines, parquet] {
+            let messages = ["row 2", "field `id`", found, "--unit-rule record"];
+            setting.run(&["--input", &input, "--unit-rule", "prefix:_"]).check(3, &messages).lacks("hush");
+        }
+    }
+    assert!(setting.left_behind().is_empty(), "{:?}", setting.left_behind());
+}
+
+#[test]
 fn nulls_in_parquet_are_named_by_row_and_turn() {
     let setting = Setting::new();
     let (whole, text) = ([Some(("hush", "user"))], sentence(0));
@@ -401,7 +452,7 @@ fn nulls_in_parquet_are_named_by_row_and_turn() {
         setting.run(&["--input", &file(&[Some(turns)])]).check(3, &["help:", message]).lacks("hush");
     }
     let input = file(&[Some(&whole), None]);
-    setting.run(&["--input", &input]).check(3, &["row 1", "`conversation` is null", "help:"]).lacks("hush");
+    setting.run(&["--input", &input]).check(3, &["row 2", "`conversation` is null", "help:"]).lacks("hush");
     assert!(setting.left_behind().is_empty(), "{:?}", setting.left_behind());
 }
 
@@ -589,12 +640,48 @@ fn an_input_that_holds_something_else_by_now_is_not_done_already() {
     let before = setting.left_behind();
     setting.input("in.jsonl", lmsys("a", "Tell me about hush.", "English", false, false));
     setting.run(&["--input", &input]).check(2, &["in.jsonl changed", "run `r`", "help:"]).lacks("hush");
+    setting.input("in.jsonl", lmsys("a", "Tell me about wolves.", "English", false, false));
+    setting.run(&["--input", &input]).check(2, &["in.jsonl changed", "its content is another"]);
     setting.input("in.jsonl", "");
-    setting.run(&["--input", &input]).check(2, &["in.jsonl changed"]);
+    setting.run(&["--input", &input]).check(2, &["in.jsonl changed", "its size is another"]);
     assert_eq!(setting.left_behind(), before);
     // What was made of an input does not go with it.
     fs::remove_file(&input).expect("an input");
     setting.run(&["--input", &input]).check(0, &["done already"]);
+}
+
+#[test]
+fn a_copy_of_an_input_is_the_same_input() {
+    let setting = Setting::new();
+    let text = lmsys("a", "Tell me about whales.", "English", false, false);
+    let input = setting.input("in.jsonl", &text);
+    setting.run(&["--input", &input]).check(0, &[]);
+    let rows = setting.rows("c");
+    fs::rename(setting.input("copy.jsonl", &text), &input).expect("a copy in its place");
+    setting.run(&["--input", &input]).check(0, &["done already"]);
+    fs::remove_file(setting.private().join("runs/r/stages/partition.json")).expect("a manifest");
+    setting.run(&["--input", &input]).check(0, &[]);
+    assert_eq!(setting.rows("c"), rows);
+
+    // Earlier versions kept no digest: what they read is known by size and tag alone.
+    let owner = setting.private().join("corpora/c.owner.json");
+    let mut record: serde_json::Value =
+        serde_json::from_slice(&fs::read(&owner).expect("an owner record")).expect("JSON");
+    record["inputs"][0].as_object_mut().expect("an input").remove("digest").expect("a digest");
+    fs::write(&owner, record.to_string()).expect("an owner record");
+    let refused = ["in.jsonl changed", "its size is the same, its time stamp", "no digest", "help: put back"];
+    setting.run(&["--input", &input]).check(2, &refused);
+}
+
+#[test]
+fn an_input_may_be_named_by_way_of_a_parent_folder() {
+    let setting = Setting::new();
+    let input = setting.input("in.jsonl", lmsys("a", "Tell me about whales.", "English", false, false));
+    fs::create_dir(setting.folder.path().join("below")).expect("a folder");
+    let parent = setting.folder.path().join("below/..").display().to_string();
+    setting.run(&["--input", &format!("{parent}/in.jsonl")]).check(0, &[]);
+    setting.run(&["--input", &input]).check(0, &["done already"]);
+    setting.run_as("s", "d", &["--input", &format!("{parent}/none.jsonl")]).check(3, &["none.jsonl: not found"]);
 }
 
 #[test]
@@ -661,13 +748,15 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
         (&["--input", &setting.input("empty.json", "")], 3, &["empty.json", "empty"]),
         (&["--input", &setting.input("none.json", "[ ]")], 3, &["would be empty", "no record"]),
         (&["--input", &setting.input("words.txt", "hello hush")], 3, &["words.txt", "JSON"]),
-        (&["--input", &invalid], 3, &["row 1", "invalid UTF-8", "byte"]),
-        (&["--input", &typed], 3, &["row 0", "conversation[0].content", "an integer", "a string", "help:"]),
+        (&["--input", &invalid], 3, &["row 2", "invalid UTF-8", "byte"]),
+        (&["--input", &typed], 3, &["row 1", "conversation[0].content", "an integer", "a string", "help:"]),
         (&["--input", &no_unit], 3, &["field `id` is missing", "--unit-rule record"]),
         (&["--input", &german], 3, &["would be empty", "--language"]),
         (&["--input", &cut], 3, &["cut.parquet", "corrupt"]),
         (&["--input", &damaged], 3, &["damaged.parquet", "corrupt"]),
         (&["--input", &parquet, "--text-column", "text"], 3, &["no column `text`", "help:"]),
+        (&["--input", &german, "--language-column", "conversation_id"], 3, &["`conversation_id` cannot be two of"]),
+        (&["--input", &parquet, "--language-column", "messages"], 3, &["`messages` cannot be two of", "help:"]),
         (&["--input", &parquet, "--unit-column", "user"], 3, &["no column `user`", "id, messages, redacted"]),
         (&["--input", &setting.input("gap.json", "[{\"text\":1} {\"text\":2}]")], 3, &["byte", "`,`"]),
         (&["--input", &parquet, "--max-per-unit", "0", "--ngram", "1"], 2, &["--max-per-unit", "--ngram"]),
@@ -677,6 +766,7 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
         (&["--input", &parquet, "--unit-rule", "suffix:_"], 2, &["--unit-rule"]),
         (&["--input", &parquet, "--private", ""], 2, &["private root"]),
         (&["--input", &parquet, "--private", "/sys/doppel"], 3, &["/sys/doppel", "help:"]),
+        (&["--input", &around], 2, &["is a folder", "--input is repeatable"]),
         (&["--input", "ftp://host/file"], 2, &["ftp://", "help:"]),
         (&[], 2, &["--input"]),
     ];
@@ -684,6 +774,33 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
         setting.run(flags).check(*code, messages).lacks("hush");
         assert!(setting.left_behind().is_empty(), "{flags:?}: {:?}", setting.left_behind());
     }
+}
+
+#[test]
+fn a_corpus_that_could_not_get_a_budget_is_refused() {
+    let setting = Setting::new();
+    let input = setting.input("in.jsonl", lmsys("a", "Tell me about whales.", "English", false, false));
+    for corpus in ["", "_c", ".c", "c d", &"c".repeat(101)] {
+        setting.run_as("r", corpus, &["--input", &input]).check(2, &["--corpus: expected 1 to 100 letters"]);
+    }
+    let longest = "c".repeat(100);
+    setting.run_as("r", &longest, &["--input", &input]).check(0, &[]);
+}
+
+#[test]
+fn a_corpus_of_several_chunks_is_one_version() {
+    let setting = Setting::new();
+    let lines: Vec<_> = (0..60_000).map(|i| format!(r#"{{"id":{i},"text":"{i}"}}"#)).collect();
+    let input = setting.input("in.jsonl", lines.join("\n"));
+    setting.run(&["--input", &input, "--dedup", "none", "--language", "any"]).check(0, &[]);
+    let rows = setting.rows("c");
+    let ids: BTreeSet<&String> = rows.iter().map(|row| &row.0).collect();
+    assert_eq!((rows.len(), ids.len()), (60_000, 60_000));
+    let manifest = fs::read(setting.private().join("runs/r/stages/partition.json")).expect("a manifest");
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).expect("JSON");
+    assert_eq!(manifest["outputs"][0]["version"], 1);
+    let files = setting.left_behind().into_iter().filter(|path| path.ends_with(".parquet")).count();
+    assert!(files > 1, "one chunk has 50,000 rows at most");
 }
 
 /// Runs partition twice below a disk of 256 KiB, the second time with more room; returns what the script says and what
@@ -746,6 +863,28 @@ fn records_without_ids_can_be_units_of_their_own() {
     setting.run(&flags).check(0, &[]);
     let rows = setting.rows("c");
     assert!(rows.len() == 5 && rows.iter().all(|row| row.0 == row.1));
+}
+
+#[test]
+fn of_equal_texts_each_is_a_unit_where_records_are() {
+    let setting = Setting::new();
+    let rows = |texts: &[&str]| {
+        let lines: Vec<_> = texts.iter().map(|text| serde_json::json!({"text": text}).to_string()).collect();
+        let input = setting.input("in.jsonl", lines.join("\n"));
+        let flags = ["--input", &input, "--unit-rule", "record", "--dedup", "none", "--split", "0.4,0.3,0.3"];
+        setting.run(&flags).check(0, &[]);
+        let rows: BTreeSet<Row> = setting.rows("c").into_iter().collect();
+        let units: BTreeSet<&String> = rows.iter().map(|row| &row.1).collect();
+        assert_eq!((rows.len(), units.len()), (texts.len(), texts.len()));
+        for folder in ["corpora", "runs"] {
+            fs::remove_dir_all(setting.private().join(folder)).expect("a folder");
+        }
+        rows
+    };
+    let (whales, squids) = ("Tell me about whales.", "Tell me about squids.");
+    let fewer = rows(&[whales, squids, whales]);
+    let more = rows(&[whales, whales, whales, squids]);
+    assert!(fewer.is_subset(&more), "one record more changed others");
 }
 
 /// ShareGPT as the demo has it: 17,671 whole records, then cut off.

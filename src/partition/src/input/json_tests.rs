@@ -1,10 +1,12 @@
 use super::*;
+use crate::config::UnitRule;
 
 fn layout(body: &str, turns: Option<TurnFields>) -> Layout {
     Layout {
         body: body.to_owned(),
         turns,
         unit: Some("id".to_owned()),
+        unit_rule: UnitRule::Whole,
         language: "language".to_owned(),
         language_required: false,
     }

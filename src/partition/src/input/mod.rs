@@ -10,7 +10,8 @@ pub mod split;
 use std::ops::Range;
 use std::sync::Arc;
 
-use futures::{StreamExt, TryStreamExt};
+use bytes::Bytes;
+use futures::{Stream, StreamExt, TryStreamExt};
 use lake::{ByteStream, LakeError, StorageOptions};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
@@ -42,6 +43,8 @@ pub enum Format {
 }
 
 /// What identifies the content of an input; written down so that a later run notices that it changed.
+///
+/// PRIVACY: whoever guesses the content can check the guess by size, tag and digest, so these stay in the private root.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Identity {
@@ -49,8 +52,12 @@ pub struct Identity {
     pub url: String,
     /// Size in bytes.
     pub size: u64,
-    /// The store's entity tag.
+    /// The store's entity tag. That of a local file follows from its time stamp and its place on the disk, so that
+    /// copies and touched files differ from what they were.
     pub etag: Option<String>,
+    /// BLAKE3 of the content, where it was read for that; records of earlier versions have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
 }
 
 impl Identity {
@@ -60,8 +67,34 @@ impl Identity {
     }
 
     fn new(url: &str, content: &ByteStream) -> Self {
-        Self { url: url.to_owned(), size: content.size, etag: content.etag.clone() }
+        Self { url: url.to_owned(), size: content.size, etag: content.etag.clone(), digest: None }
     }
+
+    /// Reads the whole object for its digest.
+    pub async fn read_digest(&mut self, storage: &StorageOptions) -> Result<(), LakeError> {
+        let mut pieces = pieces(lake::read_stream(&self.url, storage).await?);
+        let mut hasher = blake3::Hasher::new();
+        while let Some(bytes) = pieces.try_next().await? {
+            hasher.update(&bytes);
+        }
+        self.digest = Some(hasher.finalize().to_hex().to_string());
+        Ok(())
+    }
+
+    /// Whether both are of the same content: by their digests, else by place, size and tag.
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (&self.digest, &other.digest) {
+            (Some(one), Some(other)) => one == other,
+            _ => (&self.url, self.size, &self.etag) == (&other.url, other.size, &other.etag),
+        }
+    }
+}
+
+/// The content in order, a few pieces ahead.
+fn pieces(content: ByteStream) -> impl Stream<Item = Result<Bytes, LakeError>> + Unpin {
+    let ByteStream { size, range, .. } = content;
+    let ranges = (0..size).step_by(PIECE as usize).map(move |from| range(from..(from + PIECE).min(size)));
+    futures::stream::iter(ranges).buffered(IN_FLIGHT)
 }
 
 /// An input that was found.
@@ -111,9 +144,7 @@ impl Object {
 
     async fn feed_json(&self, framing: Framing, config: &Config, sender: &mpsc::Sender<Event>) -> Result<(), Stop> {
         let url = &self.identity.url;
-        let ByteStream { size, range, .. } = self.content().await?;
-        let ranges = (0..size).step_by(PIECE as usize).map(|from| from..(from + PIECE).min(size));
-        let mut pieces = futures::stream::iter(ranges.map(|piece| range(piece))).buffered(IN_FLIGHT);
+        let mut pieces = pieces(self.content().await?);
         let mut splitter = Splitter::new(framing);
         let mut builder = JsonBuilder::new(url, config);
         let mut start = true;
@@ -247,14 +278,18 @@ impl Batch {
     /// Parses one record.
     pub fn read(&self, index: usize) -> Result<Record, PartitionError> {
         let row = self.first_row + index as u64;
-        match &self.content {
-            Content::Rows(rows) => rows.read(index).map_err(|problem| field(&self.object, row, problem)),
+        let refuse = |problem| field(&self.object, row, problem);
+        let (record, layout) = match &self.content {
+            Content::Rows(rows) => (rows.read(index).map_err(refuse)?, rows.layout()),
             Content::Json { layout, buffer, records } => {
                 let (range, offset) = &records[index];
-                json::read(&buffer[range.clone()], layout)
-                    .map_err(|problem| json_problem(&self.object, row, *offset, problem))
+                let record = json::read(&buffer[range.clone()], layout)
+                    .map_err(|problem| json_problem(&self.object, row, *offset, problem))?;
+                (record, &**layout)
             }
-        }
+        };
+        layout.check_unit(&record.source).map_err(refuse)?;
+        Ok(record)
     }
 }
 
@@ -295,6 +330,7 @@ impl<'a> JsonBuilder<'a> {
     }
 }
 
+/// Rows are counted from 0 here, and from 1 in what is told: as the lines of a file.
 fn json_problem(url: &str, row: u64, offset: u64, problem: JsonProblem) -> PartitionError {
     match problem {
         JsonProblem::Field(problem) => field(url, row, problem),
@@ -306,20 +342,21 @@ fn json_problem(url: &str, row: u64, offset: u64, problem: JsonProblem) -> Parti
 
 fn field(url: &str, row: u64, problem: FieldProblem) -> PartitionError {
     let FieldProblem { field, found, expected, help } = problem;
-    PartitionError::Field { object: url.to_owned(), row, field, found, expected, help }
+    PartitionError::Field { object: url.to_owned(), row: row + 1, field, found, expected, help }
 }
 
 fn syntax(url: &str, row: u64, problem: &FramingProblem) -> PartitionError {
     let FramingProblem { offset, problem } = *problem;
     let help = "repair the input at that byte, or export it again";
-    PartitionError::Syntax { object: url.to_owned(), row, offset, problem, help }
+    PartitionError::Syntax { object: url.to_owned(), row: row + 1, offset, problem, help }
 }
 
 fn no_layout(url: &str, problem: String) -> PartitionError {
     PartitionError::Object {
         object: url.to_owned(),
         problem,
-        help: "name the layout with --shape, the text with --text-column, the unit with --unit-column or --unit-rule record"
+        help: "name the layout with --shape, the text with --text-column, the unit with --unit-column or --unit-rule \
+               record, the language with --language-column"
             .into(),
     }
 }

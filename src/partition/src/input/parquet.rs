@@ -195,19 +195,26 @@ impl Read for Cursor {
 }
 
 /// The leaves that `layout` reads: of turns the role and the content, of moderation the flag.
+///
+/// PRIVACY: a column without the leaves that it should have is read whole, so that it is refused for what it is. If it
+/// were left out, flagged records would pass for unmarked ones.
 pub fn projection(schema: &SchemaDescriptor, layout: &Layout) -> ProjectionMask {
-    let wanted = |path: &[String]| {
-        let (Some(root), Some(leaf)) = (path.first(), path.last()) else { return false };
-        if root == MODERATION {
-            return leaf == "flagged";
-        }
-        match layout.turns {
-            Some(fields) if *root == layout.body => leaf == fields.role || leaf == fields.content,
-            _ => layout.columns().contains(&root.as_str()),
-        }
+    let names = |root: &str| match layout.turns {
+        _ if root == MODERATION => vec!["flagged"],
+        Some(fields) if root == layout.body => vec![fields.role, fields.content],
+        _ => Vec::new(),
     };
-    let leaves = schema.columns().iter().enumerate().filter(|(_, column)| wanted(column.path().parts()));
-    ProjectionMask::leaves(schema, leaves.map(|(index, _)| index).collect::<Vec<_>>())
+    let mut read = Vec::new();
+    for root in layout.columns() {
+        let names = names(root);
+        let leaves = schema.columns().iter().map(|column| column.path().parts()).enumerate();
+        let (named, others): (Vec<_>, Vec<_>) = leaves
+            .filter(|(_, path)| path.first().is_some_and(|first| first == root))
+            .partition(|(_, path)| path.last().is_some_and(|leaf| names.contains(&leaf.as_str())));
+        let wanted = if named.is_empty() { others } else { named };
+        read.extend(wanted.into_iter().map(|(index, _)| index));
+    }
+    ProjectionMask::leaves(schema, read)
 }
 
 /// A batch of rows whose columns have been found and converted.
@@ -231,6 +238,8 @@ impl Rows {
     /// Finds the columns of `layout` in `batch`; a column of another type is a [`FieldProblem`] of the whole batch.
     pub fn new(batch: &RecordBatch, layout: Arc<Layout>) -> Result<Self, FieldProblem> {
         let column = |name: &str| batch.column_by_name(name);
+        // Nulls mark nothing, as in JSON.
+        let mark = |name: &str| column(name).filter(|array| *array.data_type() != DataType::Null);
         let body = column(&layout.body).ok_or_else(|| FieldProblem::new(&layout.body, "missing", "a column"))?;
         let unit = match &layout.unit {
             None => None,
@@ -250,8 +259,8 @@ impl Rows {
             body: find_body(body, &layout)?,
             unit,
             language,
-            redacted: column(REDACTED).map(|array| booleans(array, REDACTED)).transpose()?,
-            flagged: column(MODERATION).map(find_flags).transpose()?,
+            redacted: mark(REDACTED).map(|array| booleans(array, REDACTED)).transpose()?,
+            flagged: mark(MODERATION).map(find_flags).transpose()?,
             layout,
         })
     }
