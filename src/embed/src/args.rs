@@ -17,6 +17,7 @@ use stage::Failure;
 #[command(
     name = "doppel-embed",
     version,
+    allow_negative_numbers = true,
     after_help = "Examples:\n  doppel-embed --run demo --release ./lake/release --encoder models/all-minilm-l6-v2 --of synthetic\n  \
                   doppel-embed --run demo --private ./lake/private --encoder models/all-minilm-l6-v2 --of corpus \
                   --corpus sharegpt\n  doppel-embed --run flan --release ./lake/release --encoder models/sentence-t5-base \
@@ -100,7 +101,8 @@ pub struct Shard {
 fn parse_shard(text: &str) -> Result<Shard, String> {
     let parts = text.split_once('/').and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
     match parts {
-        Some((index, count)) if index < count => Ok(Shard { index, count }),
+        // As of synthesize, whose column `shard` is a 32-bit integer.
+        Some((index, count)) if index < count && count <= i32::MAX as u32 => Ok(Shard { index, count }),
         _ => Err("expected I/N with I from 0 to N - 1, such as 0/8".into()),
     }
 }
@@ -177,7 +179,7 @@ mod tests {
     fn a_shard_is_one_of_several() {
         assert_eq!(parse_shard("0/1"), Ok(Shard { index: 0, count: 1 }));
         assert_eq!(parse_shard("7/8"), Ok(Shard { index: 7, count: 8 }));
-        for wrong in ["8/8", "1", "/", "a/b", "-1/2", "0/0", ""] {
+        for wrong in ["8/8", "1", "/", "a/b", "-1/2", "0/0", "", "0/4294967295"] {
             assert!(parse_shard(wrong).is_err(), "{wrong}");
         }
     }

@@ -46,9 +46,6 @@ pub struct DecoderConfig {
     pub qkv_bias: bool,
     /// Token ids that end a text, the generation configuration's first.
     pub eos: Vec<i64>,
-    /// Token that begins a text, where the configuration names one (whether the tokenizer adds it is the tokenizer's
-    /// affair).
-    pub bos: Option<i64>,
 }
 
 /// Llama 3's RoPE frequency scaling.

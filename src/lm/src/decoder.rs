@@ -117,7 +117,7 @@ impl Decoder {
     }
 
     /// An error where an id is not of this vocabulary: libtorch would read out of bounds on some devices.
-    pub(crate) fn check_tokens<'a>(&self, tokens: impl IntoIterator<Item = &'a i64>) -> Result<(), LmError> {
+    pub fn check_tokens<'a>(&self, tokens: impl IntoIterator<Item = &'a i64>) -> Result<(), LmError> {
         match tokens.into_iter().all(|id| (0..self.config.vocab_size).contains(id)) {
             true => Ok(()),
             false => Err(LmError::Malformed(format!(

@@ -181,6 +181,21 @@ impl Tokenizer {
         }
     }
 
+    /// An error where a text could come to have an id that is not of a vocabulary of `size`. Special tokens may: in a
+    /// text that is read plainly there are none.
+    pub fn check_fits(&self, size: i64) -> Result<(), LmError> {
+        let added = self.plain.get_added_tokens_decoder();
+        let special = |id: &u32| added.get(id).is_some_and(|token| token.special);
+        let outside = |(_, id): &(String, u32)| i64::from(*id) >= size && !special(id);
+        match self.plain.get_vocab(true).into_iter().filter(outside).min_by_key(|(_, id)| *id) {
+            None => Ok(()),
+            Some((token, id)) => Err(LmError::Malformed(format!(
+                "tokenizer: token {token:?} has id {id}, outside the model's vocabulary of {size}\n\
+                 help: the tokenizer does not belong to this model, or has a token that the model was not given"
+            ))),
+        }
+    }
+
     /// Special tokens that chat templates call by name.
     pub(crate) fn named(&self) -> &NamedTokens {
         &self.named

@@ -19,6 +19,7 @@ use stage::Failure;
 #[command(
     name = "doppel-synthesize",
     version,
+    allow_negative_numbers = true,
     after_help = "Examples:\n  doppel-synthesize --run demo --release ./lake/release --model models/smollm2 --count 2000 --template user\n  \
                   doppel-synthesize --run demo --release s3://bucket/release --model s3://models/llama-2-13b --count 1000000 \
                   --shard 3/32\n  doppel-synthesize --run base --release ./lake/release --model models/smollm2 --no-adapter --count 1000"

@@ -39,7 +39,7 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
         }
     }
     // Before the claim: a run id must not be bound to settings that cannot work.
-    check_template(&config, &release).await?;
+    sources.check_training(&config, &release).await?;
     let sampler = sources.load(&args, &config)?;
     let handle = match manifest::begin(&release, claim).await? {
         Begin::Done(manifest) => return Ok(summary(&args, &manifest, true)),
@@ -59,6 +59,7 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
 /// The inputs on this machine.
 struct Sources {
     checkpoint: Checkpoint,
+    model_name: String,
     model_digest: String,
     adapter: Option<Adapter>,
     _folder: LocalFolder,
@@ -67,6 +68,7 @@ struct Sources {
 struct Adapter {
     folder: TemporaryFolder,
     path: String,
+    url: String,
     digest: String,
 }
 
@@ -79,7 +81,8 @@ impl Sources {
         let folder = lake::fetch_folder(&args.model, &args.common.storage()).await?;
         let checkpoint = Checkpoint::open(folder.path()).map_err(failure)?;
         let model_digest = checkpoint.digest().map_err(failure)?;
-        Ok(Self { checkpoint, model_digest, adapter, _folder: folder })
+        let model_name = model_name(&args.model).to_string();
+        Ok(Self { checkpoint, model_name, model_digest, adapter, _folder: folder })
     }
 
     fn claim(&self, args: &Args, config: &Config) -> Result<Claim, Failure> {
@@ -90,7 +93,7 @@ impl Sources {
             digest: Some(digest.into()),
         };
         let adapter = self.adapter.as_ref().map(|adapter| input("adapter", &adapter.path, &adapter.digest));
-        let model = input("model", model_name(&args.model), &self.model_digest);
+        let model = input("model", &self.model_name, &self.model_digest);
         Ok(Claim {
             run: args.common.run.clone(),
             stage: STAGE.into(),
@@ -110,8 +113,7 @@ impl Sources {
         let tokenizer = self.checkpoint.tokenizer().map_err(failure)?;
         let mut decoder = Decoder::load(&self.checkpoint, compute).map_err(failure)?;
         if let Some(adapter) = &self.adapter {
-            let lora = Lora::load(adapter.folder.path(), &decoder.config, compute.device).map_err(failure)?;
-            decoder.merge(&lora).map_err(failure)?;
+            decoder.merge(&adapter.load(&decoder)?).map_err(failure)?;
         }
         let prompt = Prompt::new(config.template.into(), &tokenizer, &decoder.config).map_err(failure)?;
         let longest = prompt.prefix.len() + config.max_new_tokens;
@@ -137,32 +139,46 @@ impl Sources {
             max_new_tokens: config.max_new_tokens,
             stop,
         };
-        Ok(Sampler { decoder, tokenizer, prompt, sampling, seed: config.seed })
+        let origin = match &self.adapter {
+            Some(adapter) => adapter.url.clone(),
+            None => format!("model {}", self.model_name),
+        };
+        Ok(Sampler { decoder, tokenizer, prompt, sampling, seed: config.seed, origin })
     }
-}
 
-/// An error where train says that it showed instructions behind another template than samples are to be drawn behind.
-async fn check_template(config: &Config, release: &ReleaseRoot) -> Result<(), Failure> {
-    let Some(run) = &config.adapter_run else { return Ok(()) };
-    let Some(trained) = manifest::find(release, run, "train", None).await? else { return Ok(()) };
-    let template = config.template.name();
-    match trained.claim.config.get("template").and_then(serde_json::Value::as_str) {
-        Some(other) if other != template => Err(Failure::Usage(format!(
-            "--template {template}: the adapter of run {run} was trained with --template {other}\n\
-             help: give --template {other}"
-        ))),
-        _ => Ok(()),
+    /// An error where train says that it trained the adapter on another model, or showed instructions behind another
+    /// template, than samples are to be drawn from.
+    async fn check_training(&self, config: &Config, release: &ReleaseRoot) -> Result<(), Failure> {
+        let Some(run) = &config.adapter_run else { return Ok(()) };
+        let Some(trained) = manifest::find(release, run, "train", None).await? else { return Ok(()) };
+        let template = config.template.name();
+        let given = trained.claim.config.get("template").and_then(serde_json::Value::as_str);
+        if let Some(other) = given.filter(|other| *other != template) {
+            return Err(Failure::Usage(format!(
+                "--template {template}: the adapter of run {run} was trained with --template {other}\n\
+                 help: give --template {other}"
+            )));
+        }
+        let model = trained.claim.inputs.iter().find(|input| input.name == "model");
+        match model.filter(|model| model.digest.as_ref().is_some_and(|digest| *digest != self.model_digest)) {
+            Some(other) => Err(Failure::Usage(format!(
+                "--model {}: the adapter of run {run} was trained on other files, of model {}\n\
+                 help: give the model that train had; the same weights in another format are other files",
+                self.model_name, other.location
+            ))),
+            None => Ok(()),
+        }
     }
 }
 
 impl Adapter {
     async fn fetch(release: &ReleaseRoot, run: &str) -> Result<Self, Failure> {
         let path = format!("runs/{run}/adapter");
+        let url = release.url_of(&path);
         let missing = || {
             Failure::Input(format!(
-                "{}: no adapter there\nhelp: run train first, name its run with --adapter-run, or sample the base model \
-                 with --no-adapter",
-                release.url_of(&path)
+                "{url}: no adapter there\nhelp: run train first, name its run with --adapter-run, or sample the base \
+                 model with --no-adapter"
             ))
         };
         let folder = TemporaryFolder::new()?;
@@ -176,7 +192,17 @@ impl Adapter {
             let body = std::fs::read(folder.path().join(name)).map_err(|_| missing())?;
             hasher.update(blake3::hash(&body).as_bytes());
         }
-        Ok(Self { folder, path, digest: hasher.finalize().to_hex().to_string() })
+        let digest = hasher.finalize().to_hex().to_string();
+        Ok(Self { folder, path, url, digest })
+    }
+
+    /// The adapter for `decoder`; errors name the object in the release zone rather than the copy on this machine.
+    fn load(&self, decoder: &Decoder) -> Result<Lora, Failure> {
+        let copy = self.folder.path().display().to_string();
+        Lora::load(self.folder.path(), &decoder.config, decoder.compute.device).map_err(|error| match error {
+            LmError::Malformed(message) => Failure::Input(message.replace(&copy, &self.url)),
+            other => failure(other),
+        })
     }
 }
 
@@ -187,6 +213,8 @@ struct Sampler {
     prompt: Prompt,
     sampling: Sampling,
     seed: u64,
+    /// What the weights are of, for errors.
+    origin: String,
 }
 
 impl Sampler {
@@ -201,6 +229,7 @@ impl Sampler {
         let batch = usize::try_from(range.end - range.start).map_or(batch, |count| batch.min(count));
         let request = |index| Request { index, prompt: self.prompt.prefix.clone(), seed: plan::seed(self.seed, index) };
         generate(&self.decoder, &self.sampling, range.map(request), batch, |completion: Completion| {
+            self.check_finite(&completion)?;
             let sample = Sample {
                 seed: plan::seed(self.seed, completion.index),
                 text: self.tokenizer.decode(&completion.tokens)?,
@@ -210,6 +239,19 @@ impl Sampler {
             };
             done(completion.index, sample)
         })
+    }
+
+    /// Where logits are not finite, neither is the log-probability of whatever was chosen.
+    fn check_finite(&self, completion: &Completion) -> Result<(), LmError> {
+        match completion.mean_logprob.is_finite() {
+            true => Ok(()),
+            false => Err(LmError::Malformed(format!(
+                "{}: logits are not finite, so nothing can be sampled\n\
+                 help: train again with a lower --learning-rate; where the base model alone (--no-adapter) does the same, \
+                 download it again",
+                self.origin
+            ))),
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use arrow::array::AsArray;
 use arrow::datatypes::{Float32Type, Int32Type, Int64Type};
-use lake::manifest::{self, Begin, Claim};
+use lake::manifest::{self, Begin, Claim, Input};
 use lake::{ReleaseRoot, StorageOptions, Zone};
 use lm::adapter::{Lora, LoraConfig, Target};
 use lm::checkpoint::Checkpoint;
@@ -253,13 +253,14 @@ fn samples_are_drawn_behind_the_template_that_is_asked_for() {
     assert_ne!(logprobs("user"), logprobs("chat"));
 }
 
-/// Leaves the manifest of a finished train that had this template.
-fn settle_train(release: &str, run: &str, template: &str) {
+/// Leaves the manifest of a finished train that had this template and a model with this digest.
+fn settle_train(release: &str, run: &str, template: &str, digest: &str) {
+    let model = Input { name: "model".into(), location: "llama".into(), version: None, digest: Some(digest.into()) };
     let claim = Claim {
         run: run.into(),
         stage: "train".into(),
         shard: None,
-        inputs: vec![],
+        inputs: vec![model],
         config: json!({ "template": template }),
         seeds: vec![],
         binary: "doppel-train".into(),
@@ -279,12 +280,33 @@ fn another_template_than_the_adapter_was_trained_with_is_refused() {
     let model = place.path("model");
     write_chat_template(&model);
     write_adapter(&model, &place.path("release/runs/trained/adapter"), 0.5);
-    settle_train(&place.path("release"), "trained", "user");
+    let digest = Checkpoint::open(Path::new(&model)).unwrap().digest().unwrap();
+    settle_train(&place.path("release"), "trained", "user", &digest);
     let sample =
         |template: &str| place.run(&["--run", "trained", "--model", &model, "--count", "5", "--template", template]);
     fails(&sample("none"), 2, "--template none: the adapter of run trained was trained with --template user");
     assert!(!Path::new(&place.path("release/runs/trained/synthetic")).exists());
     assert_eq!(json_of(&sample("user"))["rows"], json!(5));
+}
+
+#[test]
+fn another_base_model_than_the_adapter_was_trained_on_is_refused() {
+    let place = Place::new();
+    let model = place.path("model");
+    write_adapter(&model, &place.path("release/runs/trained/adapter"), 0.5);
+    settle_train(&place.path("release"), "trained", "none", "c0ffee");
+    let sample = || place.run(&["--run", "later", "--adapter-run", "trained", "--model", &model, "--count", "5"]);
+    fails(&sample(), 2, "--model model: the adapter of run trained was trained on other files, of model llama");
+    assert!(!Path::new(&place.path("release/runs/later")).exists(), "no claim");
+}
+
+#[test]
+fn a_model_whose_logits_are_not_finite_is_an_input_error() {
+    let place = Place::new();
+    let model = place.path("model");
+    write_adapter(&model, &place.path("release/runs/diverged/adapter"), f64::NAN);
+    let output = place.run(&["--run", "diverged", "--model", &model, "--count", "5"]);
+    fails(&output, 3, "runs/diverged/adapter: logits are not finite");
 }
 
 #[test]
@@ -319,7 +341,7 @@ fn an_adapter_for_another_model_is_an_input_error() {
     write_adapter(&place.path("wide"), &place.path("release/runs/wide/adapter"), 0.5);
     let model = place.path("model");
     let output = place.run(&["--run", "wide", "--model", &model, "--count", "5"]);
-    fails(&output, 3, "help:");
+    fails(&output, 3, "runs/wide/adapter/adapter_model.safetensors: tensor");
     assert!(!Path::new(&place.path("release/runs/wide/synthetic")).exists());
 }
 
@@ -360,6 +382,7 @@ fn a_model_that_cannot_be_used_is_an_input_error() {
 fn wrong_usage_says_what_to_change() {
     let place = Place::new();
     fails(&place.base("a", &["--count", "0", "--top-p", "2"]), 2, "--top-p 2: expected a number in (0, 1]");
+    fails(&place.base("a", &["--count", "5", "--top-p", "-1"]), 2, "--top-p -1: expected a number in (0, 1]");
     fails(&place.base("a", &["--count", "5", "--shard", "5/5"]), 2, "0/8");
     fails(&place.base("a", &["--count", "5", "--adapter-run", "b"]), 2, "--no-adapter");
     fails(&place.base("a", &["--count", "5", "--template", "user"]), 2, "no chat template");

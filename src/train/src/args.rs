@@ -1,6 +1,6 @@
 //! Flags, and the configuration they mean.
 
-use clap::{Parser, ValueEnum};
+use clap::{ArgGroup, Parser, ValueEnum};
 use lm::adapter::{LoraConfig, Target};
 use lm::device::{DeviceChoice, DtypeChoice};
 use privacy::event::Event;
@@ -10,18 +10,27 @@ use stage::Failure;
 
 /// Largest rank that an adapter may have.
 const MAX_RANK: i64 = 4096;
+/// Largest learning rate. AdamW moves each parameter by about the rate, whatever its gradient.
+const MAX_LEARNING_RATE: f64 = 10.0;
 
 /// Fine-tune a language model on the private corpus with DP-Adam and LoRA.
 ///
 /// Reads the train split of a corpus and a base model; writes a PEFT adapter to the release zone, checkpoints and
 /// validation losses to the private zone. The privacy cost is reserved in the corpus's ledger before anything is
-/// computed from a record, but for the digest that the reservation is bound to. Killed anywhere, it goes on where it was
-/// when run again, and spends nothing twice.
+/// computed from a record, but for the digest that the reservation is bound to and for whether there are as many units
+/// as a batch expects. Killed anywhere, it goes on where it was when run again, and spends nothing twice.
 ///
 /// Exit codes: 0 done or already done; 1 a bug; 2 wrong usage; 3 an input is missing or malformed; 4 refused by the
 /// privacy budget; 5 storage or network, safe to retry.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "doppel-train", version)]
+#[command(
+    name = "doppel-train",
+    version,
+    allow_negative_numbers = true,
+    group(ArgGroup::new("sampling").required(true).args(["records", "sampling_probability"])),
+    group(ArgGroup::new("length").required(true).args(["steps", "epochs"])),
+    group(ArgGroup::new("noise").required(true).args(["noise_multiplier", "target_epsilon", "no_dp"]))
+)]
 pub struct Args {
     /// Flags that every stage shares.
     #[command(flatten)]
@@ -44,7 +53,7 @@ pub struct Args {
     /// Dropout on the adapter's input while training.
     #[arg(long, default_value_t = 0.0)]
     pub dropout: f64,
-    /// Peak learning rate of AdamW.
+    /// Peak learning rate of AdamW, at most 10.
     #[arg(long, default_value_t = 1e-3)]
     pub learning_rate: f64,
     /// AdamW's decoupled weight decay.
@@ -64,22 +73,22 @@ pub struct Args {
     pub expected_batch_size: f64,
     /// Number of privacy units in the train split, as you declare it publicly; nothing private is counted for it.
     /// The sampling probability is the expected batch size divided by this.
-    #[arg(long, required_unless_present = "sampling_probability")]
+    #[arg(long)]
     pub records: Option<u64>,
     /// Chance that a unit joins a step, instead of --records.
-    #[arg(long, conflicts_with = "records")]
+    #[arg(long)]
     pub sampling_probability: Option<f64>,
     /// Number of steps.
-    #[arg(long, required_unless_present = "epochs")]
+    #[arg(long)]
     pub steps: Option<u64>,
     /// Expected passes over the units, instead of --steps: steps = epochs / sampling probability, rounded up.
-    #[arg(long, conflicts_with = "steps")]
+    #[arg(long)]
     pub epochs: Option<f64>,
     /// Noise standard deviation divided by the clip norm.
-    #[arg(long, required_unless_present_any = ["target_epsilon", "no_dp"])]
+    #[arg(long)]
     pub noise_multiplier: Option<f64>,
     /// Calibrate the noise to this ε (never exceeded) at --delta, instead of --noise-multiplier.
-    #[arg(long, conflicts_with = "noise_multiplier", requires = "delta")]
+    #[arg(long, requires = "delta")]
     pub target_epsilon: Option<f64>,
     /// The δ of --target-epsilon, and of the ε in the manifest; the ledger's budget has its own.
     #[arg(long)]
@@ -111,7 +120,7 @@ pub struct Args {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Train without noise and clipping, for a baseline: everything stays in the private zone.
-    #[arg(long, conflicts_with_all = ["noise_multiplier", "target_epsilon"])]
+    #[arg(long)]
     pub no_dp: bool,
 }
 
@@ -302,12 +311,22 @@ impl Args {
     }
 
     fn calibrate(&self, sampling_probability: f64, steps: u64, target: f64, delta: f64) -> Result<f64, Failure> {
+        let usage = |error: privacy::AccountingError| Failure::Usage(error.to_string());
+        let vote = self.vote_sigma.map(|sigma| Event::DiscreteGaussian { noise_multiplier: sigma });
+        if let Some(vote) = &vote {
+            let alone = privacy::epsilon(std::slice::from_ref(vote), delta).map_err(usage)?.pld;
+            if alone >= target {
+                return Err(Failure::Usage(format!(
+                    "--target-epsilon {target}: the vote of --vote-sigma alone spends ε = {alone:.4} at δ = {delta:e}\n\
+                     help: raise --vote-sigma or --target-epsilon"
+                )));
+            }
+        }
         let events = |noise_multiplier| {
             let training = Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps };
-            let vote = self.vote_sigma.map(|sigma| Event::DiscreteGaussian { noise_multiplier: sigma });
-            std::iter::once(training).chain(vote).collect()
+            std::iter::once(training).chain(vote.clone()).collect()
         };
-        privacy::calibrate(events, target, delta).map_err(|error| Failure::Usage(error.to_string()))
+        privacy::calibrate(events, target, delta).map_err(usage)
     }
 
     fn findings(&self) -> Vec<String> {
@@ -327,13 +346,20 @@ impl Args {
             self.expected_batch_size.is_finite() && self.expected_batch_size > 0.0,
             format!("--expected-batch-size {}: expected a positive number", self.expected_batch_size),
         );
-        check(
-            probability > 0.0 && probability <= 1.0,
-            format!(
-                "sampling probability {probability}: expected a number in (0, 1]\n\
-                 help: --expected-batch-size may not exceed --records"
+        match self.sampling_probability {
+            Some(given) => check(
+                given > 0.0 && given <= 1.0,
+                format!("--sampling-probability {given}: expected a number in (0, 1]"),
             ),
-        );
+            None if self.records == Some(0) => check(false, "--records 0: expected at least 1".into()),
+            None => check(
+                probability.is_nan() || probability <= 1.0,
+                format!(
+                    "sampling probability {probability}: expected at most 1\n\
+                     help: --expected-batch-size may not exceed --records"
+                ),
+            ),
+        }
         check((0.0..1.0).contains(&self.dropout), format!("--dropout {}: expected [0, 1)", self.dropout));
         check(self.steps != Some(0), "--steps 0: expected at least 1".into());
         check(
@@ -341,8 +367,11 @@ impl Args {
             "--epochs: expected a positive number".into(),
         );
         check(
-            self.learning_rate.is_finite() && self.learning_rate > 0.0,
-            format!("--learning-rate {}: expected a positive number", self.learning_rate),
+            self.learning_rate > 0.0 && self.learning_rate <= MAX_LEARNING_RATE,
+            format!(
+                "--learning-rate {}: expected a positive number of at most {MAX_LEARNING_RATE}",
+                self.learning_rate
+            ),
         );
         check(
             self.weight_decay.is_finite() && self.weight_decay >= 0.0,
@@ -486,6 +515,33 @@ mod tests {
     }
 
     #[test]
+    fn a_vote_that_alone_spends_the_target_is_named() {
+        let flags = "--steps 6 --target-epsilon 0.1 --delta 1e-5 --vote-sigma 2";
+        let told = args(flags).config().unwrap_err().to_string();
+        assert!(told.contains("--target-epsilon 0.1: the vote of --vote-sigma alone spends"), "{told}");
+    }
+
+    #[test]
+    fn a_sampling_probability_is_told_by_the_flags_that_were_given() {
+        let told = |sampling_probability, records| {
+            let args = Args { sampling_probability, records, ..args("--steps 1 --noise-multiplier 1") };
+            args.config().unwrap_err().to_string()
+        };
+        let given = told(Some(2.0), None);
+        assert!(given.contains("--sampling-probability 2: expected") && !given.contains("--records"), "{given}");
+        let none = told(None, Some(0));
+        assert!(none.contains("--records 0: expected at least 1") && !none.contains("inf"), "{none}");
+        let few = told(None, Some(5));
+        assert!(few.contains("sampling probability 2") && few.contains("may not exceed --records"), "{few}");
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Args::command().debug_assert();
+    }
+
+    #[test]
     fn values_that_cannot_work_are_found_before_anything_is_read() {
         for (more, expected) in [
             ("--alpha 0", "--alpha 0: expected a positive number"),
@@ -500,8 +556,9 @@ mod tests {
             ("--delta nan", "--delta NaN"),
             ("--dropout 1", "--dropout 1"),
             ("--learning-rate inf", "--learning-rate inf"),
+            ("--learning-rate 11", "--learning-rate 11: expected a positive number of at most 10"),
+            ("--learning-rate -1", "--learning-rate -1"),
         ] {
-            let more = more.replacen(' ', "=", 1);
             let failure = args(&format!("--steps 1 --noise-multiplier 1 {more}")).config().unwrap_err();
             assert!(matches!(&failure, Failure::Usage(told) if told.contains(expected)), "{more}: {failure}");
         }

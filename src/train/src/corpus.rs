@@ -1,6 +1,6 @@
 //! Reads a split of the corpus as tokenised units.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use arrow::array::{Array, AsArray};
 use futures::TryStreamExt;
@@ -30,6 +30,34 @@ pub struct Encoding<'a> {
     pub block_length: usize,
     /// Public seed of dropout.
     pub seed: u64,
+}
+
+/// Refuses `version` of the corpus table where its train split has fewer units than the expected batch; reads no
+/// further than it must.
+///
+/// PRIVACY: this tells whoever starts the stage one bit about the corpus's size, as the error that was asked for; no
+/// number. It comes before a run id is bound and anything reserved: afterwards the bit would be the same, and the budget
+/// gone.
+pub async fn check_size(table: &Table, version: i64, expected_batch_size: f64) -> Result<(), Failure> {
+    let mut units = HashSet::new();
+    let mut batches = table.scan(version, &["unit", "split"]).await?;
+    while let Some(batch) = batches.try_next().await? {
+        let (ids, splits) = (batch.column(0).as_string::<i32>(), batch.column(1).as_string::<i32>());
+        let train = ids.iter().zip(splits).filter(|(_, split)| *split == Some("train"));
+        units.extend(train.filter_map(|(id, _)| id.map(str::to_string)));
+        if units.len() as f64 >= expected_batch_size {
+            return Ok(());
+        }
+    }
+    let (found, help) = match units.is_empty() {
+        true => ("has no rows".into(), "run partition on an input with instructions"),
+        false => (
+            format!("has fewer units than the expected batch of {expected_batch_size}"),
+            "lower --expected-batch-size and declare the units with --records; what partition counted is in the \
+             private root, at runs/RUN/partition-counts.json",
+        ),
+    };
+    Err(Failure::Input(format!("{}: version {version}: the train split {found}\nhelp: {help}", table.url())))
 }
 
 /// Reads `version` of the corpus table and tokenises its train and validation splits.
@@ -103,13 +131,8 @@ mod tests {
 
     const BLOCK: usize = 24;
 
-    /// The splits of a corpus of `(unit, text, split)`, read with a model whose tokens are characters.
-    async fn splits(folder: &Path, rows: &[(&str, &str, &str)]) -> (Splits, Prompt) {
-        let model = folder.join("llama");
-        models::write_llama(&model, 1).unwrap();
-        let checkpoint = lm::checkpoint::Checkpoint::open(&model).unwrap();
-        let tokenizer = checkpoint.tokenizer().unwrap();
-        let prompt = Prompt::new(Template::None, &tokenizer, &checkpoint.decoder_config().unwrap()).unwrap();
+    /// A corpus of `(unit, text, split)`.
+    async fn corpus(folder: &Path, rows: &[(&str, &str, &str)]) -> Table {
         let root = PrivateRoot::open(folder.to_str().unwrap(), &StorageOptions::default()).await.unwrap();
         let table = root.table(&format!("corpora/{}", rows.len()));
         table.create(schema::corpus()).await.unwrap();
@@ -124,6 +147,17 @@ mod tests {
         ];
         let batch = RecordBatch::try_new(schema::corpus(), columns).unwrap();
         table.append(vec![batch], AppTransaction { id: "test".into(), version: 0 }).await.unwrap();
+        table
+    }
+
+    /// Its splits, read with a model whose tokens are characters.
+    async fn splits(folder: &Path, rows: &[(&str, &str, &str)]) -> (Splits, Prompt) {
+        let model = folder.join("llama");
+        models::write_llama(&model, 1).unwrap();
+        let checkpoint = lm::checkpoint::Checkpoint::open(&model).unwrap();
+        let tokenizer = checkpoint.tokenizer().unwrap();
+        let prompt = Prompt::new(Template::None, &tokenizer, &checkpoint.decoder_config().unwrap()).unwrap();
+        let table = corpus(folder, rows).await;
         let encoding = Encoding { tokenizer: &tokenizer, prompt: &prompt, block_length: BLOCK, seed: 5 };
         let splits = read(&table, table.pin().await.unwrap(), &encoding).await.unwrap();
         (splits, prompt)
@@ -152,6 +186,29 @@ mod tests {
         };
         assert_eq!(shape(&splits.train), [("a".to_string(), 2)]);
         assert_eq!(shape(&splits.validation), [("b".to_string(), 1)]);
+    }
+
+    #[tokio::test]
+    async fn the_train_split_has_at_least_as_many_units_as_a_batch_expects() {
+        let folder = tempfile::tempdir().unwrap();
+        let told = async |rows: &[(&str, &str, &str)], expected_batch_size| {
+            let table = corpus(folder.path(), rows).await;
+            let found = check_size(&table, table.pin().await.unwrap(), expected_batch_size).await;
+            found.err().map(|failure| failure.to_string()).unwrap_or_default()
+        };
+        // Two units have three records, and neither of the other splits counts.
+        let rows = [
+            ("a", "one", "train"),
+            ("a", "two", "train"),
+            ("b", "three", "train"),
+            ("c", "four", "validation"),
+            ("d", "five", "test"),
+        ];
+        assert_eq!(told(&rows[..], 2.0).await, "");
+        let few = told(&rows[..4], 2.5).await;
+        assert!(few.contains("fewer units than the expected batch of 2.5\nhelp: lower --expected-batch-size"), "{few}");
+        let none = told(&rows[3..], 0.5).await;
+        assert!(none.contains("the train split has no rows\nhelp: run partition"), "{none}");
     }
 
     #[tokio::test]

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use arrow::array::{Float64Array, Int64Array, RecordBatch, StringArray};
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
-use lake::{AppTransaction, LakeError, Private, PrivateRoot, Zone};
+use lake::{AppTransaction, LakeError, Private, PrivateRoot, Zone, schema};
 use lm::LmError;
 use lm::adapter::Lora;
 use lm::decoder::Decoder;
@@ -40,25 +39,16 @@ pub async fn record(
     loss: &Private<f64>,
 ) -> Result<(), LakeError> {
     let table = root.table(&format!("runs/{run}/{stage}/loss"));
-    table.create(schema()).await?;
+    table.create(schema::loss()).await?;
     let step = i64::try_from(step).unwrap_or(i64::MAX);
     let columns: Vec<arrow::array::ArrayRef> = vec![
         Arc::new(Int64Array::from(vec![step])),
         Arc::new(StringArray::from(vec!["validation"])),
         Arc::new(Float64Array::from(vec![*loss.expose()])),
     ];
-    let batch = RecordBatch::try_new(schema(), columns)
+    let batch = RecordBatch::try_new(schema::loss(), columns)
         .map_err(|error| LakeError::Malformed(format!("{}: {error}", table.url())))?;
     let transaction = AppTransaction { id: format!("{run}/{stage}/loss/{step}"), version: 0 };
     table.append(vec![batch], transaction).await?;
     Ok(())
-}
-
-fn schema() -> SchemaRef {
-    let field = |name, kind| Field::new(name, kind, false);
-    Arc::new(Schema::new(vec![
-        field("step", DataType::Int64),
-        field("split", DataType::Utf8),
-        field("loss", DataType::Float64),
-    ]))
 }

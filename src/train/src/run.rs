@@ -77,7 +77,7 @@ async fn train_privately(
     let adapter = PrivateAdapter::new(setting.resume().await?);
     setting.conclude(adapter.training()).await?;
     ledger::settle(setting.base.private, &reservation).await.map_err(refused)?;
-    let output = publish::publish(release, &handle.claim.run, model_name(&setting.base.args.model), &adapter).await?;
+    let output = publish::publish(release, &handle.claim.run, claimed_model(&handle.claim)?, &adapter).await?;
     facts["steps_taken"] = adapter.training().steps.into();
     handle.finish(vec![output], facts).await?;
     Ok(())
@@ -103,9 +103,9 @@ async fn train_baseline(
     }
     let adapter = BaselineAdapter::new(setting.resume().await?);
     setting.conclude(adapter.training()).await?;
-    let Base { args, private, .. } = setting.base;
+    let Base { private, .. } = setting.base;
     let lora = &adapter.training().lora;
-    let output = publish::write(private, &handle.claim.run, model_name(&args.model), lora).await?;
+    let output = publish::write(private, &handle.claim.run, claimed_model(&handle.claim)?, lora).await?;
     handle.finish(vec![output], json!({ "sampler": "poisson", "private": false })).await?;
     Ok(())
 }
@@ -142,7 +142,8 @@ impl<'a> Base<'a> {
         Ok(Self { args, config, private, checkpoint, model_digest, corpus, corpus_version, _folder: folder })
     }
 
-    /// Claims the run in `zone`, once the model is known to work with the settings; `None` where it is done already.
+    /// Claims the run in `zone`, once corpus and model are known to work with the settings; `None` where it is done
+    /// already.
     async fn begin<Z: Zone>(&self, zone: &Z) -> Result<Option<(Model, RunHandle<Z>)>, Failure> {
         let claim = self.claim()?;
         if manifest::find(zone, &claim.run, &claim.stage, None).await?.is_some() {
@@ -152,11 +153,20 @@ impl<'a> Base<'a> {
             }
         }
         // Before the claim: a run id must not be bound to settings that cannot work.
+        self.check_size(zone, &claim).await?;
         let model = Model::load(self).map_err(|error| failure(&error))?;
         match manifest::begin(zone, claim).await? {
             Begin::Done(_) => Ok(None),
             Begin::Fresh(handle) | Begin::Resumed(handle) => Ok(Some((model, handle))),
         }
+    }
+
+    /// Checks the version that will be read: of a run that goes on, the one that it was begun with.
+    async fn check_size<Z: Zone>(&self, zone: &Z, claim: &Claim) -> Result<(), Failure> {
+        let claims = manifest::claims_of(zone, &claim.run).await?;
+        let earlier = claims.iter().find(|earlier| earlier.stage == claim.stage);
+        let version = corpus_version(earlier.unwrap_or(claim))?;
+        corpus::check_size(&self.corpus, version, self.args.expected_batch_size).await
     }
 
     fn claim(&self) -> Result<Claim, Failure> {
@@ -187,7 +197,8 @@ impl<'a> Base<'a> {
     /// whatever differs, the noise is fresh, and neither a reservation nor a checkpoint is taken up again.
     ///
     /// PRIVACY: it depends on the corpus's content, so it stays in the private root. For this digest the corpus is read
-    /// before the reservation, which is bound to it; nothing else is computed from a record before.
+    /// before the reservation, which is bound to it; but for [`corpus::check_size`], nothing else is computed from a
+    /// record before.
     async fn fingerprint(&self, claim: &Claim, compute: Compute) -> Result<String, Failure> {
         let version = corpus_version(claim)?;
         let corpus = self.corpus.digest(version).await?;
@@ -216,6 +227,9 @@ impl Model {
         let prompt = Prompt::new(config.template.into(), &tokenizer, &architecture)?;
         check_block_length(config.block_length, prompt.prefix.len(), architecture.max_positions)?;
         let decoder = Decoder::load(checkpoint, compute)?;
+        // The same mistakes would end the run after the reservation otherwise, some of them on certain records alone.
+        decoder.check_tokens(prompt.prefix.iter().chain([&prompt.end]))?;
+        tokenizer.check_fits(architecture.vocab_size)?;
         let initial = new_lora(config, &decoder)?;
         Ok(Self { decoder, tokenizer, prompt, initial })
     }
@@ -239,7 +253,8 @@ fn new_lora(config: &Config, decoder: &Decoder) -> Result<Lora, LmError> {
     Lora::new(config.lora(), &decoder.config, decoder.compute.device, config.seed)
 }
 
-/// Reserves what `mechanism` will spend, before anything but the digest in `fingerprint` is computed from a record.
+/// Reserves what `mechanism` will spend, before anything is computed from a record but the digest in `fingerprint` and
+/// whether there are as many units as a batch expects.
 async fn reserve(
     mechanism: &TrainingMechanism,
     base: &Base<'_>,
@@ -284,9 +299,6 @@ impl<'a> Setting<'a> {
         };
         let version = corpus_version(claim)?;
         let splits = corpus::read(&base.corpus, version, &encoding).await?;
-        check_size(&splits, base.args.expected_batch_size).map_err(|(found, help)| {
-            Failure::Input(format!("{}: version {version}: the train split {found}\nhelp: {help}", base.corpus.url()))
-        })?;
         let checkpoints = Checkpoints::new(base.private, &claim.run, &claim.stage, fingerprint);
         Ok(Self { base, model, splits, checkpoints, key, context })
     }
@@ -330,7 +342,7 @@ impl<'a> Setting<'a> {
     /// Records the last loss, and refuses an adapter that did not learn.
     async fn conclude(&self, training: &Training) -> Result<(), Failure> {
         self.record_loss(training).await?;
-        check_learned(&self.model.initial, &training.lora).map_err(|error| failure(&error))
+        check_learned(&self.model.initial, &training.lora, &self.base.config.mechanism).map_err(|error| failure(&error))
     }
 
     /// Records the validation loss after `training`'s steps in the private root.
@@ -344,22 +356,6 @@ impl<'a> Setting<'a> {
         }
         Ok(())
     }
-}
-
-/// What is wrong with the size of the train split, and what to do.
-///
-/// PRIVACY: this tells the operator one bit about the corpus's size, as the error that was asked for; no number.
-fn check_size(splits: &Splits, expected_batch_size: f64) -> Result<(), (String, &'static str)> {
-    if splits.train.is_empty() {
-        return Err(("has no rows".into(), "run partition on an input with instructions"));
-    }
-    if (splits.train.len() as f64) < expected_batch_size {
-        return Err((
-            format!("has fewer units than the expected batch of {expected_batch_size}"),
-            "lower --expected-batch-size and declare the units with --records",
-        ));
-    }
-    Ok(())
 }
 
 /// What the manifest says of a release: the mechanism as it is accounted, and its own ε at the δ of the flags, or of the
@@ -398,6 +394,12 @@ fn summary(args: &Args, config: &Config, already: bool) -> Summary {
 fn corpus_version(claim: &Claim) -> Result<i64, Failure> {
     let pin = claim.inputs.iter().find(|input| input.name == "corpus").and_then(|input| input.version);
     pin.ok_or_else(|| Failure::Input(format!("claim of run {}: no version of the corpus is pinned", claim.run)))
+}
+
+/// The base model's name as it was claimed: a rerun may find the same model under another.
+fn claimed_model(claim: &Claim) -> Result<&str, Failure> {
+    let model = claim.inputs.iter().find(|input| input.name == "model").map(|input| input.location.as_str());
+    model.ok_or_else(|| Failure::Input(format!("claim of run {}: no model is named", claim.run)))
 }
 
 /// A model's name without the machine's folders.

@@ -3,6 +3,8 @@
 //! There is no callback between unit gradients and their sum: nothing outside this file can touch a single gradient.
 //! Gradients stay on the model's device; only the sum, in whole numbers, goes to `privacy`.
 
+use std::collections::HashMap;
+
 use lm::LmError;
 use lm::adapter::Lora;
 use lm::decoder::Decoder;
@@ -74,7 +76,7 @@ pub fn sum_gradients(
         || lengths.iter().map(zeros).collect::<Result<Vec<Tensor>, LmError>>(),
         |decoder, lora, totals, batch| {
             let gradients = match mechanism {
-                Mechanism::Private(_) => unit_gradients(decoder, lora, &batch, step, limits)?,
+                Mechanism::Private(_) => unit_gradients(decoder, lora, &batch, step, limits, rows)?,
                 Mechanism::Baseline { .. } => batch_gradient(decoder, lora, &batch, step, limits)?,
             };
             let factors = clip_factors(mechanism, &gradients)?;
@@ -102,13 +104,15 @@ fn rules(mechanism: &Mechanism) -> Result<TrainingMechanism, AccountingError> {
     }
 }
 
-/// `[units, parameters]` f32 for each adapter tensor: every unit's gradient summed over its examples.
+/// `[units, parameters]` f32 for each adapter tensor: every unit's gradient summed over its examples, of which `rows`
+/// have gradients of their own at a time.
 fn unit_gradients(
     decoder: &Decoder,
     lora: &Lora,
     units: &[&Unit],
     step: u64,
     limits: Limits,
+    rows: usize,
 ) -> Result<Vec<Tensor>, LmError> {
     let examples = examples(units, step);
     let gradients = |examples: &[Example]| -> Result<Vec<Tensor>, LmError> {
@@ -120,18 +124,40 @@ fn unit_gradients(
     }
     let owners: Vec<i64> =
         units.iter().enumerate().flat_map(|(index, unit)| unit.examples.iter().map(move |_| index as i64)).collect();
+    let place = |values: Vec<i64>| Tensor::f_from_slice(&values)?.f_to_device(decoder.compute.device);
     let zeros = |(_, tensor): &(String, Tensor)| {
         Tensor::f_zeros([units.len() as i64, tensor.numel() as i64], (Kind::Float, decoder.compute.device))
     };
     let mut sums: Vec<Tensor> = lora.tensors.iter().map(zeros).collect::<Result<_, _>>()?;
-    for (indices, part) in parts(&examples, limits) {
-        let owners: Vec<i64> = indices.iter().map(|&index| owners[index]).collect();
-        let owners = Tensor::f_from_slice(&owners)?.f_to_device(decoder.compute.device)?;
-        for (sum, gradient) in sums.iter_mut().zip(gradients(&part)?) {
-            let _ = sum.f_index_add_(0, &owners, &gradient)?;
+    for (indices, part) in parts(&examples, limits.micro_batch_tokens, rows) {
+        let found = gradients(&part)?;
+        for round in rounds(indices.iter().map(|&index| owners[index])) {
+            let (chosen, owners): (Vec<i64>, Vec<i64>) = round.into_iter().unzip();
+            let (chosen, owners) = (place(chosen)?, place(owners)?);
+            for (sum, gradient) in sums.iter_mut().zip(&found) {
+                let _ = sum.f_index_add_(0, &owners, &gradient.f_index_select(0, &chosen)?)?;
+            }
         }
     }
     Ok(sums)
+}
+
+/// `(row, owner)` of all rows, in rounds of which none has an owner twice; an owner's rows keep their order.
+///
+/// CUDA adds rows of one owner in any order where one call adds several, so that their sum would differ in its last
+/// bits from run to run.
+fn rounds(owners: impl Iterator<Item = i64>) -> Vec<Vec<(i64, i64)>> {
+    let mut rounds: Vec<Vec<(i64, i64)>> = Vec::new();
+    let mut taken: HashMap<i64, usize> = HashMap::new();
+    for (row, owner) in (0..).zip(owners) {
+        let round = taken.entry(owner).or_default();
+        match rounds.get_mut(*round) {
+            Some(rows) => rows.push((row, owner)),
+            None => rounds.push(vec![(row, owner)]),
+        }
+        *round += 1;
+    }
+    rounds
 }
 
 /// `[1, parameters]` f32 for each adapter tensor: the gradient summed over all examples of `units`.
@@ -144,7 +170,7 @@ fn batch_gradient(
 ) -> Result<Vec<Tensor>, LmError> {
     let zeros = |(_, tensor): &(String, Tensor)| Tensor::f_zeros_like(tensor);
     let mut sums: Vec<Tensor> = lora.tensors.iter().map(zeros).collect::<Result<_, _>>()?;
-    for (_, part) in parts(&examples(units, step), limits) {
+    for (_, part) in parts(&examples(units, step), limits.micro_batch_tokens, usize::MAX) {
         for (sum, gradient) in sums.iter_mut().zip(summed_gradients(decoder, lora, &part, limits.block_length)?) {
             let _ = sum.f_add_(&gradient)?;
         }
@@ -162,14 +188,12 @@ fn examples(units: &[&Unit], step: u64) -> Vec<Example> {
     examples
 }
 
-/// `(indices, the examples at them)` of each micro-batch.
-fn parts(examples: &[Example], limits: Limits) -> impl Iterator<Item = (Vec<usize>, Vec<Example>)> {
+/// `(indices, the examples at them)` of each micro-batch, of `count` examples at most but of one at the least.
+fn parts(examples: &[Example], tokens: usize, count: usize) -> Vec<(Vec<usize>, Vec<Example>)> {
     let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
-    let parts = micro_batches(&lengths, limits.micro_batch_tokens).into_iter();
-    parts.map(|part| {
-        let of_part = part.iter().map(|&index| examples[index].clone()).collect();
-        (part, of_part)
-    })
+    let batches = micro_batches(&lengths, tokens);
+    let parts = batches.iter().flat_map(|batch| batch.chunks(count.max(1)));
+    parts.map(|part| (part.to_vec(), part.iter().map(|&index| examples[index].clone()).collect())).collect()
 }
 
 /// `[units]` f64: what each unit's gradient is multiplied by; 0 for a gradient that is not finite.
@@ -283,7 +307,7 @@ mod tests {
         units.push(Unit { id: "several".into(), examples: (20..24).map(testing::example).collect() });
         let units: Vec<&Unit> = units.iter().collect();
         let limits = Limits { block_length: 32, micro_batch_tokens: 3 * 20 };
-        let rows = unit_gradients(&decoder, &lora, &units, 0, limits).unwrap();
+        let rows = unit_gradients(&decoder, &lora, &units, 0, limits, usize::MAX).unwrap();
         let expected: Vec<f32> =
             rows.iter().flat_map(|g| Vec::<f32>::try_from(g.sum_dim_intlist(0, false, Kind::Float)).unwrap()).collect();
         let baseline = Mechanism::Baseline { sampling_probability: 0.5, steps: 3, expected_batch_size: 8.0 };
@@ -302,7 +326,7 @@ mod tests {
         let lengths: Vec<usize> = lora.tensors.iter().map(|(_, tensor)| tensor.numel()).collect();
         let mut expected = rules.empty_sum(&lengths);
         for unit in &units {
-            let gradients = unit_gradients(&decoder, &lora, &[unit], 0, limits).unwrap();
+            let gradients = unit_gradients(&decoder, &lora, &[unit], 0, limits, usize::MAX).unwrap();
             let rows: Vec<Vec<f32>> = gradients.iter().map(|g| Vec::try_from(g.flatten(0, -1)).unwrap()).collect();
             expected.add(&rows.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
         }
@@ -320,6 +344,34 @@ mod tests {
         let whole = sum(&decoder, &lora, &[&unit], 40 * 20);
         assert!((norm(&whole) / CLIP_NORM - 1.0).abs() < 1e-4, "one unit, clipped once");
         assert!(distance(&whole, &sum(&decoder, &lora, &[&unit], 32)) < 1e-6);
+    }
+
+    #[test]
+    fn how_many_gradients_are_held_at_a_time_does_not_change_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let (decoder, lora) = testing::tiny(folder.path());
+        let mut units = testing::units(3);
+        units.push(Unit { id: "many".into(), examples: (0..12).map(testing::example).collect() });
+        let units: Vec<&Unit> = units.iter().collect();
+        let limits = Limits { block_length: 32, micro_batch_tokens: 6 * 20 };
+        let gradients = |rows| -> Vec<f32> {
+            let found = unit_gradients(&decoder, &lora, &units, 0, limits, rows).unwrap();
+            found.iter().flat_map(|gradient| Vec::<f32>::try_from(gradient.flatten(0, -1)).unwrap()).collect()
+        };
+        let free = gradients(usize::MAX);
+        for rows in [0, 1, 4] {
+            assert!(distance(&gradients(rows), &free) < 1e-5 * norm(&free), "{rows} rows");
+        }
+        let examples = examples(&units, 0);
+        assert!(parts(&examples, limits.micro_batch_tokens, 4).iter().all(|(indices, _)| indices.len() <= 4));
+        assert!(parts(&examples, limits.micro_batch_tokens, usize::MAX).iter().any(|(indices, _)| indices.len() > 4));
+    }
+
+    #[test]
+    fn no_owner_stands_twice_in_a_round() {
+        let found = rounds([7, 3, 7, 7, 5, 3].into_iter());
+        assert_eq!(found, [vec![(0, 7), (1, 3), (4, 5)], vec![(2, 7), (5, 3)], vec![(3, 7)]]);
+        assert!(rounds(std::iter::empty()).is_empty());
     }
 
     #[test]

@@ -56,18 +56,26 @@ impl Place {
         place
     }
 
-    /// Stops a run after its first step, as if it had been killed there: a folder stands where the second checkpoint
-    /// must go.
-    fn stop_after_one_step(&self, mut command: Command, run: &str) {
-        let second = self.path(&format!("private/runs/{run}/train/checkpoints/step-00000002.safetensors"));
-        std::fs::create_dir_all(&second).unwrap();
+    /// Stops a run after its first step, as if it had been killed there.
+    fn stop_after_one_step(&self, command: Command, run: &str) {
+        self.stop_in_step(2, command, run);
+    }
+
+    /// Stops a run before it can write the checkpoint of `step`: a folder stands where that must go.
+    fn stop_in_step(&self, step: u64, mut command: Command, run: &str) {
+        let checkpoint = self.checkpoint(run, step);
+        std::fs::create_dir_all(&checkpoint).unwrap();
         let told = ended(&mut command, 2);
-        assert!(told.contains("step-00000002.safetensors"), "{told}");
-        std::fs::remove_dir(second).unwrap();
+        assert!(told.contains(&format!("step-{step:08}.safetensors")), "{told}");
+        std::fs::remove_dir(checkpoint).unwrap();
+    }
+
+    fn checkpoint(&self, run: &str, step: u64) -> PathBuf {
+        self.path(&format!("private/runs/{run}/train/checkpoints/step-{step:08}.safetensors"))
     }
 
     fn first_checkpoint(&self, run: &str) -> PathBuf {
-        self.path(&format!("private/runs/{run}/train/checkpoints/step-00000001.safetensors"))
+        self.checkpoint(run, 1)
     }
 
     fn adapter(&self, run: &str) -> Vec<u8> {
@@ -246,6 +254,13 @@ fn settings_that_cannot_work_reserve_nothing_and_bind_no_run_id() {
     let before = files(&place.path("private"));
     let told = ended(place.train_on("one", "chats", "mute").args(SETTINGS), 3);
     assert!(told.contains("tokenizer"), "{told}");
+    models::write_llama(&place.path("endless"), 1).unwrap();
+    let config = std::fs::read_to_string(place.path("endless/config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["eos_token_id"] = 5000.into();
+    std::fs::write(place.path("endless/config.json"), config.to_string()).unwrap();
+    let told = ended(place.train_on("one", "chats", "endless").args(SETTINGS), 3);
+    assert!(told.contains("a token id is outside the model's vocabulary"), "{told}");
     for (flags, expected) in [
         (["--block-length=300", "--seed=0"], "--block-length 300: the model has 256 positions"),
         (["--alpha=-1", "--rank=9999"], "--alpha -1"),
@@ -260,16 +275,33 @@ fn settings_that_cannot_work_reserve_nothing_and_bind_no_run_id() {
 }
 
 #[test]
-fn a_corpus_smaller_than_the_expected_batch_is_exit_code_3_without_its_size() {
+fn a_corpus_smaller_than_the_expected_batch_is_exit_code_3_without_its_size_and_costs_nothing() {
     let place = Place::new(1000.0);
     let mut command = place.train("one");
     command.args(["--expected-batch-size", "500", "--records", "1000", "--steps", "1", "--noise-multiplier", "5"]);
     let told = ended(&mut command, 3);
     assert!(told.contains("fewer units than the expected batch"), "{told}");
+    assert!(told.contains("runs/RUN/partition-counts.json"), "{told}");
     // Neither the time of a log line nor the name of this test's folder.
     let error = told.split("error: ").last().unwrap_or_default();
     let error = error.replace(&place.folder.path().display().to_string(), "");
     assert!(!error.contains("32"), "the number of units is private: {told}");
+    assert!(files(&place.path("release")).is_empty(), "no claim");
+    place.within(async |root| assert_eq!(ledger::read(&root, "chats").await.unwrap().spent().len(), 0));
+    ended(&mut place.dp("one"), 0);
+}
+
+#[test]
+fn missing_flags_are_told_with_those_that_may_stand_for_them() {
+    let place = Place::new(10.0);
+    let told = ended(place.bare("one", "chats", "llama").args(["--expected-batch-size", "16"]), 2);
+    for expected in [
+        "--records <RECORDS>|--sampling-probability <SAMPLING_PROBABILITY>",
+        "--steps <STEPS>|--epochs <EPOCHS>",
+        "--noise-multiplier <NOISE_MULTIPLIER>|--target-epsilon <TARGET_EPSILON>|--no-dp",
+    ] {
+        assert!(told.contains(expected), "{told}");
+    }
 }
 
 #[test]
@@ -288,6 +320,14 @@ fn a_baseline_without_privacy_stays_in_the_private_zone() {
     assert!(place.path("private/runs/plain/adapter/adapter_config.json").exists());
     assert!(files(&place.path("release")).is_empty());
     assert!(files(&place.path("private/ledger")).len() <= 1, "no mechanism, no reservation");
+}
+
+#[test]
+fn a_baseline_of_one_step_is_a_result() {
+    let place = Place::new(10.0);
+    let mut command = place.train("plain");
+    ended(command.args(["--expected-batch-size", "16", "--records", "32", "--steps", "1", "--no-dp"]), 0);
+    assert!(place.path("private/runs/plain/adapter/adapter_config.json").exists());
 }
 
 #[test]
@@ -317,6 +357,24 @@ fn killed_after_a_step_then_rerun_gives_what_an_undisturbed_run_gives() {
     assert_eq!(place.losses("one", "train"), undisturbed.losses("one", "train"));
     let ledger = |place: &Place| files(&place.path("private/ledger")).len();
     assert_eq!(ledger(&place), ledger(&undisturbed), "resuming spends nothing");
+}
+
+#[test]
+fn killed_between_checkpoints_then_rerun_gives_what_an_undisturbed_run_gives() {
+    let place = Place::new(1000.0);
+    let undisturbed = place.copy();
+    let five_steps = |place: &Place| {
+        let mut command = place.train("one");
+        command.args(["--expected-batch-size", "16", "--records", "32", "--steps", "5", "--noise-multiplier", "1"]);
+        command.args(["--checkpoint-every", "2"]);
+        command
+    };
+    ended(&mut five_steps(&undisturbed), 0);
+    place.stop_in_step(4, five_steps(&place), "one");
+    let kept = [1, 2, 3].map(|step| place.checkpoint("one", step).exists());
+    assert_eq!(kept, [false, true, false]);
+    ended(&mut five_steps(&place), 0);
+    assert!(place.adapter("one") == undisturbed.adapter("one"));
 }
 
 #[test]

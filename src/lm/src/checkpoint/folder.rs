@@ -59,7 +59,6 @@ pub(super) fn decoder_config(folder: &Path, config: &Value) -> Result<DecoderCon
         tied_embeddings: config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false),
         qkv_bias: qwen2,
         eos: end_tokens(folder, config)?,
-        bos: config.get("bos_token_id").and_then(Value::as_i64),
     })
 }
 

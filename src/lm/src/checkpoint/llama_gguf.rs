@@ -39,7 +39,6 @@ pub(super) fn decoder_config(gguf: &Gguf) -> Result<DecoderConfig, LmError> {
         tied_embeddings: !gguf.has("output.weight"),
         qkv_bias: gguf.has("blk.0.attn_q.bias"),
         eos: end_tokens(gguf),
-        bos: gguf.integer("tokenizer.ggml.bos_token_id"),
     })
 }
 

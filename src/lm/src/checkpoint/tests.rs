@@ -118,7 +118,7 @@ fn shards_are_found_by_their_index() {
 fn a_configuration_is_read_in_both_layouts() {
     let old = config_of(&config()).unwrap();
     assert_eq!((old.rope_theta, old.head_dim, old.kv_heads), (5e5, 4, 1));
-    assert_eq!((old.eos.as_slice(), old.bos, old.qkv_bias), (&[2][..], Some(1), false));
+    assert_eq!((old.eos.as_slice(), old.qkv_bias), (&[2][..], false));
     let scaling = json!({ "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192 });
     let scaled = config_of(&with("rope_scaling", scaling.clone())).unwrap();
@@ -190,7 +190,7 @@ fn the_configuration_of_a_gguf_file() {
     assert_eq!((config.hidden_size, config.intermediate_size, config.layers), (576, 1536, 30));
     assert_eq!((config.heads, config.kv_heads, config.head_dim, config.vocab_size), (9, 3, 64, 49152));
     assert_eq!((config.rope_theta, config.max_positions, config.tied_embeddings), (100_000.0, 8192, true));
-    assert_eq!((config.eos.as_slice(), config.bos, config.qkv_bias), (&[2][..], Some(1), false));
+    assert_eq!((config.eos.as_slice(), config.qkv_bias), (&[2][..], false));
     assert!((config.rms_norm_eps - 1e-5).abs() < 1e-9 && config.rope_scaling.is_none());
 }
 

@@ -71,7 +71,6 @@ mod tests {
             tied_embeddings: true,
             qkv_bias: false,
             eos: vec![],
-            bos: None,
         }
     }
 

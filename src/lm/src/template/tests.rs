@@ -56,7 +56,6 @@ fn config(eos: Vec<i64>) -> DecoderConfig {
         tied_embeddings: true,
         qkv_bias: false,
         eos,
-        bos: None,
     }
 }
 

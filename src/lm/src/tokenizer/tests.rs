@@ -151,6 +151,30 @@ fn a_text_that_is_one_token_has_its_id() {
 }
 
 #[test]
+fn a_tokenizer_with_more_tokens_than_the_model_is_refused() {
+    let with_extra = |special: bool| {
+        let mut definition: Value =
+            serde_json::from_str(include_str!("../encoder/golden/t5-relu/tokenizer.json")).unwrap();
+        definition["added_tokens"].as_array_mut().unwrap().push(serde_json::json!({
+            "id": 259, "content": "<extra>", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": special,
+        }));
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("tokenizer.json"), definition.to_string()).unwrap();
+        Tokenizer::from_folder(folder.path()).unwrap()
+    };
+    let (special, ordinary) = (with_extra(true), with_extra(false));
+    special.check_fits(259).unwrap();
+    assert!(special.encode("<extra>", false).unwrap().iter().all(|id| *id < 259));
+    ordinary.check_fits(260).unwrap();
+    assert!(ordinary.encode("<extra>", false).unwrap().contains(&259));
+    for (tokenizer, size) in [(&ordinary, 259), (&special, 258)] {
+        let message = tokenizer.check_fits(size).unwrap_err().to_string();
+        assert!(message.contains(&format!("has id {size}, outside the model's vocabulary of {size}")), "{message}");
+    }
+}
+
+#[test]
 fn a_folder_without_a_tokenizer_says_so() {
     let folder = tempfile::tempdir().unwrap();
     let message = Tokenizer::from_folder(folder.path()).err().unwrap().to_string();
