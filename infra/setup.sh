@@ -13,6 +13,13 @@ here=$(cd "$(dirname "$0")" && pwd)
 cache=${DOPPEL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/doppel}
 torch=${TORCH:-cpu}
 mkdir -p "$cache"
+# One set-up at a time; another one waits here, and then finds what is there. The folder itself is what is locked.
+exec 9<"$cache"
+flock --nonblock 9 || {
+  printf 'setup: waiting for another set-up of %s\n' "$cache" >&2
+  # Some network file systems cannot lock a folder.
+  flock 9 || true
+}
 work=$(mktemp -d "$cache/.setup.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
@@ -34,7 +41,7 @@ need() {
     fail "the pinned downloads are for Linux on x86_64; elsewhere set LIBTORCH and fetch models and data yourself"
   local tool
   for tool in "$@"; do
-    command -v "$tool" >/dev/null || fail "$tool is not installed (Debian, Ubuntu: apt-get install python3-pip gcc)"
+    command -v "$tool" >/dev/null || fail "$tool is not installed (Debian, Ubuntu: apt-get install python3-pip g++)"
   done
   python3 -m pip --version >/dev/null 2>&1 ||
     fail "python3 has no pip, which fetches the pinned downloads (Debian, Ubuntu: apt-get install python3-pip)"
@@ -81,7 +88,7 @@ fetch() {
 publish() {
   mkdir -p "$(dirname "$cache/$2")"
   rm -rf "${cache:?}/$2.pin" "${cache:?}/$2"
-  mv "$1" "$cache/$2"
+  mv -T "$1" "$cache/$2"
   printf '%s\n' "$3" >"$work/made-from"
   mv "$work/made-from" "$cache/$2.pin"
   printf 'setup: %s is ready\n' "$cache/$2" >&2
@@ -97,7 +104,7 @@ install() {
     printf 'setup: downloading %s\n' "$3" >&2
     python3 -m pip install --quiet --root-user-action=ignore --no-deps --only-binary=:all: --require-hashes \
       --retries 2 --target "$work/$name" --requirement "$here/$1" >"$work/pip.log" 2>&1 || explain "$work/pip.log" "$3"
-    mv "$work/$name" "$cache/$name"
+    mv -T "$work/$name" "$cache/$name"
   }
 }
 
@@ -106,7 +113,8 @@ libtorch_cpu() {
   local out=$work/libtorch pins
   pins=$(pinned torch nvidia-cuda-runtime nvidia-cuda-cupti)
   have libtorch-2.11.0-cpu "$pins" && return
-  need gcc
+  # g++ compiles what stands between Rust and libtorch.
+  need gcc g++
   fetch torch
   fetch nvidia-cuda-runtime
   fetch nvidia-cuda-cupti
@@ -127,7 +135,7 @@ libtorch_cuda() {
   pins=$(grep -v '^#' "$here/downloads-cuda.txt")
   have libtorch-2.11.0-cuda "$pins" && return
   printf 'setup: downloading torch and the CUDA libraries (about 2.5 GB)\n' >&2
-  need python3
+  need python3 g++
   python3 -m pip install --quiet --root-user-action=ignore --no-compile "${wheels[@]}" \
     --target "$work/site" --requirement "$here/downloads-cuda.txt" >"$work/pip.log" 2>&1 ||
     explain "$work/pip.log" "torch for CUDA"
@@ -197,7 +205,7 @@ llama() {
         --target "$work/$name" --requirement "$work/llama.txt"; } >"$work/pip.log" 2>&1 ||
       explain "$work/pip.log" "llama.cpp"
     cp -r "$tools/diskcache" "$work/$name/"
-    mv "$work/$name" "$cache/$name"
+    mv -T "$work/$name" "$cache/$name"
   }
 }
 

