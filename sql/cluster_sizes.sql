@@ -1,6 +1,7 @@
 -- What did resampling do to the clusters? Each cluster's share of the synthetic set, of the private votes (noised, with
 -- negatives as 0), and of the selection, the largest share of votes first.
--- The selection follows the votes except where a cluster's supply ran out: then every row of it was taken.
+-- The selection follows the votes, but a cluster gives no more rows than it has. `all_taken` marks those that gave all;
+-- what they had may have been just enough.
 WITH shares AS (
   SELECT
     bin,
@@ -18,6 +19,6 @@ SELECT
   round(synthetic_share, 4) AS share_before,
   round(vote_share, 4) AS share_of_votes,
   round(selected_share, 4) AS share_after,
-  synthetic_count > 0 AND selected_count = synthetic_count AS supply_ran_out
+  synthetic_count > 0 AND selected_count = synthetic_count AS all_taken
 FROM shares
 ORDER BY vote_share DESC, bin;

@@ -1,5 +1,6 @@
 -- Which selected instructions say nearly the same? Pairs of one cluster whose embeddings have a cosine similarity of at
--- least 0.95, the closest first, at most 50. Comparing within clusters keeps this from growing with the square of the set.
+-- least 0.95, the closest first, at most 50. Comparing within clusters divides the work, which grows with the square of
+-- the set, by about the number of clusters.
 WITH vectors AS (
   SELECT selected.bin, selected.id, selected.text, embeddings.embedding
   FROM selected

@@ -100,7 +100,7 @@ impl Done {
 }
 
 /// `all` in groups of those that are `alike`.
-fn groups<'a>(all: Vec<&'a Done>, alike: fn(&Done, &Done) -> bool) -> Vec<Vec<&'a Done>> {
+fn groups(all: Vec<&Done>, alike: fn(&Done, &Done) -> bool) -> Vec<Vec<&Done>> {
     let mut groups: Vec<Vec<&Done>> = Vec::new();
     for one in all {
         match groups.iter_mut().find(|group| alike(group[0], one)) {

@@ -9,8 +9,8 @@ use clap::Parser;
 use lake::{ReleaseRoot, StorageOptions};
 use stage::Failure;
 
+use crate::catalog::{Options, Pins};
 use crate::output::{Format, Target};
-use crate::session::{Options, Pins};
 
 const EXAMPLES: &str = "\
 Tables:
@@ -18,6 +18,8 @@ Tables:
   \"other-run\".synthetic                                  of another run
   tables                                                 what a run holds, with versions
   runs, stages, inputs, outputs, releases                who made what from what, and which ε paid for it
+
+  runs and releases say of each run whether it was `dropped`: its results are removed, and it stays on record.
 
 Functions besides DataFusion's: cosine_similarity(list, list), word_ngrams(text, n).
 
@@ -47,13 +49,15 @@ pub struct Args {
     /// Read TABLE, or RUN.TABLE, at an older version instead of the latest; the query must name it. Repeatable.
     #[arg(long, value_name = "TABLE=VERSION", value_parser = pin)]
     pub at: Vec<Pin>,
-    /// Give the tables of RUN the names NAME.synthetic and so on, so that one SQL file can compare any two runs; repeatable.
+    /// Give the tables of RUN the names NAME.synthetic and so on, so that one SQL file can compare any two runs; NAME
+    /// must not be the id of a run. Repeatable.
     #[arg(long, value_name = "NAME=RUN", value_parser = alias)]
     pub alias: Vec<(String, String)>,
     /// Form of the rows. `json` is one array of objects; `parquet` needs --to or a pipe.
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub output: Format,
-    /// Write the rows to this file, which appears when it is complete, instead of standard output.
+    /// Write the rows to this file, which appears when it is complete, instead of standard output. A device or named
+    /// pipe gets them as they come.
     #[arg(long, value_name = "FILE")]
     pub to: Option<PathBuf>,
     /// Release root: a path, file://, s3://, gs:// or az:// URL.
@@ -85,6 +89,12 @@ impl Args {
 
     /// Where the rows go. Parquet is refused on a terminal, which it would garble.
     pub fn target(&self) -> Result<Target, Failure> {
+        if let Some(folder) = self.to.as_ref().filter(|to| to.is_dir()) {
+            return Err(Failure::Usage(format!(
+                "--to {}: a folder is there\nhelp: name a file, which may be in it",
+                folder.display()
+            )));
+        }
         if self.output == Format::Parquet && self.to.is_none() && std::io::stdout().is_terminal() {
             return Err(Failure::Usage("--output parquet: standard output is a terminal\nhelp: add --to FILE".into()));
         }
@@ -95,6 +105,11 @@ impl Args {
     pub fn options(&self) -> Result<Options, Failure> {
         let mut aliases = HashMap::new();
         for (name, run) in &self.alias {
+            if self.run.as_ref() == Some(name) {
+                return Err(Failure::Usage(format!(
+                    "--alias {name}={run}: --run names {name} too\nhelp: choose another NAME"
+                )));
+            }
             if aliases.insert(name.clone(), run.clone()).is_some() {
                 return Err(Failure::Usage(format!("--alias {name}: given twice\nhelp: one run per name")));
             }

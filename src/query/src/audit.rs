@@ -3,7 +3,7 @@
 //! Read from the release root alone. What a stage says about its mechanism stands in its manifest's `facts`; this
 //! module copies it and computes nothing of its own, so an auditor sees the claim as it was made.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, Float64Array, Int32Array, Int64Array, RecordBatch, StringArray};
@@ -16,7 +16,6 @@ use futures::{StreamExt, TryStreamExt};
 use lake::{Claim, Input, Manifest, Output, ReleaseRoot, Zone, manifest};
 use serde_json::Value;
 
-use crate::catalog::tables_of;
 use crate::error::QueryError;
 
 /// The tables that every schema has.
@@ -30,6 +29,8 @@ const CONCURRENCY: usize = 16;
 struct Stage {
     claim: Claim,
     done: Option<Done>,
+    /// Whether gc let go of its run: its results are removed, and it stays on record.
+    dropped: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -46,9 +47,17 @@ pub struct Audit {
 }
 
 impl Audit {
-    /// Reads every claim and manifest of `root`.
+    /// Reads every claim and manifest of `root`. A root without any run is [`QueryError::Missing`]: an empty answer
+    /// from a root whose name is mistyped would say that nothing was released.
     pub async fn read(root: &ReleaseRoot) -> Result<Self, QueryError> {
-        let runs: Vec<Vec<Stage>> = futures::stream::iter(manifest::list_runs(root).await?)
+        let runs = manifest::list_runs(root).await?;
+        if runs.is_empty() && root.list("runs").await?.is_empty() {
+            return Err(QueryError::Missing(format!(
+                "{}: no run is there\nhelp: correct --release, or let a stage write there first",
+                root.url()
+            )));
+        }
+        let runs: Vec<Vec<Stage>> = futures::stream::iter(runs)
             .map(|run| async move { read_run(root, &run).await })
             .buffered(CONCURRENCY)
             .try_collect()
@@ -87,6 +96,7 @@ impl Audit {
             ("ended", times(runs.values().map(ended)), true),
             ("claimed", longs(runs.values().map(|stages| Some(stages.len() as i64))), false),
             ("done", longs(runs.values().map(|stages| Some(done(stages)))), false),
+            ("dropped", flags(runs.values().map(|stages| stages.iter().any(|stage| stage.dropped))), false),
         ])
     }
 
@@ -95,7 +105,7 @@ impl Audit {
         let done = || self.stages.iter().map(|stage| stage.done.as_ref());
         let mut columns = identity(all());
         columns.extend([
-            ("done", Arc::new(BooleanArray::from_iter(done().map(|done| Some(done.is_some())))) as ArrayRef, false),
+            ("done", flags(done().map(|done| done.is_some())), false),
             ("binary", texts(all().map(|stage| Some(stage.claim.binary.as_str()))), false),
             ("started", times(all().map(|stage| Some(stage.claim.started))), false),
             ("ended", times(done().map(|done| Some(done?.ended))), true),
@@ -167,19 +177,22 @@ impl Audit {
             ("output", texts(rows.iter().map(|row| Some(row.3.path.as_str()))), false),
             ("output_version", longs(rows.iter().map(|row| row.3.version)), true),
             ("released", times(rows.iter().map(|row| Some(row.0.done.as_ref()?.ended))), true),
+            ("dropped", flags(rows.iter().map(|row| row.0.dropped)), false),
         ])
     }
 }
 
 /// The stages of one run. A manifest holds its claim, so a claim counts only where there is no manifest yet.
 async fn read_run(root: &ReleaseRoot, run: &str) -> Result<Vec<Stage>, QueryError> {
+    let dropped = manifest::is_dropped(root, run).await?;
     let mut stages = BTreeMap::new();
     for claim in manifest::claims_of(root, run).await? {
-        stages.insert((claim.stage.clone(), claim.shard), Stage { claim, done: None });
+        stages.insert((claim.stage.clone(), claim.shard), Stage { claim, done: None, dropped });
     }
     for manifest in manifest::manifests_of(root, run).await? {
         let Manifest { claim, outputs, facts, ended } = manifest;
-        stages.insert((claim.stage.clone(), claim.shard), Stage { claim, done: Some(Done { outputs, facts, ended }) });
+        let done = Some(Done { outputs, facts, ended });
+        stages.insert((claim.stage.clone(), claim.shard), Stage { claim, done, dropped });
     }
     Ok(stages.into_values().collect())
 }
@@ -187,6 +200,21 @@ async fn read_run(root: &ReleaseRoot, run: &str) -> Result<Vec<Stage>, QueryErro
 fn outputs_of(stage: &Stage) -> impl Iterator<Item = (&Stage, &Output)> {
     let outputs = stage.done.as_ref().map_or(&[][..], |done| done.outputs.as_slice());
     outputs.iter().map(move |output| (stage, output))
+}
+
+/// `(run, table)` of all Delta tables of one run, or of all runs, sorted.
+pub(crate) async fn tables_of(root: &ReleaseRoot, run: Option<&str>) -> Result<Vec<(String, String)>, QueryError> {
+    let prefix = run.map_or_else(|| "runs".to_string(), |run| format!("runs/{run}"));
+    let paths = root.list(&prefix).await?;
+    let tables: BTreeSet<(String, String)> = paths
+        .iter()
+        .filter_map(|path| {
+            let (table, _) = path.strip_prefix("runs/")?.split_once("/_delta_log/")?;
+            let (run, table) = table.split_once('/')?;
+            (!table.contains('/')).then(|| (run.to_string(), table.to_string()))
+        })
+        .collect();
+    Ok(tables.into_iter().collect())
 }
 
 async fn tables(root: &ReleaseRoot) -> Result<Result<RecordBatch, ArrowError>, QueryError> {
@@ -219,6 +247,10 @@ fn identity<'a>(stages: impl Iterator<Item = &'a Stage> + Clone) -> Vec<(&'stati
 
 fn texts<T: AsRef<str>>(values: impl Iterator<Item = Option<T>>) -> ArrayRef {
     Arc::new(StringArray::from_iter(values))
+}
+
+fn flags(values: impl Iterator<Item = bool>) -> ArrayRef {
+    Arc::new(BooleanArray::from_iter(values.map(Some)))
 }
 
 fn longs(values: impl Iterator<Item = Option<i64>>) -> ArrayRef {

@@ -4,25 +4,38 @@
 //! Nothing is listed up front: a lake may hold thousands of runs, and a query names a few tables. Only an error lists
 //! what there is, to suggest what may have been meant.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use datafusion::catalog::{CatalogProvider, SchemaProvider, TableProvider};
-use datafusion::common::utils::datafusion_strsim::levenshtein;
 use datafusion::error::{DataFusionError, Result};
 use lake::{ReleaseRoot, Zone};
+use strsim::levenshtein;
 use tokio::sync::OnceCell;
 
-use crate::audit::{Audit, TABLES};
+use crate::audit::{Audit, TABLES, tables_of};
 use crate::error::QueryError;
-use crate::session::Options;
 
 /// The catalog's name, which a query need not write.
 pub const CATALOG: &str = "release";
 
 /// The schema of unqualified names when no run is given; no run id has a space.
 pub const NO_RUN: &str = "no run";
+
+/// What names resolve by.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Run whose tables have short names.
+    pub run: Option<String>,
+    /// Older versions to read.
+    pub pins: Pins,
+    /// Other names of runs.
+    pub aliases: HashMap<String, String>,
+}
+
+/// Versions by run and table.
+pub type Pins = BTreeMap<(String, String), i64>;
 
 /// The release root as a catalog.
 #[derive(Debug)]
@@ -33,6 +46,18 @@ impl ReleaseCatalog {
     /// left to it.
     pub fn new(root: ReleaseRoot, options: Options, functions: HashSet<String>) -> Self {
         Self(Arc::new(Released { root, options, functions, pins_used: Mutex::default(), audit: OnceCell::new() }))
+    }
+
+    /// Refuses aliases that are ids of runs: a query that names such a run would be answered from another one.
+    pub async fn refuse_aliases_of_runs(&self) -> std::result::Result<(), QueryError> {
+        for (name, run) in &self.0.options.aliases {
+            if !self.0.root.list(&format!("runs/{name}")).await?.is_empty() {
+                return Err(QueryError::Sql(format!(
+                    "--alias {name}={run}: {name} is the id of a run\nhelp: choose another NAME"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Refuses pins of tables that nothing has resolved so far.
@@ -90,7 +115,7 @@ impl Released {
         let pinned = self.pinned(run, name);
         let table = self.root.table(&format!("runs/{run}/{name}"));
         let Some(latest) = table.version().await? else {
-            return Err(self.missing(run, name).await);
+            return Err(self.missing(run, name).await?);
         };
         let version = pinned.unwrap_or(latest);
         if version > latest {
@@ -103,42 +128,48 @@ impl Released {
     }
 
     /// Says what there is instead.
-    async fn missing(&self, run: &str, name: &str) -> QueryError {
-        let tables = match tables_of(&self.root, Some(run)).await {
-            Ok(tables) => tables.into_iter().map(|(_, table)| table).collect::<Vec<_>>(),
-            Err(error) => return error,
-        };
+    async fn missing(&self, run: &str, name: &str) -> std::result::Result<QueryError, QueryError> {
+        let tables: Vec<String> = tables_of(&self.root, Some(run)).await?.into_iter().map(|(_, table)| table).collect();
         if !tables.is_empty() {
-            let known: Vec<&str> = tables.iter().map(String::as_str).chain(TABLES.iter().copied()).collect();
-            return QueryError::Missing(format!(
+            let known = tables.iter().map(String::as_str).chain(TABLES);
+            return Ok(QueryError::Missing(format!(
                 "run {run} has no table {name}{}\nhelp: it has {}; besides, {}",
-                suggestion(name, &known),
+                suggestion(name, known),
                 tables.join(", "),
                 TABLES.join(", ")
-            ));
+            )));
         }
-        let runs = match runs(&self.root).await {
-            Ok(runs) => runs,
-            Err(error) => return error,
+        let known = self.runs_with_tables().await?;
+        let found = if self.root.list(&format!("runs/{run}")).await?.is_empty() {
+            format!("no run {run} has tables here{}", suggestion(run, known.iter().map(String::as_str)))
+        } else {
+            format!("run {run} has no tables yet, or it was dropped")
         };
-        let known: Vec<&str> = runs.iter().map(String::as_str).collect();
-        QueryError::Missing(format!(
-            "no run {run} has tables here{}\nhelp: {}",
-            suggestion(run, &known),
-            list_runs(&known)
-        ))
+        Ok(QueryError::Missing(format!("{found}\nhelp: {}", self.list_runs(&known))))
     }
 
-    async fn no_run(&self, name: &str) -> QueryError {
-        match runs(&self.root).await {
-            Ok(runs) => {
-                let known: Vec<&str> = runs.iter().map(String::as_str).collect();
-                let help = list_runs(&known);
-                QueryError::Missing(format!(
-                    "table {name}: no run is named\nhelp: pass --run ID, or write \"ID\".{name}; {help}"
-                ))
+    async fn no_run(&self, name: &str) -> std::result::Result<QueryError, QueryError> {
+        let runs = self.list_runs(&self.runs_with_tables().await?);
+        Ok(QueryError::Missing(format!(
+            "table {name}: no run is named\nhelp: pass --run ID, or write \"ID\".{name}; {runs}"
+        )))
+    }
+
+    async fn runs_with_tables(&self) -> std::result::Result<Vec<String>, QueryError> {
+        let mut runs: Vec<String> = tables_of(&self.root, None).await?.into_iter().map(|(run, _)| run).collect();
+        runs.dedup();
+        Ok(runs)
+    }
+
+    fn list_runs(&self, runs: &[String]) -> String {
+        const SHOWN: usize = 12;
+        let url = self.root.url();
+        match runs.split_at_checked(SHOWN) {
+            _ if runs.is_empty() => format!("{url} has no tables of any run yet"),
+            Some((shown, rest)) if !rest.is_empty() => {
+                format!("{url} has tables of {} and {} more", shown.join(", "), rest.len())
             }
-            Err(error) => error,
+            _ => format!("{url} has tables of {}", runs.join(", ")),
         }
     }
 }
@@ -166,7 +197,7 @@ impl SchemaProvider for RunSchema {
             _ if !is_name(name) => Err(not_a_name(name)),
             Some(run) if !is_name(run) => Err(not_a_name(run)),
             Some(run) => self.released.delta(run, name).await,
-            None => Err(self.released.no_run(name).await),
+            None => self.released.no_run(name).await.and_then(Err),
         };
         found.map(Some).map_err(|error| DataFusionError::External(Box::new(error)))
     }
@@ -188,50 +219,12 @@ fn is_name(name: &str) -> bool {
     stage::common::run_id(name).is_ok()
 }
 
-/// `(run, table)` of all Delta tables of one run, or of all runs, sorted.
-pub(crate) async fn tables_of(
-    root: &ReleaseRoot,
-    run: Option<&str>,
-) -> std::result::Result<Vec<(String, String)>, QueryError> {
-    let prefix = run.map_or_else(|| "runs".to_string(), |run| format!("runs/{run}"));
-    let paths = root.list(&prefix).await?;
-    let tables: BTreeSet<(String, String)> = paths
-        .iter()
-        .filter_map(|path| {
-            let (table, _) = path.strip_prefix("runs/")?.split_once("/_delta_log/")?;
-            let (run, table) = table.split_once('/')?;
-            (!table.contains('/')).then(|| (run.to_string(), table.to_string()))
-        })
-        .collect();
-    Ok(tables.into_iter().collect())
-}
-
-async fn runs(root: &ReleaseRoot) -> std::result::Result<Vec<String>, QueryError> {
-    let paths = root.list("runs").await?;
-    let runs: BTreeSet<String> = paths
-        .iter()
-        .filter_map(|path| path.strip_prefix("runs/")?.split_once('/').map(|(run, _)| run.to_string()))
-        .collect();
-    Ok(runs.into_iter().collect())
-}
-
-fn list_runs(runs: &[&str]) -> String {
-    const SHOWN: usize = 12;
-    match runs.len() {
-        0 => "the release root has no run yet".into(),
-        count if count <= SHOWN => format!("the release root has {}", runs.join(", ")),
-        count => format!("the release root has {} and {} more", runs[..SHOWN].join(", "), count - SHOWN),
-    }
-}
-
 /// `; did you mean …?` where a known name is near.
-fn suggestion(name: &str, known: &[&str]) -> String {
-    let near = known.iter().map(|other| (levenshtein(name, other), *other)).min();
-    match near {
-        Some((distance, other)) if distance <= 1 + name.len() / 3 => {
-            format!("; did you mean {other}?")
-        }
-        _ => String::new(),
+fn suggestion<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> String {
+    let near = known.into_iter().map(|other| (levenshtein(name, other), other));
+    match near.filter(|(distance, other)| *distance <= 1 + name.len().max(other.len()) / 4).min() {
+        Some((_, other)) => format!("; did you mean {other}?"),
+        None => String::new(),
     }
 }
 
@@ -242,9 +235,9 @@ mod tests {
     #[test]
     fn a_typo_gets_the_nearest_name() {
         let known = ["clusters", "embeddings", "synthetic"];
-        assert_eq!(suggestion("cluster", &known), "; did you mean clusters?");
-        assert_eq!(suggestion("syntetic", &known), "; did you mean synthetic?");
-        assert_eq!(suggestion("corpus", &known), "");
+        assert_eq!(suggestion("cluster", known), "; did you mean clusters?");
+        assert_eq!(suggestion("syntetic", known), "; did you mean synthetic?");
+        assert_eq!(suggestion("corpus", known), "");
     }
 
     #[test]

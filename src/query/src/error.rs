@@ -2,6 +2,7 @@
 
 use std::io::{self, ErrorKind};
 
+use arrow::error::ArrowError;
 use datafusion::error::DataFusionError;
 use datafusion::sql::sqlparser::parser::ParserError;
 use lake::LakeError;
@@ -14,13 +15,16 @@ pub enum QueryError {
     /// The SQL is malformed, or names a column or function that is not there: exit code 2.
     #[error("{0}")]
     Sql(String),
+    /// The SQL computes what some value does not allow, such as a division by zero: exit code 2.
+    #[error("{0}\nhelp: correct the expression, or guard it: nullif(divisor, 0), try_cast(value AS type)")]
+    Computation(String),
     /// A statement that is not a query: exit code 2.
     #[error("{0} is refused: query is read-only\nhelp: use SELECT, and --output with --to FILE to keep the rows")]
     ReadOnly(String),
     /// A table or run that is not there: exit code 3.
     #[error("{0}")]
     Missing(String),
-    /// The data do not allow what the query asks for: exit code 3.
+    /// A data file that cannot be read, or what else the engine says of the data: exit code 3.
     #[error("{0}")]
     Data(String),
     /// Storage.
@@ -43,7 +47,7 @@ impl From<QueryError> for Failure {
     fn from(error: QueryError) -> Self {
         let message = error.to_string();
         match error {
-            QueryError::Sql(_) | QueryError::ReadOnly(_) => Failure::Usage(message),
+            QueryError::Sql(_) | QueryError::Computation(_) | QueryError::ReadOnly(_) => Failure::Usage(message),
             QueryError::Missing(_) | QueryError::Data(_) => Failure::Input(message),
             QueryError::Lake(error) => error.into(),
             QueryError::Output { fault, .. } => match fault.kind() {
@@ -87,6 +91,13 @@ fn sort(error: &DataFusionError, message: String) -> QueryError {
         DataFusionError::Plan(text) | DataFusionError::NotImplemented(text) => QueryError::Sql(with_help(text)),
         DataFusionError::SchemaError(error, _) => QueryError::Sql(with_help(&error.to_string())),
         DataFusionError::Configuration(_) => QueryError::Sql(message),
+        DataFusionError::ParquetError(_) => QueryError::Data(unreadable(&message)),
+        DataFusionError::ArrowError(error, _) => match &**error {
+            ArrowError::ParquetError(_) | ArrowError::IoError(..) => QueryError::Data(unreadable(&message)),
+            ArrowError::ExternalError(_) => QueryError::Data(message),
+            error => QueryError::Computation(error.to_string()),
+        },
+        DataFusionError::Execution(text) => QueryError::Computation(text.clone()),
         DataFusionError::Internal(_) | DataFusionError::ExecutionJoin(_) => QueryError::Bug(message),
         // The engine reads files through stores of the lake, which have retried already.
         DataFusionError::ObjectStore(_) | DataFusionError::IoError(_) => {
@@ -94,6 +105,13 @@ fn sort(error: &DataFusionError, message: String) -> QueryError {
         }
         _ => QueryError::Data(message),
     }
+}
+
+/// What the engine keeps of the fault of a data file is a text, of which the file's name alone is of use.
+fn unreadable(text: &str) -> String {
+    let named = text.split_once("for file ").and_then(|(_, rest)| rest.split_once(": "));
+    let file = named.map_or("a data file of a table that the query reads", |(file, _)| file);
+    format!("{file}: not there, damaged or cut short\nhelp: restore the file, or write the table again")
 }
 
 fn syntax(error: &ParserError) -> String {
@@ -123,7 +141,9 @@ mod tests {
         check(DataFusionError::External(Box::new(LakeError::Transient("reset".into()))), 5);
         check(external(QueryError::Missing("no".into())).context("while planning"), 3);
         check(DataFusionError::Plan("no such column".into()), 2);
-        check(DataFusionError::Execution("division by zero".into()), 3);
+        check(DataFusionError::Execution("n is too small".into()), 2);
+        check(DataFusionError::ArrowError(Box::new(ArrowError::DivideByZero), None), 2);
+        check(DataFusionError::ArrowError(Box::new(ArrowError::ParquetError("cut".into())), None), 3);
         check(DataFusionError::Internal("?".into()), 1);
         check(DataFusionError::Shared(std::sync::Arc::new(external(QueryError::Missing("no".into())))), 3);
     }

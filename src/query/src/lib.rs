@@ -16,8 +16,9 @@ pub mod output;
 pub mod session;
 
 pub use args::Args;
+pub use catalog::Options;
 pub use error::QueryError;
-pub use session::{Options, Session};
+pub use session::Session;
 
 use lake::Zone;
 use stage::{Failure, Summary};
@@ -33,10 +34,12 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
     match answer(&session, &sql, &target).await {
         Ok(()) => Ok(Summary::silent()),
         // The engine keeps only the text of some storage errors; what it says then, and how, does not help.
-        Err(error @ (QueryError::Data(_) | QueryError::Bug(_))) => match root.last_failure() {
-            Some(failure) => Err(failure.into()),
-            None => Err(error.into()),
-        },
+        Err(error @ (QueryError::Data(_) | QueryError::Computation(_) | QueryError::Bug(_))) => {
+            match root.last_failure() {
+                Some(failure) => Err(failure.into()),
+                None => Err(error.into()),
+            }
+        }
         Err(error) => Err(error.into()),
     }
 }

@@ -3,13 +3,14 @@
 //! CSV, JSON and Parquet stream, so memory does not grow with the result; a table is laid out by its widest cells and
 //! must be held whole. A file appears under its name only when it is complete.
 
-use std::fs::File;
+use std::collections::HashSet;
+use std::fs::{File, Permissions};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use arrow::array::RecordBatch;
-use arrow::datatypes::DataType;
+use arrow::datatypes::{DataType, Schema};
 use arrow::error::ArrowError;
 use arrow::util::display::FormatOptions;
 use arrow::util::pretty::pretty_format_batches_with_options;
@@ -21,6 +22,9 @@ use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 
 use crate::error::QueryError;
+
+/// Bytes of a Parquet row group, which is held in memory until it is full.
+const ROW_GROUP_BYTES: usize = 64 << 20;
 
 /// Form of the rows.
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,20 +50,53 @@ pub struct Target {
 
 /// Writes all rows. A reader of standard output that went away, as in `… | head`, ends the work quietly.
 pub async fn write(rows: SendableRecordBatchStream, target: &Target) -> Result<(), QueryError> {
+    if target.format != Format::Table {
+        refuse_twins(&rows.schema())?;
+    }
     let Some(file) = &target.file else {
         return write_to(rows, target.format, "standard output", Box::new(io::stdout())).await;
     };
     let name = file.display().to_string();
-    let partial = partial(file);
     let failed = |fault: io::Error| QueryError::Output { target: name.clone(), fault };
-    let sink = File::create(&partial).map_err(failed)?;
+    let there = std::fs::metadata(file).ok();
+    if there.as_ref().is_some_and(|there| !there.is_file()) {
+        // Someone is at the other end of a device or a named pipe, and a file in its place would not reach them.
+        let sink = File::options().write(true).open(file).map_err(failed)?;
+        return write_to(rows, target.format, &name, Box::new(sink)).await;
+    }
+    // Where a link leads to a file, that file is replaced, and the link stays.
+    let file = file.canonicalize().unwrap_or_else(|_| file.clone());
+    let partial = partial(&file);
+    let sink = create(&partial, there.map(|there| there.permissions())).map_err(failed)?;
     let written = write_to(rows, target.format, &name, Box::new(sink)).await;
-    let published = written.and_then(|()| std::fs::rename(&partial, file).map_err(failed));
+    let published = written.and_then(|()| std::fs::rename(&partial, &file).map_err(failed));
     if published.is_err() {
         // The first error is the one to tell; what is left of the file is of no use either way.
         let _ = std::fs::remove_file(&partial);
     }
     published
+}
+
+/// A join may give two columns one name. An object of JSON would then hold a key twice, and readers of the other forms
+/// keep one of the two, or neither.
+fn refuse_twins(schema: &Schema) -> Result<(), QueryError> {
+    let mut names = HashSet::new();
+    match schema.fields().iter().find(|field| !names.insert(field.name())) {
+        None => Ok(()),
+        Some(field) => Err(QueryError::Sql(format!(
+            "two columns have the name {0}, which only --output table can show\n\
+             help: give one another name, with AS, or write JOIN … USING ({0})",
+            field.name(),
+        ))),
+    }
+}
+
+fn create(partial: &Path, permissions: Option<Permissions>) -> io::Result<File> {
+    let sink = File::create(partial)?;
+    if let Some(permissions) = permissions {
+        sink.set_permissions(permissions)?;
+    }
+    Ok(sink)
 }
 
 fn partial(file: &Path) -> PathBuf {
@@ -138,7 +175,10 @@ async fn parquet(mut rows: SendableRecordBatchStream, sink: Sink) -> Result<(), 
             field.name(),
         )));
     }
-    let properties = WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::default())).build();
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        .set_max_row_group_bytes(Some(ROW_GROUP_BYTES))
+        .build();
     let unwritable = |error: parquet::errors::ParquetError| QueryError::Bug(error.to_string());
     let mut writer = ArrowWriter::try_new(sink, rows.schema(), Some(properties)).map_err(unwritable)?;
     while let Some(batch) = rows.next().await {
@@ -206,5 +246,47 @@ impl Write for Sink {
     fn flush(&mut self) -> io::Result<()> {
         let flushed = self.inner.flush();
         self.fault.note(flushed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow::array::BinaryArray;
+    use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+    use parquet::file::reader::{FileReader, SerializedFileReader};
+
+    /// Bytes that do not compress, by xorshift64.
+    fn noise(length: usize) -> Vec<u8> {
+        let mut state = 1_u64;
+        let words = std::iter::repeat_with(|| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()
+        });
+        words.take(length / 8).flatten().collect()
+    }
+
+    #[test]
+    fn parquet_row_groups_are_bounded_by_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("rows.parquet");
+        let value = noise(ROW_GROUP_BYTES / 4);
+        let column: arrow::array::ArrayRef = Arc::new(BinaryArray::from_vec(vec![value.as_slice()]));
+        let batch = RecordBatch::try_from_iter([("value", column)]).unwrap();
+        let rows = futures::stream::iter((0..6).map(|_| Ok(batch.clone())).collect::<Vec<_>>());
+        let rows = Box::pin(RecordBatchStreamAdapter::new(batch.schema(), rows));
+        let target = Target { format: Format::Parquet, file: Some(file.clone()) };
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(write(rows, &target)).unwrap();
+
+        let reader = SerializedFileReader::new(File::open(&file).unwrap()).unwrap();
+        let groups = reader.metadata().row_groups();
+        assert_eq!(reader.metadata().file_metadata().num_rows(), 6);
+        assert!(groups.len() > 1, "one group holds all");
+        for group in groups {
+            assert!(group.compressed_size() <= (ROW_GROUP_BYTES + value.len()) as i64, "{}", group.compressed_size());
+        }
     }
 }

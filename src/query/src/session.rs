@@ -3,36 +3,22 @@
 //! The gate has two parts: an allow-list over the parsed statement, which gives a message that helps, and DataFusion's
 //! check of the plan, which would also stop a writing node that hides inside a query.
 
-use std::collections::{BTreeMap, HashMap};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::context::SQLOptions;
 use datafusion::prelude::{SessionConfig, SessionContext};
 use datafusion::sql::parser::Statement;
-use datafusion::sql::sqlparser::ast::{Query, SetExpr, Statement as SqlStatement};
+use datafusion::sql::sqlparser::ast::{Query, Select, Statement as SqlStatement, Visit, Visitor};
 use lake::ReleaseRoot;
 
-use crate::catalog::{CATALOG, NO_RUN, ReleaseCatalog};
+use crate::catalog::{CATALOG, NO_RUN, Options, ReleaseCatalog};
 use crate::error::QueryError;
 use crate::functions;
 
 /// What `SHOW TABLES` means here.
 const SHOW_TABLES: &str = "SELECT run, name, version FROM tables ORDER BY run, name";
-
-/// What names resolve by.
-#[derive(Clone, Debug, Default)]
-pub struct Options {
-    /// Run whose tables have short names.
-    pub run: Option<String>,
-    /// Older versions to read.
-    pub pins: Pins,
-    /// Other names of runs.
-    pub aliases: HashMap<String, String>,
-}
-
-/// Versions by run and table.
-pub type Pins = BTreeMap<(String, String), i64>;
 
 /// A session over one release root.
 pub struct Session {
@@ -56,7 +42,7 @@ impl Session {
     }
 
     /// Plans and starts one query. Anything but a query is [`QueryError::ReadOnly`]; a pin of a table that the query
-    /// does not read is refused, since whoever gave it believes that it holds.
+    /// does not read is refused, since whoever gave it believes that it holds, and so is an alias that is a run's id.
     pub async fn query(&self, sql: &str) -> Result<SendableRecordBatchStream, QueryError> {
         let state = self.context.state();
         let dialect = state.config().options().sql_parser.dialect;
@@ -66,6 +52,7 @@ impl Session {
             statement = state.sql_to_statement(SHOW_TABLES, &dialect)?;
         }
         check_read_only(&statement)?;
+        self.catalog.refuse_aliases_of_runs().await?;
         let plan = state.statement_to_plan(statement).await?;
         SQLOptions::new()
             .with_allow_ddl(false)
@@ -87,15 +74,39 @@ fn check_read_only(statement: &Statement) -> Result<(), QueryError> {
 
 fn check_sql_read_only(statement: &SqlStatement) -> Result<(), QueryError> {
     match statement {
-        SqlStatement::Query(query) if makes_a_table(query) => Err(QueryError::ReadOnly("SELECT INTO".into())),
-        SqlStatement::Query(_) | SqlStatement::ExplainTable { .. } => Ok(()),
+        SqlStatement::Query(query) => check_reads_throughout(query),
+        SqlStatement::ExplainTable { .. } => Ok(()),
         SqlStatement::Explain { statement, .. } => check_sql_read_only(statement),
         other => Err(refused(&other.to_string())),
     }
 }
 
-fn makes_a_table(query: &Query) -> bool {
-    matches!(&*query.body, SetExpr::Select(select) if select.into.is_some())
+fn check_reads_throughout(query: &Query) -> Result<(), QueryError> {
+    match query.visit(&mut Writes) {
+        ControlFlow::Break(statement) => Err(refused(&statement)),
+        ControlFlow::Continue(()) => Ok(()),
+    }
+}
+
+/// Looks through a query, its set operations, subqueries and WITH, for what would write. The engine passes over some
+/// INTOs without a word, so the check of the plan would not see them.
+struct Writes;
+
+impl Visitor for Writes {
+    /// What was found.
+    type Break = String;
+
+    fn pre_visit_select(&mut self, select: &Select) -> ControlFlow<String> {
+        match select.into {
+            Some(_) => ControlFlow::Break("SELECT INTO".into()),
+            None => ControlFlow::Continue(()),
+        }
+    }
+
+    /// A statement inside a query is no query: `WITH … INSERT`, for one.
+    fn pre_visit_statement(&mut self, statement: &SqlStatement) -> ControlFlow<String> {
+        ControlFlow::Break(statement.to_string())
+    }
 }
 
 fn refused(statement: &str) -> QueryError {

@@ -1,5 +1,7 @@
 //! The command line's contract: what goes to which stream, and which exit code says what.
 
+use std::io::Read;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,8 +10,9 @@ use arrow::array::{ArrayRef, Float32Array, Int32Array, ListArray, RecordBatch, S
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Schema};
 use assert_cmd::Command;
-use lake::{AppTransaction, ReleaseRoot, StorageOptions, Zone};
+use lake::{AppTransaction, Begin, Claim, Output, ReleaseRoot, StorageOptions, Zone, manifest};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use serde_json::json;
 
 /// A release root with run `demo`: table `synthetic` in two versions, and `embeddings`.
 fn release() -> tempfile::TempDir {
@@ -131,7 +134,7 @@ fn rows_go_to_a_file_that_appears_whole() {
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "tokens\n3\n5\n");
 
     let failing = "SELECT 1 / (tokens - 5) FROM synthetic";
-    fails(release.path(), &["--run", "demo", "--output", "csv", "--to", to, failing], 3, &["ivide by zero"]);
+    fails(release.path(), &["--run", "demo", "--output", "csv", "--to", to, failing], 2, &["ivide by zero", "help:"]);
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "tokens\n3\n5\n", "a failed query leaves the file alone");
     assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 1, "and nothing beside it");
 
@@ -139,11 +142,63 @@ fn rows_go_to_a_file_that_appears_whole() {
     {
         fails(release.path(), &["--run", "demo", "--to", to, sql], code, &[to, "help:"]);
     }
+    for folder in [".", "..", "/"] {
+        fails(release.path(), &["--run", "demo", "--to", folder, sql], 2, &["a folder is there", "help:"]);
+    }
     assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 1, "a folder as target leaves nothing in it");
     let siblings = std::fs::read_dir(out.path().parent().unwrap()).unwrap().flatten();
     let partial =
         |name: &str| name.starts_with(out.path().file_name().unwrap().to_str().unwrap()) && name.ends_with(".partial");
     assert!(!siblings.into_iter().any(|entry| partial(&entry.file_name().to_string_lossy())), "nor beside it");
+}
+
+#[test]
+fn a_file_that_is_replaced_keeps_its_permissions_and_the_links_to_it() {
+    let release = release();
+    let out = tempfile::tempdir().unwrap();
+    let [file, link] = ["rows.csv", "latest.csv"].map(|name| out.path().join(name));
+    std::fs::write(&file, "older").unwrap();
+    std::fs::set_permissions(&file, PermissionsExt::from_mode(0o660)).unwrap();
+    symlink("rows.csv", &link).unwrap();
+    let sql = "SELECT tokens FROM synthetic ORDER BY 1";
+    succeeds(release.path(), &["--run", "demo", "--output", "csv", "--to", link.to_str().unwrap(), sql]);
+    assert!(link.symlink_metadata().unwrap().is_symlink());
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "tokens\n3\n5\n");
+    assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o660);
+    assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 2, "nothing is left beside them");
+}
+
+#[test]
+fn a_named_pipe_is_written_to_and_stays() {
+    let release = release();
+    let out = tempfile::tempdir().unwrap();
+    let pipe = out.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    // Open for both, so that neither side waits for the other.
+    let mut reader = std::fs::File::options().read(true).write(true).open(&pipe).unwrap();
+    let sql = "SELECT tokens FROM synthetic ORDER BY 1";
+    succeeds(release.path(), &["--run", "demo", "--output", "csv", "--to", pipe.to_str().unwrap(), sql]);
+    assert!(pipe.metadata().unwrap().file_type().is_fifo(), "a file took its place");
+    let mut rows = [0; 11];
+    reader.read_exact(&mut rows).unwrap();
+    assert_eq!(&rows, b"tokens\n3\n5\n");
+}
+
+#[test]
+fn two_columns_of_one_name_are_only_for_people() {
+    let release = release();
+    let out = tempfile::tempdir().unwrap();
+    let to = out.path().join("rows");
+    let on = "SELECT * FROM synthetic JOIN embeddings ON synthetic.id = embeddings.id";
+    for output in ["csv", "json", "parquet"] {
+        let arguments = ["--run", "demo", "--output", output, "--to", to.to_str().unwrap(), on];
+        fails(release.path(), &arguments, 2, &["two columns have the name id", "help:", "AS", "USING (id)"]);
+        assert!(!to.exists(), "{output}");
+    }
+    succeeds(release.path(), &["--run", "demo", on]);
+    let using = "SELECT * FROM synthetic JOIN embeddings USING (id)";
+    let rows = succeeds(release.path(), &["--run", "demo", "--output", "json", using]);
+    assert_eq!(rows.matches("\"id\":").count(), 2, "{rows}");
 }
 
 #[test]
@@ -198,6 +253,15 @@ fn older_versions_and_other_runs_have_names() {
 }
 
 #[test]
+fn an_alias_does_not_hide_a_run() {
+    let release = release();
+    let sql = "SELECT count(*) FROM synthetic";
+    fails(release.path(), &["--run", "base", "--alias", "base=demo", sql], 2, &["--alias base=demo", "--run", "help:"]);
+    let other = ["--alias", "demo=other", "SELECT count(*) FROM demo.synthetic"];
+    fails(release.path(), &other, 2, &["--alias demo=other", "the id of a run", "help:"]);
+}
+
+#[test]
 fn a_pin_that_would_not_hold_is_refused() {
     let release = release();
     let fails = |flags: &[&str], expected: &[&str]| {
@@ -241,6 +305,11 @@ fn only_queries_pass() {
         "CREATE VIEW v AS SELECT 1",
         "SELECT * INTO t FROM synthetic",
         "EXPLAIN SELECT * INTO t FROM synthetic",
+        "SELECT '1' UNION SELECT id INTO t FROM synthetic",
+        "WITH x AS (SELECT id INTO t FROM synthetic) SELECT * FROM x",
+        "SELECT * FROM (SELECT id INTO t FROM synthetic)",
+        "SELECT (SELECT max(id) INTO t FROM synthetic)",
+        "WITH x AS (SELECT 1) INSERT INTO synthetic SELECT * FROM x",
         "INSERT INTO synthetic SELECT * FROM synthetic",
         "DELETE FROM synthetic",
         "UPDATE synthetic SET tokens = 0",
@@ -284,11 +353,94 @@ fn what_is_missing_is_named() {
     let release = release();
     fails(release.path(), &["SELECT * FROM synthetic"], 3, &["no run is named", "--run", "demo"]);
     let empty = tempfile::tempdir().unwrap();
-    fails(empty.path(), &["--run", "demo", "SELECT * FROM synthetic"], 3, &["no run demo", "no run yet"]);
+    fails(empty.path(), &["--run", "demo", "SELECT * FROM synthetic"], 3, &["no run demo", "no tables of any run yet"]);
     let mut command = Command::cargo_bin("doppel-query").unwrap();
     let output = command.env_remove("DOPPEL_RELEASE").arg("SELECT 1").output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("DOPPEL_RELEASE"));
+}
+
+#[test]
+fn a_root_without_any_run_is_not_taken_for_one_that_released_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let mistyped = folder.path().join("relaese");
+    for sql in ["SELECT * FROM releases", "SELECT * FROM runs", "SHOW TABLES"] {
+        fails(&mistyped, &[sql], 3, &["relaese", "no run is there", "help:"]);
+    }
+}
+
+#[test]
+fn a_run_without_tables_is_not_its_own_correction() {
+    let release = release();
+    std::fs::create_dir_all(release.path().join("runs/t1/adapter")).unwrap();
+    std::fs::write(release.path().join("runs/t1/adapter/adapter_config.json"), "{}").unwrap();
+    fails(release.path(), &["SELECT * FROM t1.synthetic"], 3, &["run t1 has no tables yet", "has tables of demo"]);
+    fails(release.path(), &["SELECT * FROM t2.synthetic"], 3, &["no run t2 has tables here\n", "has tables of demo"]);
+}
+
+#[test]
+fn what_a_value_does_not_allow_is_the_querys_fault() {
+    let release = release();
+    for (sql, expected) in [
+        ("SELECT 1 / 0", "ivide by zero"),
+        ("SELECT CAST('x' AS INT)", "Cannot cast string 'x'"),
+        ("SELECT CAST(text AS INT) FROM synthetic", "Cannot cast string"),
+        ("SELECT word_ngrams('a b c', 0)", "at least 1, found 0"),
+    ] {
+        fails(release.path(), &["--run", "demo", sql], 2, &[expected, "help:", "try_cast"]);
+    }
+}
+
+#[test]
+fn a_data_file_that_is_not_there_is_named() {
+    let release = release();
+    for entry in std::fs::read_dir(release.path().join("runs/demo/synthetic")).unwrap().flatten() {
+        if entry.path().extension().is_some_and(|extension| extension == "parquet") {
+            std::fs::remove_file(entry.path()).unwrap();
+        }
+    }
+    let expected = ["runs/demo/synthetic/", ".parquet: not there, damaged or cut short", "help: restore the file"];
+    fails(release.path(), &["--run", "demo", "SELECT text FROM synthetic"], 3, &expected);
+}
+
+#[test]
+fn a_dropped_run_stays_on_record_as_dropped() {
+    let release = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let options = StorageOptions { timeout: Duration::from_secs(30) };
+        let root = ReleaseRoot::open(&release.path().display().to_string(), &options).await.unwrap();
+        for run in ["kept", "gone"] {
+            train(&root, run).await;
+        }
+        manifest::close(&root, "gone").await.unwrap();
+    });
+    for table in ["runs", "releases"] {
+        let sql = format!("SELECT run, dropped FROM {table} ORDER BY run");
+        assert_eq!(
+            succeeds(release.path(), &["--output", "csv", &sql]),
+            "run,dropped\ngone,true\nkept,false\n",
+            "{table}"
+        );
+    }
+}
+
+/// A stage that released an adapter.
+async fn train(root: &ReleaseRoot, run: &str) {
+    let claim = Claim {
+        run: run.into(),
+        stage: "train".into(),
+        shard: None,
+        inputs: Vec::new(),
+        config: json!({}),
+        seeds: Vec::new(),
+        binary: "doppel-train 0.1.0".into(),
+        started: chrono::DateTime::UNIX_EPOCH,
+        command: Vec::new(),
+    };
+    let Begin::Fresh(handle) = manifest::begin(root, claim).await.unwrap() else { panic!("{run} is there already") };
+    let adapter = Output { name: "adapter".into(), path: format!("runs/{run}/adapter"), version: None };
+    handle.finish(vec![adapter], json!({ "events": [{ "kind": "discrete_gaussian" }] })).await.unwrap();
 }
 
 #[test]
