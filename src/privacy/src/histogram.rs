@@ -1,7 +1,5 @@
 //! Algorithm 2's private step: votes of units over bins, noised with the exact discrete Gaussian.
 
-use std::collections::BTreeMap;
-
 use crate::AccountingError;
 use crate::discrete_gaussian::DiscreteGaussian;
 use crate::event::Event;
@@ -52,16 +50,13 @@ impl VotingMechanism {
 /// One vote per unit. Guarantee: adding or removing one unit changes one count by at most 1.
 fn count_votes(key: &NoiseKey, context: &Context, bins: usize, votes: &[(String, usize)]) -> Vec<i64> {
     let chooser = key.hasher(&context.clone().field("purpose", b"choice"));
-    let mut by_unit: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
-    for (unit, bin) in votes {
-        by_unit.entry(unit).or_default().push(*bin);
-    }
+    // By unit and bin, so that the choice does not depend on the order in which records were read.
+    let mut sorted: Vec<&(String, usize)> = votes.iter().collect();
+    sorted.sort_unstable();
     let mut counts = vec![0; bins];
-    for (unit, mut choices) in by_unit {
-        // Sorted, so that the choice does not depend on the order in which records were read.
-        choices.sort_unstable();
-        let choice = chooser.hash(unit.as_bytes()) % choices.len() as u64;
-        if let Some(count) = counts.get_mut(choices[choice as usize]) {
+    for of_unit in sorted.chunk_by(|one, next| one.0 == next.0) {
+        let choice = chooser.hash(of_unit[0].0.as_bytes()) % of_unit.len() as u64;
+        if let Some(count) = counts.get_mut(of_unit[choice as usize].1) {
             *count += 1;
         }
     }
@@ -83,12 +78,16 @@ mod tests {
     }
 
     #[test]
-    fn every_bin_gets_noise() {
-        let mechanism = VotingMechanism::new(10.0).unwrap();
-        let noised = mechanism.release(&key(), &Context::new("vote"), 2000, &[]);
-        // P(X = 0) = 0.0399 at σ = 10: 80 expected of 2,000; 127 is more than 5 deviations away.
+    fn every_bin_gets_noise_of_the_stated_scale() {
+        let (sigma, bins) = (10.0, 20_000);
+        let noised = VotingMechanism::new(sigma).unwrap().release(&key(), &Context::new("vote"), bins, &[]);
+        // P(X = 0) = 0.0399 at σ = 10: 798 expected of 20,000; 937 is more than 5 deviations away.
         let zeros = noised.value().iter().filter(|&&count| count == 0).count();
-        assert!(zeros < 127, "{zeros}");
+        assert!(zeros < 937, "{zeros}");
+        // The variance is σ² to the last digit at σ = 10; 5 deviations √(2/n) of its estimate.
+        let n = bins as f64;
+        let ratio = noised.value().iter().map(|&count| (count as f64).powi(2)).sum::<f64>() / (n * sigma * sigma);
+        assert!((ratio - 1.0).abs() < 5.0 * (2.0 / n).sqrt(), "{ratio}");
     }
 
     #[test]
@@ -97,7 +96,7 @@ mod tests {
         let votes = votes(&[("a", 0), ("b", 1), ("b", 2)]);
         let release = |digest: &[u8]| {
             let context = Context::new("vote").field("corpus", digest);
-            mechanism.release(&key(), &context, 200, &votes).into_value()
+            mechanism.release(&key(), &context, 200, &votes).value().clone()
         };
         assert_eq!(release(b"one"), release(b"one"));
         let (one, two) = (release(b"one"), release(b"two"));

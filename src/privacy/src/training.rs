@@ -124,10 +124,6 @@ impl<T> Noised<T> {
     pub fn value(&self) -> &T {
         &self.0
     }
-    /// Takes the released value.
-    pub fn into_value(self) -> T {
-        self.0
-    }
 }
 
 impl TrainingMechanism {

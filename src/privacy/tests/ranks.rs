@@ -60,7 +60,7 @@ fn every_rank_adds_the_same_noise() {
         with_threads(threads, || {
             let mechanism = mechanism();
             let sum = mechanism.empty_sum(&[100_000, 17]);
-            mechanism.release(&key(), &context(), 3, sum).unwrap().into_value()
+            mechanism.release(&key(), &context(), 3, sum).unwrap().value().clone()
         })
     };
     let one = release(1);
@@ -68,7 +68,7 @@ fn every_rank_adds_the_same_noise() {
     let votes: Vec<(String, usize)> = (0..300).map(|i| (format!("unit-{i}"), i % 40)).collect();
     let vote = |threads| {
         let mechanism = VotingMechanism::new(10.0).unwrap();
-        with_threads(threads, || mechanism.release(&key(), &context(), 40, &votes).into_value())
+        with_threads(threads, || mechanism.release(&key(), &context(), 40, &votes).value().clone())
     };
     assert_eq!(vote(1), vote(4));
 }

@@ -1,5 +1,6 @@
 //! The private step of Algorithm 2: units vote for bins, and only the noised counts leave.
 
+use arrow::array::Array;
 use lake::{Private, Table};
 use privacy::histogram::VotingMechanism;
 use privacy::keyed::{Context, NoiseKey};
@@ -39,11 +40,11 @@ pub async fn votes(
         let [units, splits] = &chunk.columns[..] else {
             return Err(VoteError::Bug("a scan of two columns gave another number"));
         };
-        let rows: Vec<usize> = (0..splits.len()).filter(|&row| splits[row] == split).collect();
+        let rows: Vec<usize> = (0..splits.len()).filter(|&row| splits.value(row) == split).collect();
         let assignment = space.assign(&chunk.vectors.gather(&rows));
         votes.extend(rows.iter().zip(&assignment.bins).map(|(&row, &bin)| {
             let bin = if chunk.void[row] { space.bins() } else { bin as usize };
-            (units[row].clone(), bin)
+            (units.value(row).to_owned(), bin)
         }));
         Ok(())
     })

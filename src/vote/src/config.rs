@@ -20,7 +20,7 @@ EXAMPLES
       --corpus chats --clusters 100 --target 500
 
 EXIT CODES
-  0 done or already done; 2 wrong usage; 3 an input is missing or malformed; 4 refused by the privacy budget;
+  0 done or already done; 2 wrong usage; 3 an input is missing or malformed; 4 refused by the privacy budget; \
   5 storage failed, safe to retry"
 )]
 pub struct Args {

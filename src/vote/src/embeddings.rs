@@ -1,6 +1,6 @@
 //! Embedding tables, read in chunks; rows are scaled to unit length, as the paper does before it clusters.
 
-use arrow::array::{AsArray, RecordBatch};
+use arrow::array::{AsArray, RecordBatch, StringArray};
 use arrow::datatypes::Float32Type;
 use futures::StreamExt;
 use lake::Table;
@@ -23,8 +23,8 @@ pub struct Chunk {
     pub vectors: Matrix,
     /// Which rows are void; none of public ones.
     pub void: Vec<bool>,
-    /// One vector of strings for each column.
-    pub columns: Vec<Vec<String>>,
+    /// The columns of strings.
+    pub columns: Vec<StringArray>,
 }
 
 /// Reads `table` at `version` chunk by chunk and hands each to `visit`.
@@ -54,10 +54,9 @@ pub async fn for_each_chunk(
     Ok(())
 }
 
-fn texts(batch: &RecordBatch, column: usize) -> Result<Vec<String>, VoteError> {
+fn texts(batch: &RecordBatch, column: usize) -> Result<StringArray, VoteError> {
     let array = batch.column(column).as_string_opt::<i32>();
-    let array = array.ok_or(VoteError::Bug("a scan gave another type than the lake promises"))?;
-    Ok(array.iter().map(|text| text.unwrap_or_default().to_owned()).collect())
+    array.cloned().ok_or(VoteError::Bug("a scan gave another type than the lake promises"))
 }
 
 /// The vectors of a batch whose rows are numbered from `first`, and which of them are void.

@@ -56,7 +56,7 @@ impl Matrix {
 
     /// Appends rows.
     pub fn extend(&mut self, values: &[f32]) {
-        debug_assert!(values.len().is_multiple_of(self.columns.max(1)));
+        assert!(values.len().is_multiple_of(self.columns.max(1)));
         self.values.extend_from_slice(values);
     }
 

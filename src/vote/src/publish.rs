@@ -229,3 +229,58 @@ impl Chunks {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lake::StorageOptions;
+
+    use super::*;
+
+    /// Rows that fill two chunks, and a part of a third.
+    const ROWS: usize = 120_000;
+
+    #[tokio::test]
+    async fn an_attempt_that_finds_the_first_chunk_writes_the_others() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let place = folder.path().display().to_string();
+        let root = ReleaseRoot::open(&place, &StorageOptions::default()).await.expect("a root");
+        let ids: Vec<String> = (0..ROWS).map(|row| format!("s{row}")).collect();
+        let bins: Vec<u32> = (0..ROWS).map(|row| (row % 7) as u32).collect();
+        let assignment = Assignment { bins: bins.clone(), squared_distances: vec![4.0; ROWS] };
+        let candidates = root.table("candidates");
+        let rows: Vec<_> = ids.iter().map(|id| (id.clone(), format!("text {id}"), 0)).collect();
+        let mut writer =
+            Chunks::open(candidates.clone(), "candidates".into(), schema::selected()).await.expect("a table");
+        writer.write(selected_columns(&rows)).await.expect("rows");
+        let version = candidates.pin().await.expect("a table");
+
+        for (run, attempts) in [("whole", &[ROWS][..]), ("resumed", &[CHUNK_ROWS, ROWS])] {
+            let publisher = Publisher::new(&root, run);
+            for &rows in attempts {
+                let stored = publisher.clusters(&ids[..rows], &assignment).await.expect("clusters");
+                assert!(stored == bins[..rows], "{run}: {rows} rows");
+                let bin_of = ids[..rows].iter().map(String::as_str).zip(bins[..rows].iter().copied()).collect();
+                publisher.selected(&candidates, version, &bin_of).await.expect("selected");
+                let last = rows.div_ceil(CHUNK_ROWS) as i64 - 1;
+                for name in ["clusters", "selected"] {
+                    let written =
+                        publisher.table(name).last_chunk(&publisher.transaction(name)).await.expect("a table");
+                    assert_eq!(written, Some(last), "{run}: {name}");
+                    assert!(
+                        published(&publisher, name).await == (ids[..rows].to_vec(), bins[..rows].to_vec()),
+                        "{run}: {name}"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Ids and bins of a table, in its order.
+    async fn published(publisher: &Publisher, name: &str) -> (Vec<String>, Vec<u32>) {
+        let table = publisher.table(name);
+        let batches = table.read(table.pin().await.expect("a table"), &["id", "bin"]).await.expect("rows");
+        let ids = batches.iter().flat_map(|batch| batch.column(0).as_string::<i32>().iter().flatten());
+        let bins = batches.iter().flat_map(|batch| batch.column(1).as_primitive::<Int32Type>().values().iter());
+        (ids.map(str::to_owned).collect(), bins.map(|&bin| bin as u32).collect())
+    }
+}

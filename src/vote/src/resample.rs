@@ -141,6 +141,15 @@ mod tests {
                 prop_assert!(allocation.selected[bin] <= supply[bin]);
                 prop_assert!(noisy[bin] > 0 || allocation.selected[bin] == 0);
             }
+            // Those that still have rows shared what was left in proportion: |selected - left · noisy / votes| < 1.
+            let selected = |bin: usize| allocation.selected[bin] as i64;
+            let open: Vec<usize> =
+                (0..noisy.len()).filter(|&bin| noisy[bin] > 0 && allocation.selected[bin] < supply[bin]).collect();
+            let left: i64 = open.iter().map(|&bin| selected(bin)).sum();
+            let votes: i64 = open.iter().map(|&bin| noisy[bin]).sum();
+            for bin in open {
+                prop_assert!((selected(bin) * votes - left * noisy[bin]).abs() < votes);
+            }
         }
     }
 }

@@ -53,16 +53,22 @@ async fn vote<Z: Zone>(
     delta: Option<f64>,
 ) -> Result<Manifest, VoteError> {
     let run = handle.claim.run.clone();
-    let identity = inputs.identity(&handle.claim).await?;
-    // PRIVACY: budget first. Before it stands, of what is private only the digests are taken that bind the reservation
-    // to its inputs, and they stay in the private root; no vote is formed.
-    let reservation =
-        ledger::reserve(private, &inputs.request(private, &run, config, mechanism, &identity).await?).await?;
-
+    // What is public comes first, so that public inputs which must be refused cost no budget. All of it follows from
+    // public vectors and settings that the run's claim binds: it may stand where the ledger then refuses.
     let (space, stored) = find_space(publisher, config, inputs).await?;
     let (ids, assignment) = assign(&space, &inputs.texts).await?;
+    let base = match &inputs.baseline {
+        Some(baseline) => Some(assign(&space, baseline).await?.1.counts(space.bins())),
+        None => None,
+    };
     let bins = publisher.clusters(&ids, &assignment).await?;
     let supply = Assignment { bins: bins.clone(), squared_distances: Vec::new() }.counts(space.bins());
+
+    let identity = inputs.identity(&handle.claim).await?;
+    // PRIVACY: the budget comes before the votes. Until it is reserved, of what is private only the digests are taken
+    // that bind the reservation to its inputs, and they stay in the private root; no vote is formed.
+    let reservation =
+        ledger::reserve(private, &inputs.request(private, &run, config, mechanism, &identity).await?).await?;
 
     if publisher.stored_histogram().await?.is_none() {
         let _progress = PrivateProgress::new("voting");
@@ -84,7 +90,7 @@ async fn vote<Z: Zone>(
     publisher.selected(&inputs.candidates, inputs.texts.embedded.source.1, &bin_of).await?;
     ledger::settle(private, &reservation).await?;
 
-    comparison(private, &run, &space, inputs, &histogram).await?;
+    comparison(private, &run, &space, inputs, base, &histogram).await?;
     let budget = ledger::read(private, &config.corpus).await?.budget();
     let delta = delta.or(budget.map(|budget| budget.delta));
     let facts = facts(config, mechanism, delta, &space, &histogram)?;
@@ -309,7 +315,7 @@ async fn assign(space: &Space, texts: &Embeddings) -> Result<(Vec<String>, Assig
         let assignment = space.assign(&chunk.vectors);
         all.bins.extend(assignment.bins);
         all.squared_distances.extend(assignment.squared_distances);
-        ids.extend(chunk.columns.into_iter().flatten());
+        ids.extend(chunk.columns.iter().flatten().flatten().map(str::to_owned));
         Ok(())
     })
     .await?;
@@ -327,6 +333,7 @@ async fn comparison(
     run: &str,
     space: &Space,
     inputs: &Inputs,
+    base: Option<Vec<u64>>,
     histogram: &Histogram,
 ) -> Result<(), VoteError> {
     let _progress = PrivateProgress::new("comparing with test records");
@@ -338,11 +345,7 @@ async fn comparison(
             *count += 1;
         }
     }
-    let mut sets = Vec::new();
-    if let Some(baseline) = &inputs.baseline {
-        let base = assign(space, baseline).await?.1.counts(space.bins());
-        sets.push(("base", base));
-    }
+    let mut sets: Vec<(&str, Vec<u64>)> = base.into_iter().map(|base| ("base", base)).collect();
     sets.push(("synthetic", histogram.synthetic.clone()));
     sets.push(("selected", histogram.selected.clone()));
     compare::write(private, run, &test, &sets).await

@@ -37,6 +37,10 @@ struct Variation {
     broken_records: &'static [usize],
     /// The same of the synthetic rows.
     broken_texts: &'static [usize],
+    /// The same of the rows of the untuned model.
+    broken_baseline: &'static [usize],
+    /// Whether the last synthetic row has the id of the first.
+    id_twice: bool,
 }
 
 const USUAL: Variation = Variation {
@@ -47,6 +51,8 @@ const USUAL: Variation = Variation {
     commits: 1,
     broken_records: &[],
     broken_texts: &[],
+    broken_baseline: &[],
+    id_twice: false,
 };
 
 struct Ran {
@@ -77,10 +83,11 @@ impl Setting {
     async fn write(&self, variation: &Variation) {
         let (private, release) = self.roots().await;
         let corner = |row: usize| row % CORNERS;
-        for run in ["demo", "base"] {
+        let id = |row: usize| if variation.id_twice { row % 239 } else { row };
+        for (run, broken) in [("demo", variation.broken_texts), ("base", variation.broken_baseline)] {
             // The untuned model knows three corners only.
             let corner = |row| if run == "base" { row % 3 } else { corner(row) };
-            let ids = strings((0..240).map(|row| format!("s{row}")));
+            let ids = strings((0..240).map(|row| format!("s{}", id(row))));
             let texts = strings((0..240).map(|row| format!("synthetic text {row}")));
             let columns = vec![
                 ids.clone(),
@@ -92,7 +99,7 @@ impl Setting {
                 Arc::new(Float32Array::from(vec![-1.0; 240])),
             ];
             write_table(&release, &format!("runs/{run}/synthetic"), lake::schema::synthetic(), columns).await;
-            let columns = vec![ids, vectors((0..240).map(|row| (corner(row), row)), DIMENSION, variation.broken_texts)];
+            let columns = vec![ids, vectors((0..240).map(|row| (corner(row), row)), DIMENSION, broken)];
             write_table(&release, &format!("runs/{run}/embeddings"), lake::schema::embeddings(), columns).await;
             let source = format!("runs/{run}/synthetic");
             let made = Made { encoder: "e1", dimension: DIMENSION, version: 1 };
@@ -422,7 +429,7 @@ fn over_budget_is_refused_before_a_vote_is_formed() {
     let setting = Setting::new(&Variation { epsilon: 0.5, ..USUAL });
     setting.run(&[]).check(4, &["0.5", "help:"]);
     assert_eq!(setting.spent(), 0);
-    // Centroids come before the votes, and the key before their noise.
+    // The ledger is asked before anything is written, public as it may be; the key comes before the noise.
     for path in ["release/runs/demo/centroids.safetensors", "release/runs/demo/clusters", "private/keys/noise.key"] {
         assert!(!setting.path(path).exists(), "{path}");
     }
@@ -473,6 +480,20 @@ fn a_private_vector_that_is_not_finite_votes_for_nothing_and_a_public_one_is_ref
 
     let setting = Setting::new(&Variation { broken_texts: &[7], ..USUAL });
     setting.run(&[]).check(3, &["row 7: column `embedding`: found a number that is not finite", "help:"]);
+    assert_eq!(setting.spent(), 0);
+}
+
+#[test]
+fn bad_public_tables_cost_no_budget() {
+    let setting = Setting::new(&Variation { id_twice: true, ..USUAL });
+    setting.run(&[]).check(3, &["runs/demo/embeddings", "an id occurs twice", "help:"]);
+    assert_eq!(setting.spent(), 0);
+
+    let setting = Setting::new(&Variation { broken_baseline: &[5], ..USUAL });
+    setting
+        .run(&["--baseline-run", "base"])
+        .check(3, &["runs/base/embeddings", "row 5: column", "not finite", "help:"]);
+    assert_eq!(setting.spent(), 0);
 }
 
 #[test]
@@ -502,4 +523,37 @@ fn vectors_of_two_encoders_are_refused() {
     let setting = Setting::new(&Variation { corpus_dimension: 7, ..USUAL });
     setting.run(&[]).check(3, &["another encoder", "help:"]);
     assert!(!setting.path("release/runs/demo/histogram").exists());
+}
+
+#[test]
+fn shards_that_did_not_embed_the_same_are_refused() {
+    let setting = Setting::new(&USUAL);
+    let stages = setting.path("private/runs/demo/stages");
+    let whole = fs::read(stages.join("embed-corpus.json")).expect("a manifest");
+    let whole: serde_json::Value = serde_json::from_slice(&whole).expect("JSON");
+    fs::remove_file(stages.join("embed-corpus.json")).expect("a manifest");
+    let write = |index: u32, place: &str, value: serde_json::Value| {
+        let mut manifest = whole.clone();
+        manifest["claim"]["shard"] = serde_json::json!([index, 2]);
+        *manifest.pointer_mut(place).expect("a field") = value;
+        fs::write(stages.join(format!("embed-corpus.{index}-of-2.json")), manifest.to_string()).expect("a manifest");
+    };
+    write(0, "/claim/run", "demo".into());
+    setting.run(&[]).check(3, &["of 2 shards of `embed-corpus`, each expected once, found 0/2", "help:"]);
+    for (place, value) in [
+        ("/claim/inputs/0/location", "corpora/other".into()),
+        ("/claim/inputs/0/version", 7.into()),
+        ("/claim/inputs/1/digest", "e2".into()),
+        ("/facts/dimension", 9.into()),
+    ] {
+        write(1, place, value);
+        setting.run(&[]).check(3, &["shards 1/2 of `embed-corpus` differ from shard 0/2", "help:"]);
+    }
+    write(1, "/claim/shard", serde_json::json!([1, 3]));
+    setting.run(&[]).check(3, &["shards 1/3 of `embed-corpus` differ from shard 0/2", "help:"]);
+    write(1, "/claim/shard", serde_json::json!([0, 2]));
+    setting.run(&[]).check(3, &["each expected once, found 0/2, 0/2", "help:"]);
+    assert_eq!(setting.spent(), 0);
+    write(1, "/claim/run", "demo".into());
+    setting.run(&[]).check(0, &[]);
 }
