@@ -87,7 +87,7 @@ def works(args, texts, python):
     for dtype in ["bf16", "f32"]:
         kind = ["--dtype", dtype]
         # One logical batch, the same on both sides.
-        for length, count, batch in [(128, 128, 8), (1024, 32, 2)]:
+        for length, count, batch in [(128, 256, 8), (1024, 64, 2)]:
             flags = ["--model", model, "--texts", texts, *kind, "--count", count, "--length", length]
             yield Work(
                 f"train to {length} tokens, {dtype}",

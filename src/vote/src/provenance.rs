@@ -43,8 +43,8 @@ pub async fn embedded<Z: Zone>(zone: &Z, run: &str, (stage, input): (&str, &str)
     let other: Vec<String> = shards.iter().filter(|shard| !shard.is_like(first)).map(Shard::name).collect();
     if !other.is_empty() {
         let problem = format!(
-            "shards {} of `{stage}` differ from shard {} in the table or version that was embedded, in the encoder, or in \
-             the number of shards",
+            "shards {} of `{stage}` differ from shard {} in the table or version that was embedded, in the encoder, \
+             or in the number of shards",
             other.join(", "),
             first.name()
         );
