@@ -149,7 +149,7 @@ def train(args):
             optimizer.step()
             optimizer.zero_grad()
 
-    step(encoded[: args.batch])
+    step(sorted(encoded, key=len)[-args.batch :])
     begun = time.perf_counter()
     step(encoded)
     next(iter(trained)).sum().item()

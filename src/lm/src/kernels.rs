@@ -4,6 +4,8 @@
 //! training step. All arithmetic is in float32, whatever the elements are. One thread: whoever calls has split the work
 //! already (see [`crate::workers`]).
 
+use std::ops::Range;
+
 use half::bf16;
 
 /// What a tensor of the compute kind holds.
@@ -100,6 +102,26 @@ kernels! {
     fn mass / mass_body<E: Element>(scores: &[E], inverse: f32, out: &mut [f32; 2]);
     /// Turns the first `turned` heads of each row in place; rows are positions 0, 1, … `length` - 1, again and again.
     fn rotate / rotate_body<E: Element>(rows: &mut [E], heads: Heads, cos: &[E], sin: &[E]);
+    /// Rounds rows of sums, each `stride` wide, into rows as wide as `width`, from column `first` on, with what is to be
+    /// added: a row to every one, and rows as those of `out`.
+    fn round / round_body<E: Element>(
+        sums: &mut [f32], stride: usize, first: usize, width: usize, plus: Plus<'_, E>, out: &mut [E],
+    );
+    /// Puts `columns` of each `group` of one or two rows of `values`, which are `width` wide, between each other: the first of each,
+    /// then the second of each. `packed` gets the first `stride` columns of all groups, then the next of all; where columns
+    /// run out before a whole stride, what it has there stays.
+    fn interleave / interleave_body<E: Element>(
+        values: &[E], width: usize, columns: Range<usize>, group: usize, stride: usize, packed: &mut [E],
+    );
+}
+
+/// What is added to sums before they are rounded.
+#[derive(Clone, Copy)]
+pub(crate) struct Plus<'a, E> {
+    /// To every row.
+    pub(crate) bias: Option<&'a [E]>,
+    /// To each row its own.
+    pub(crate) rows: Option<&'a [E]>,
 }
 
 /// How a row of joined heads is laid out.
@@ -323,6 +345,61 @@ fn rotate_body<E: Element>(rows: &mut [E], heads: Heads, cos: &[E], sin: &[E]) {
                 turn(first, second, cos, sin);
             }
             turn(first, second, cos, sin);
+        }
+    }
+}
+
+#[inline(always)]
+fn round_body<E: Element>(
+    sums: &mut [f32],
+    stride: usize,
+    first: usize,
+    width: usize,
+    plus: Plus<'_, E>,
+    out: &mut [E],
+) {
+    let columns = first..width.min(first + stride);
+    let add = |sums: &mut [f32], values: &[E]| {
+        for (sum, value) in sums.iter_mut().zip(&values[columns.clone()]) {
+            *sum += value.wide();
+        }
+    };
+    for (row, (sums, out)) in sums.chunks_exact_mut(stride).zip(out.chunks_exact_mut(width)).enumerate() {
+        if let Some(bias) = plus.bias {
+            add(sums, bias);
+        }
+        if let Some(rows) = plus.rows {
+            add(sums, &rows[row * width..][..width]);
+        }
+        for (out, sum) in out[columns.clone()].iter_mut().zip(&*sums) {
+            *out = E::narrow(*sum);
+        }
+    }
+}
+
+#[inline(always)]
+fn interleave_body<E: Element>(
+    values: &[E],
+    width: usize,
+    columns: Range<usize>,
+    group: usize,
+    stride: usize,
+    packed: &mut [E],
+) {
+    let groups = values.len() / width / group;
+    for (number, rows) in values.chunks_exact(group * width).enumerate() {
+        for (panel, first) in columns.clone().step_by(stride).enumerate() {
+            let packed = &mut packed[(panel * groups + number) * group * stride..][..group * stride];
+            let row = |index: usize| &rows[index * width..][first..columns.end.min(first + stride)];
+            match group {
+                1 => packed[..row(0).len()].copy_from_slice(row(0)),
+                _ => {
+                    let (pairs, _) = packed.as_chunks_mut::<2>();
+                    for ((pair, one), other) in pairs.iter_mut().zip(row(0)).zip(row(1)) {
+                        *pair = [*one, *other];
+                    }
+                }
+            }
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod gradients;
 mod kernels;
 mod ops;
 mod padding;
+mod products;
 pub mod template;
 pub mod tokenizer;
 mod workers;

@@ -10,7 +10,8 @@ use crate::LmError;
 use crate::checkpoint::DecoderConfig;
 use crate::decoder::layer;
 use crate::decoder::rope::{self, Angles};
-use crate::kernels::{self, Element, Heads};
+use crate::kernels::{self, Element, Heads, Plus};
+use crate::products::{self, Factor, Weight};
 
 /// Runs the block with `E` as the element type of `$tensor`, where our kernels can compute on it; else `$otherwise`.
 macro_rules! on_cpu {
@@ -30,7 +31,64 @@ macro_rules! on_cpu {
 }
 
 // Below the macro, which it uses.
-mod products;
+mod attention;
+
+/// `x · weightᵀ + bias + rows` of x `[…, inputs]`, a weight `[outputs, inputs]` and rows `[…, outputs]`.
+pub(crate) fn linear(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    rows: Option<&Tensor>,
+) -> Result<Tensor, LmError> {
+    on_cpu!(x, E => {
+        if multiplies::<E>(weight.size2()?.1) {
+            let weight = weight.f_contiguous()?;
+            return product::<E>(x, Weight::Outputs(values(&weight)?), weight.size2()?.0, bias, rows);
+        }
+    }, {});
+    added(x.f_linear(weight, bias)?, rows)
+}
+
+/// `x · weight + rows` of x `[…, inputs]`, a weight `[inputs, outputs]` and rows `[…, outputs]`.
+pub(crate) fn matmul(x: &Tensor, weight: &Tensor, rows: Option<&Tensor>) -> Result<Tensor, LmError> {
+    on_cpu!(x, E => {
+        if multiplies::<E>(weight.size2()?.0) {
+            let weight = weight.f_contiguous()?;
+            return product::<E>(x, Weight::Inputs(values(&weight)?), weight.size2()?.1, None, rows);
+        }
+    }, {});
+    added(x.f_matmul(weight)?, rows)
+}
+
+fn added(product: Tensor, rows: Option<&Tensor>) -> Result<Tensor, LmError> {
+    match rows {
+        None => Ok(product),
+        Some(rows) => Ok(product.f_add(rows)?),
+    }
+}
+
+/// Whether our products can have so many inputs.
+fn multiplies<E: Factor>(inputs: i64) -> bool {
+    E::is_supported() && (inputs as usize).is_multiple_of(E::GROUP)
+}
+
+fn product<E: Factor>(
+    x: &Tensor,
+    weight: Weight<'_, E>,
+    outputs: i64,
+    bias: Option<&Tensor>,
+    rows: Option<&Tensor>,
+) -> Result<Tensor, LmError> {
+    let x = x.f_contiguous()?;
+    let rows = rows.map(Tensor::f_contiguous).transpose()?;
+    let plus = Plus { bias: bias.map(values).transpose()?, rows: rows.as_ref().map(values).transpose()? };
+    let mut shape = x.size();
+    let inputs = shape.pop().unwrap_or_default();
+    shape.push(outputs);
+    let mut out = Tensor::f_empty(shape, (E::KIND, Device::Cpu))?;
+    products::product(values(&x)?, weight, (inputs as usize, outputs as usize), plus, values_mut(&mut out)?);
+    Ok(out)
+}
 
 /// RMSNorm of the last dimension.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor, LmError> {
@@ -202,7 +260,7 @@ pub(crate) struct Attention {
 
 /// How attention is computed.
 enum Way {
-    /// Products of whole blocks of scores ([`products`]).
+    /// Products of whole blocks of scores ([`attention`]).
     Products,
     /// libtorch's kernel for CPU, with the row-wise log of the sum of exponentials that it gave. In bf16 it multiplies blocks
     /// of 32 rows one by one, and calling the product takes longer than the product.
@@ -235,8 +293,8 @@ impl Attention {
 
     fn by_products(q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
         let shape = q.size();
-        let (q, k, v) = products::joined(&q, &k, &v)?;
-        let output = products::causal(&q, &k, &v)?.f_reshape(shape)?;
+        let (q, k, v) = attention::joined(&q, &k, &v)?;
+        let output = attention::causal(&q, &k, &v)?.f_reshape(shape)?;
         Ok(Self { q, k, v, output, way: Way::Products })
     }
 
@@ -262,7 +320,7 @@ impl Attention {
     pub(crate) fn backward(self, gradient: &Tensor) -> Result<(Tensor, Tensor, Tensor), LmError> {
         let Self { q, k, v, output, way } = self;
         let normaliser = match way {
-            Way::Products => return products::backward(gradient, &q, &k, &v),
+            Way::Products => return attention::backward(gradient, &q, &k, &v),
             Way::Flash(normaliser) => normaliser,
             Way::Autograd => {
                 let objective = tch::with_grad(|| output.f_mul(gradient)?.f_sum(Kind::Float))?;
@@ -303,8 +361,8 @@ pub(crate) fn attend(
         return Ok(Tensor::f_scaled_dot_product_attention(q, k, v, Some(blocked), 0.0, false, None, false)?);
     }
     let shape = q.size();
-    let (q, k, v) = products::joined(q, k, v)?;
-    Ok(products::of_lengths(&q, &k, &v, lengths)?.f_reshape(shape)?)
+    let (q, k, v) = attention::joined(q, k, v)?;
+    Ok(attention::of_lengths(&q, &k, &v, lengths)?.f_reshape(shape)?)
 }
 
 /// Whether whole products are the faster way on this device, in this kind and at this length.
@@ -387,7 +445,7 @@ mod tests {
         for (length, way) in [
             (13, Attention::forward as fn(_, _, _) -> _),
             (13, Attention::by_products),
-            (2 * products::BLOCK + 13, Attention::by_products),
+            (2 * attention::BLOCK + 13, Attention::by_products),
         ] {
             let input = |seed: usize, heads: i64| wave(seed, &[2, length, heads, 8]).transpose(1, 2);
             let gradient = wave(9, &[2, length, 6, 8]).transpose(1, 2);

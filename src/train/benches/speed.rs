@@ -75,9 +75,11 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let limits = Limits { block_length: args.length, micro_batch_tokens: args.tokens };
     let mut steps = Steps::new(&decoder, Training::new(lora), units.len() as f64, args.no_dp)?;
-    // The longest example alone: libraries set themselves up.
-    let longest = units.iter().max_by_key(|unit| unit.examples[0].tokens.len()).copied();
-    steps.take(longest.as_slice(), limits)?;
+    // The longest examples, a micro-batch for each worker: libraries set themselves up, and memory is taken once.
+    let mut longest = units.clone();
+    longest.sort_by_key(|unit| std::cmp::Reverse(unit.examples[0].tokens.len()));
+    let count = lm::gradients::workers(&decoder) * args.tokens.div_ceil(args.length);
+    steps.take(&longest[..count.min(longest.len())], limits)?;
     let (wall, processor) = (Instant::now(), processor_time());
     steps.take(&units, limits)?;
     let (wall, processor) = (wall.elapsed(), processor_time() - processor);

@@ -71,8 +71,9 @@ struct Linear {
 }
 
 impl Linear {
-    fn forward(&self, input: &Tensor) -> Result<Tensor, LmError> {
-        Ok(input.f_linear(&self.weight, Some(&self.bias))?)
+    /// The product and the bias, and with them `rows` of its shape.
+    fn forward(&self, input: &Tensor, rows: Option<&Tensor>) -> Result<Tensor, LmError> {
+        ops::linear(input, &self.weight, Some(&self.bias), rows)
     }
 }
 
@@ -161,12 +162,12 @@ impl Bert {
 
 impl Layer {
     fn forward(&self, hidden: &Tensor, heads: i64, batch: &Batch) -> Result<Tensor, LmError> {
-        let joint = self.attention.forward(hidden)?;
+        let joint = self.attention.forward(hidden, None)?;
         let attended = batch.attend(&joint, heads, |_, group, [query, key, value]| {
             ops::attend(&query, &key, &value, &group.lengths, &group.blocked)
         })?;
-        let hidden = self.attention_norm.forward(&self.output.forward(&attended)?.f_add(hidden)?)?;
-        let inner = self.up.forward(&hidden)?.f_gelu("none")?;
-        self.norm.forward(&self.down.forward(&inner)?.f_add(&hidden)?)
+        let hidden = self.attention_norm.forward(&self.output.forward(&attended, Some(hidden))?)?;
+        let inner = self.up.forward(&hidden, None)?.f_gelu("none")?;
+        self.norm.forward(&self.down.forward(&inner, Some(&hidden))?)
     }
 }

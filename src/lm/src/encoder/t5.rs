@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 
 use super::{Batch, Group, size};
 use crate::checkpoint::Weights;
-use crate::{LmError, device::Compute};
+use crate::{LmError, device::Compute, ops};
 
 /// What `config.json` says.
 pub(super) struct T5Config {
@@ -180,21 +180,21 @@ fn bucket(distance: i64, buckets: i64, max_distance: i64) -> i64 {
 impl Layer {
     /// `biases` are what attention adds to the scores of each group.
     fn forward(&self, hidden: &Tensor, heads: i64, batch: &Batch, biases: &[Tensor]) -> Result<Tensor, LmError> {
-        let joint = self.attention_norm.forward(hidden)?.f_linear(&self.attention, None::<&Tensor>)?;
+        let joint = ops::linear(&self.attention_norm.forward(hidden)?, &self.attention, None, None)?;
         let attended = batch.attend(&joint, heads, |index, _, [query, key, value]| {
             let bias = Some(&biases[index]);
             Ok(Tensor::f_scaled_dot_product_attention(&query, &key, &value, bias, 0.0, false, 1.0, false)?)
         })?;
-        let hidden = attended.f_linear(&self.output, None::<&Tensor>)?.f_add(hidden)?;
+        let hidden = ops::linear(&attended, &self.output, None, Some(hidden))?;
         let normed = self.norm.forward(&hidden)?;
-        let mut inner = normed.f_linear(&self.up[0], None::<&Tensor>)?;
+        let mut inner = ops::linear(&normed, &self.up[0], None, None)?;
         inner = match self.activation {
             Activation::Relu => inner.f_relu()?,
             Activation::Gelu => inner.f_gelu("tanh")?,
         };
         if let Some(linear) = self.up.get(1) {
-            inner = inner.f_mul(&normed.f_linear(linear, None::<&Tensor>)?)?;
+            inner = inner.f_mul(&ops::linear(&normed, linear, None, None)?)?;
         }
-        Ok(inner.f_linear(&self.down, None::<&Tensor>)?.f_add(&hidden)?)
+        ops::linear(&inner, &self.down, None, Some(&hidden))
     }
 }

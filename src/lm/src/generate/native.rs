@@ -10,7 +10,6 @@
 
 mod attention;
 mod elementwise;
-mod products;
 
 use std::sync::Arc;
 
@@ -20,11 +19,9 @@ use tch::{Device, Kind, Tensor};
 use crate::LmError;
 use crate::checkpoint::DecoderConfig;
 use crate::decoder::Decoder;
+use crate::products::{Factor, Matrix, copy};
 use attention::{BLOCK, attend, put_key};
 use elementwise::{add, angles, gated, narrow, norm, turn};
-use products::{Matrix, copy};
-
-pub(crate) use products::Factor;
 
 /// Rows that go through the model together at most.
 pub(super) const LARGEST: usize = 48;
@@ -60,10 +57,13 @@ pub(crate) enum Packed {
 }
 
 impl Packed {
-    /// Packs `decoder`; `None` where libtorch has to compute: another device, or a CPU without the instructions.
+    /// Packs `decoder`; `None` where libtorch has to compute: another device, a CPU without the instructions, or widths that
+    /// are not whole groups of inputs.
     pub(crate) fn new(decoder: &Decoder) -> Result<Option<Self>, LmError> {
+        let config = &decoder.config;
+        let even = (config.hidden_size | config.intermediate_size) % 2 == 0;
         match (decoder.compute.device, decoder.compute.kind) {
-            (Device::Cpu, Kind::BFloat16) if bf16::is_supported() => {
+            (Device::Cpu, Kind::BFloat16) if bf16::is_supported() && even => {
                 Ok(Some(Self::Bf16(Arc::new(Model::pack(decoder)?))))
             }
             (Device::Cpu, Kind::Float) if f32::is_supported() => Ok(Some(Self::F32(Arc::new(Model::pack(decoder)?)))),

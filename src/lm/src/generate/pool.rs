@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 
-use super::native::{Engine, Factor, Model, Row};
+use super::native::{Engine, Model, Row};
 use super::{Completion, Request, Sampling, Sequence};
+use crate::products::Factor;
 use crate::{LmError, workers};
 
 /// Requests that wait at each worker, so that a slot is refilled at once.

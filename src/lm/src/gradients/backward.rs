@@ -165,10 +165,10 @@ impl Context<'_> {
     fn inside(&self, input: &Tensor) -> Result<Inside, LmError> {
         let epsilon = self.config.rms_norm_eps;
         let normed = ops::rms_norm(input, &self.layer.input_norm, epsilon)?;
-        let mut qkv = normed.f_linear(&self.layer.qkv, self.layer.qkv_bias.as_ref())?;
+        let mut qkv = ops::linear(&normed, &self.layer.qkv, self.layer.qkv_bias.as_ref(), None)?;
         if let Some(factors) = &self.adapters.qkv {
-            let low = self.masks.apply(&normed, self.index, Site::Attention)?.f_linear(&factors.a, None::<&Tensor>)?;
-            qkv = add_product(qkv, &low, &factors.b.f_tr()?)?;
+            let low = ops::linear(&self.masks.apply(&normed, self.index, Site::Attention)?, &factors.a, None, None)?;
+            qkv = ops::linear(&low, &factors.b, None, Some(&qkv))?;
         }
         let qkv = ops::rotate(qkv, self.config, self.angles)?;
         let mut attention = Vec::with_capacity(self.batch.groups.len());
@@ -177,21 +177,20 @@ impl Context<'_> {
             attention.push(ops::Attention::forward(q, k, v)?);
         }
         let attended = joined(attention.iter().map(|attention| join_heads(&attention.output)))?;
-        let mut middle = attended.f_linear(&self.layer.o, None::<&Tensor>)?;
+        let mut middle = ops::linear(&attended, &self.layer.o, None, Some(input))?;
         if let Some(factors) = &self.adapters.o {
-            let low = self.masks.apply(&attended, self.index, Site::Output)?.f_linear(&factors.a, None::<&Tensor>)?;
-            middle = add_product(middle, &low, &factors.b.f_tr()?)?;
+            let low = ops::linear(&self.masks.apply(&attended, self.index, Site::Output)?, &factors.a, None, None)?;
+            middle = ops::linear(&low, &factors.b, None, Some(&middle))?;
         }
-        let _ = middle.f_add_(input)?;
         let normed = ops::rms_norm(&middle, &self.layer.post_norm, epsilon)?;
-        let gate_up = normed.f_linear(&self.layer.gate_up, None::<&Tensor>)?;
+        let gate_up = ops::linear(&normed, &self.layer.gate_up, None, None)?;
         Ok(Inside { input: input.shallow_clone(), attention, attended, middle, gate_up })
     }
 
     /// The layer from there on: its output.
     fn output(&self, inside: &Inside) -> Result<Tensor, LmError> {
         let inner = ops::swiglu(&inside.gate_up)?;
-        Ok(inside.middle.f_add(&inner.f_linear(&self.layer.down, None::<&Tensor>)?)?)
+        ops::linear(&inner, &self.layer.down, None, Some(&inside.middle))
     }
 
     /// `(gradient of the layer's input, gradients of its adapter tensors)`. The first layer's input gradient is not
@@ -207,23 +206,23 @@ impl Context<'_> {
         let epsilon = self.config.rms_norm_eps;
         let Inside { input, attention, attended, middle, gate_up } = inside;
         // Feed-forward: ∂middle = ∂out + norm'(W_guᵀ · swiglu'(W_dᵀ · ∂out)).
-        let inner = gradient.f_matmul(&self.layer.down)?;
+        let inner = ops::matmul(&gradient, &self.layer.down, None)?;
         let joint = ops::swiglu_backward(&inner, &gate_up)?;
         drop((inner, gate_up));
-        let normed = joint.f_matmul(&self.layer.gate_up)?;
+        let normed = ops::matmul(&joint, &self.layer.gate_up, None)?;
         drop(joint);
         let upper = ops::rms_norm_backward(&normed, &middle, &self.layer.post_norm, epsilon, Some(&gradient))?;
         drop((normed, middle, gradient));
         // Output projection.
-        let mut of_attended = upper.f_matmul(&self.layer.o)?;
+        let mut through = None;
         let mut o_gradients = None;
         if let Some(factors) = &self.adapters.o {
             let seen = self.masks.apply(&attended, self.index, Site::Output)?;
-            let low = upper.f_matmul(&factors.b)?;
+            let low = ops::matmul(&upper, &factors.b, None)?;
             o_gradients = Some(self.factor_gradients(&seen, &upper, &low, factors)?);
-            let through = low.f_matmul(&factors.a)?;
-            of_attended = of_attended.f_add(&self.masks.apply(&through, self.index, Site::Output)?)?;
+            through = Some(self.masks.apply(&ops::matmul(&low, &factors.a, None)?, self.index, Site::Output)?);
         }
+        let of_attended = ops::matmul(&upper, &self.layer.o, through.as_ref())?;
         drop(attended);
         // Attention and rotation.
         let groups = self.batch.groups.iter().zip(attention);
@@ -235,7 +234,7 @@ impl Context<'_> {
         let mut through = None;
         if let Some(factors) = &self.adapters.qkv {
             let seen = self.masks.apply(&normed, self.index, Site::Attention)?;
-            let low = joint.f_matmul(&factors.b)?;
+            let low = ops::matmul(&joint, &factors.b, None)?;
             qkv_gradients = Some(self.factor_gradients(&seen, &joint, &low, factors)?);
             through = Some(low);
         }
@@ -243,11 +242,13 @@ impl Context<'_> {
         if self.index == 0 {
             return Ok((None, tensors));
         }
-        let mut of_normed = joint.f_matmul(&self.layer.qkv)?;
-        if let (Some(factors), Some(low)) = (&self.adapters.qkv, through) {
-            let through = low.f_matmul(&factors.a)?;
-            of_normed = of_normed.f_add(&self.masks.apply(&through, self.index, Site::Attention)?)?;
-        }
+        let through = match (&self.adapters.qkv, through) {
+            (Some(factors), Some(low)) => {
+                Some(self.masks.apply(&ops::matmul(&low, &factors.a, None)?, self.index, Site::Attention)?)
+            }
+            _ => None,
+        };
+        let of_normed = ops::matmul(&joint, &self.layer.qkv, through.as_ref())?;
         let below = ops::rms_norm_backward(&of_normed, &input, &self.layer.input_norm, epsilon, Some(&upper))?;
         Ok((Some(below), tensors))
     }
@@ -275,7 +276,7 @@ impl Context<'_> {
         low: &Tensor,
         factors: &Factors,
     ) -> Result<(Tensor, Tensor), LmError> {
-        let seen = input.f_linear(&factors.a, None::<&Tensor>)?;
+        let seen = ops::linear(input, &factors.a, None, None)?;
         let (mut a, mut b) = (Vec::new(), Vec::new());
         for group in &self.batch.sums {
             a.push(group.of(low)?.f_transpose(1, 2)?.f_bmm(&group.of(input)?)?);
@@ -322,13 +323,4 @@ fn joined(parts: impl Iterator<Item = Result<Tensor, LmError>>) -> Result<Tensor
     };
     let parts = parts.map(|part| flat(part?)).collect::<Result<Vec<_>, _>>()?;
     Ok(Tensor::f_cat(&parts, 1)?)
-}
-
-/// `sum + left · right`, in place.
-fn add_product(sum: Tensor, left: &Tensor, right: &Tensor) -> Result<Tensor, LmError> {
-    let shape = sum.size();
-    let width = shape.last().copied().unwrap_or_default();
-    let mut flat = sum.f_reshape([-1, width])?;
-    let _ = flat.f_addmm_(&left.f_reshape([-1, left.size().last().copied().unwrap_or_default()])?, right)?;
-    Ok(flat.f_reshape(shape)?)
 }

@@ -9,7 +9,7 @@ use crate::decoder::Decoder;
 use crate::ops;
 
 /// Most logits that are held at a time, on CPU and on CUDA: enough rows for the product to run at full speed.
-const CHUNK: i64 = 1 << 24;
+const CHUNK: i64 = 1 << 25;
 const CUDA_CHUNK: i64 = 1 << 27;
 
 /// Products have whole multiples of this many rows: kernels for one row add up in another order than those for many, and
@@ -23,7 +23,11 @@ pub(super) fn with_gradient(decoder: &Decoder, hidden: &Tensor, batch: &Batch) -
     let normed_gradient = Tensor::f_empty_like(&rows.normed)?;
     let losses = rows.chunks(decoder, |chunk, labels, first| {
         let (losses, gradient) = ops::cross_entropy(chunk, labels)?;
-        normed_gradient.f_narrow(0, first, gradient.size()[0])?.f_copy_(&gradient.f_matmul(&decoder.output)?)?;
+        normed_gradient.f_narrow(0, first, gradient.size()[0])?.f_copy_(&ops::matmul(
+            &gradient,
+            &decoder.output,
+            None,
+        )?)?;
         Ok(losses)
     })?;
     let gradient =
@@ -83,7 +87,7 @@ impl Rows {
         let mut first = 0;
         while first < total {
             let count = step.min(total - first);
-            let logits = self.normed.f_narrow(0, first, count)?.f_linear(&decoder.output, None::<&Tensor>)?;
+            let logits = ops::linear(&self.normed.f_narrow(0, first, count)?, &decoder.output, None, None)?;
             losses.push(each(logits, &self.labels.f_narrow(0, first, count)?, first)?);
             first += count;
         }

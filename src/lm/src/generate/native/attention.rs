@@ -131,7 +131,7 @@ mod tests {
 
     use super::*;
     use crate::decoder::tests::wave;
-    use crate::generate::native::products::Factor;
+    use crate::products::Factor;
 
     /// Against softmax(q·kᵀ/√d)·v in float64, for groups and widths that do and do not fill what is computed at once.
     fn check<E: Factor>(tolerance: f64) {

@@ -1,0 +1,474 @@
+//! Matrix products on CPU, in AVX-512, with weights packed as the instructions want them.
+//!
+//! A tile is six rows by 64 outputs, kept in registers while the inputs pass by. Every row of a tile is summed alone and in
+//! order of the inputs, so that it does not matter how rows are dealt into tiles: a row of a product is bit for bit the
+//! same whatever rows are beside it.
+//!
+//! [`product`] packs a weight as it goes, which costs no memory, and nearly no time where there are hundreds of rows, as in
+//! training and embedding. [`Matrix`] is packed once, for sampling. One thread: whoever calls has split the work already
+//! (see [`crate::workers`]).
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use tch::{Device, Tensor};
+
+use crate::LmError;
+use crate::kernels::{self, Element, Plus};
+
+/// Outputs that one tile computes: four vectors of sixteen.
+const COLUMNS: usize = 64;
+/// Rows that one tile computes: with its columns, 24 of the 32 vector registers.
+const ROWS: usize = 6;
+/// Rows that are multiplied by the packed panels together, so that they stay in the second cache.
+const BLOCK: usize = 16 * ROWS;
+/// Inputs that are multiplied at once: their part of a panel is a quarter of a megabyte, or half in float32.
+const DEPTH: usize = 2048;
+/// Bytes of panels that are packed at once, unless one takes more: many, so that weights are read in long runs, and yet
+/// few enough to stay in the third cache. A panel goes to the second one for each block of rows.
+const PACKED: usize = 4 << 20;
+
+thread_local! {
+    /// Room for packed panels, in words.
+    static ROOM: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
+}
+/// An element that products can be computed in.
+pub(crate) trait Factor: Element {
+    /// Neighbouring inputs that one instruction multiplies and adds.
+    const GROUP: usize;
+    /// Whether this CPU has the instructions.
+    fn is_supported() -> bool;
+    /// `sums[row][column] += Σ x[row][i] · panel[i][column]` for `R` rows; where `fresh`, the sums begin at zero.
+    ///
+    /// # Safety
+    /// [`Self::is_supported`]; `x` has `R` rows of `groups · GROUP` elements; `panel` holds `groups · GROUP · COLUMNS`;
+    /// `sums` has `R` rows of `COLUMNS`.
+    unsafe fn tile<const R: usize>(
+        x: Rows<*const Self>,
+        panel: *const Self,
+        groups: usize,
+        sums: Rows<*mut f32>,
+        fresh: bool,
+    );
+}
+
+/// Where the first of some rows is, and how many elements on the next one begins.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<P> {
+    first: P,
+    stride: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+mod instructions {
+    use std::arch::x86_64::*;
+
+    use half::bf16;
+
+    use super::{COLUMNS, Factor, Rows};
+
+    impl Factor for bf16 {
+        const GROUP: usize = 2;
+
+        fn is_supported() -> bool {
+            std::is_x86_feature_detected!("avx512bf16") && f32::is_supported()
+        }
+
+        unsafe fn tile<const R: usize>(
+            x: Rows<*const Self>,
+            panel: *const Self,
+            groups: usize,
+            sums: Rows<*mut f32>,
+            fresh: bool,
+        ) {
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+            unsafe fn tile<const R: usize>(
+                x: Rows<*const bf16>,
+                panel: *const bf16,
+                groups: usize,
+                out: Rows<*mut f32>,
+                fresh: bool,
+            ) {
+                // SAFETY: the pointers are good for these offsets by the contract of `Factor::tile`; a vector of 32 bf16
+                // and one of 16 words are the same bits.
+                unsafe {
+                    let mut sums = start::<R>(out, fresh);
+                    for group in 0..groups {
+                        let weights = panel.add(group * 2 * COLUMNS).cast::<i32>();
+                        let weights: [__m512bh; 4] = std::array::from_fn(|part| {
+                            std::mem::transmute(_mm512_loadu_si512(weights.add(16 * part).cast()))
+                        });
+                        for (row, sums) in sums.iter_mut().enumerate() {
+                            let pair = x.first.add(row * x.stride + group * 2).cast::<i32>().read_unaligned();
+                            let pair: __m512bh = std::mem::transmute(_mm512_set1_epi32(pair));
+                            for (sum, weights) in sums.iter_mut().zip(weights) {
+                                *sum = _mm512_dpbf16_ps(*sum, pair, weights);
+                            }
+                        }
+                    }
+                    finish(&sums, out);
+                }
+            }
+            // SAFETY: the caller keeps the contract, of which the CPU's instructions are part.
+            unsafe { tile::<R>(x, panel, groups, sums, fresh) }
+        }
+    }
+
+    impl Factor for f32 {
+        const GROUP: usize = 1;
+
+        fn is_supported() -> bool {
+            std::is_x86_feature_detected!("avx512f")
+                && std::is_x86_feature_detected!("avx512bw")
+                && std::is_x86_feature_detected!("avx512dq")
+                && std::is_x86_feature_detected!("avx512vl")
+                && std::is_x86_feature_detected!("fma")
+        }
+
+        unsafe fn tile<const R: usize>(
+            x: Rows<*const Self>,
+            panel: *const Self,
+            groups: usize,
+            sums: Rows<*mut f32>,
+            fresh: bool,
+        ) {
+            #[target_feature(enable = "avx512f")]
+            unsafe fn tile<const R: usize>(
+                x: Rows<*const f32>,
+                panel: *const f32,
+                groups: usize,
+                out: Rows<*mut f32>,
+                fresh: bool,
+            ) {
+                // SAFETY: the pointers are good for these offsets by the contract of `Factor::tile`.
+                unsafe {
+                    let mut sums = start::<R>(out, fresh);
+                    for group in 0..groups {
+                        let weights = panel.add(group * COLUMNS);
+                        let weights: [__m512; 4] = std::array::from_fn(|part| _mm512_loadu_ps(weights.add(16 * part)));
+                        for (row, sums) in sums.iter_mut().enumerate() {
+                            let value = _mm512_set1_ps(*x.first.add(row * x.stride + group));
+                            for (sum, weights) in sums.iter_mut().zip(weights) {
+                                *sum = _mm512_fmadd_ps(value, weights, *sum);
+                            }
+                        }
+                    }
+                    finish(&sums, out);
+                }
+            }
+            // SAFETY: the caller keeps the contract, of which the CPU's instructions are part.
+            unsafe { tile::<R>(x, panel, groups, sums, fresh) }
+        }
+    }
+
+    /// The sums of a tile so far.
+    ///
+    /// # Safety
+    /// `sums` has `R` rows of `COLUMNS`.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn start<const R: usize>(sums: Rows<*mut f32>, fresh: bool) -> [[__m512; 4]; R] {
+        match fresh {
+            true => [[_mm512_setzero_ps(); 4]; R],
+            // SAFETY: the caller keeps the contract.
+            false => std::array::from_fn(|row| {
+                std::array::from_fn(|part| unsafe { _mm512_loadu_ps(sums.first.add(row * sums.stride + 16 * part)) })
+            }),
+        }
+    }
+
+    /// The reverse.
+    ///
+    /// # Safety
+    /// As there.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn finish<const R: usize>(values: &[[__m512; 4]; R], sums: Rows<*mut f32>) {
+        for (row, values) in values.iter().enumerate() {
+            for (part, value) in values.iter().enumerate() {
+                // SAFETY: the caller keeps the contract.
+                unsafe { _mm512_storeu_ps(sums.first.add(row * sums.stride + 16 * part), *value) };
+            }
+        }
+    }
+
+    /// `packed[word][row] = rows[row][word]` for at most [`COLUMNS`] rows of `words`; of `packed`, whose rows are
+    /// [`COLUMNS`] wide, what no row fills stays as it is.
+    ///
+    /// # Safety
+    /// The CPU has the instructions; there are `count` rows of `words`, and `packed` has `words · COLUMNS`.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn transpose(rows: Rows<*const i32>, count: usize, words: usize, packed: *mut i32) {
+        // One round puts the first half of the rows between those of the second, word by word, and the words' first half
+        // into every other row: after four rounds, words and rows have changed places.
+        let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        let second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        let mask = |left: usize| ((1u32 << left.min(16)) - 1) as __mmask16;
+        for top in (0..count).step_by(16) {
+            for left in (0..words).step_by(16) {
+                let (height, width) = (mask(count - top), mask(words - left));
+                // The next sixteen rows, line after line: the processor would not guess the way that squares are read.
+                for line in 0..16 {
+                    let ahead = rows.first.wrapping_add((top + 16) * rows.stride + 16 * (left + line));
+                    _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+                }
+                // SAFETY: rows that are not there are not read, and what no row fills is not written.
+                unsafe {
+                    let mut square: [__m512i; 16] = std::array::from_fn(|row| match top + row < count {
+                        true => _mm512_maskz_loadu_epi32(width, rows.first.add((top + row) * rows.stride + left)),
+                        false => _mm512_setzero_si512(),
+                    });
+                    for _ in 0..4 {
+                        square = std::array::from_fn(|row| {
+                            let half = if row % 2 == 0 { first } else { second };
+                            _mm512_permutex2var_epi32(square[row / 2], half, square[row / 2 + 8])
+                        });
+                    }
+                    for (word, values) in square.iter().enumerate().take(words - left) {
+                        _mm512_mask_storeu_epi32(packed.add((left + word) * COLUMNS + top), height, *values);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod instructions {
+    use half::bf16;
+
+    use super::*;
+
+    macro_rules! plain {
+        ($element:ty) => {
+            impl Factor for $element {
+                const GROUP: usize = 1;
+
+                fn is_supported() -> bool {
+                    false
+                }
+
+                unsafe fn tile<const R: usize>(
+                    _: Rows<*const Self>,
+                    _: *const Self,
+                    _: usize,
+                    _: Rows<*mut f32>,
+                    _: bool,
+                ) {
+                }
+            }
+        };
+    }
+
+    plain!(bf16);
+    plain!(f32);
+
+    pub(super) unsafe fn transpose(_: Rows<*const i32>, _: usize, _: usize, _: *mut i32) {}
+}
+
+/// A weight as it lies in memory.
+#[derive(Clone, Copy)]
+pub(crate) enum Weight<'a, E> {
+    /// `[outputs, inputs]`, of a product `x · Wᵀ`.
+    Outputs(&'a [E]),
+    /// `[inputs, outputs]`, of a product `x · W`.
+    Inputs(&'a [E]),
+}
+
+/// `out[row] = Σ x[row][input] · weight[input] + plus`, each sum rounded once: rows of `x` are `inputs` wide, those of
+/// `out` and what is added to them `outputs`. The inputs must be whole groups ([`Factor::GROUP`]).
+pub(crate) fn product<E: Factor>(
+    x: &[E],
+    weight: Weight<'_, E>,
+    (inputs, outputs): (usize, usize),
+    plus: Plus<'_, E>,
+    out: &mut [E],
+) {
+    let (Weight::Outputs(values) | Weight::Inputs(values)) = weight;
+    assert!(E::is_supported() && inputs > 0 && inputs.is_multiple_of(E::GROUP) && values.len() == inputs * outputs);
+    assert!(x.len().is_multiple_of(inputs) && x.len() / inputs * outputs == out.len());
+    assert!(plus.bias.is_none_or(|bias| bias.len() == outputs) && plus.rows.is_none_or(|rows| rows.len() == out.len()));
+    if out.is_empty() {
+        return;
+    }
+    let size = inputs.min(DEPTH) * COLUMNS;
+    let panels = outputs.div_ceil(COLUMNS);
+    let together = (PACKED / size_of::<E>() / size).clamp(1, panels);
+    let mut room = ROOM.take();
+    room.resize(room.len().max(together * size / E::GROUP), 0);
+    // SAFETY: a word is a group of elements, any bits are some, and so is the alignment.
+    let (_, packed, _) = unsafe { room.align_to_mut::<E>() };
+    // Sums wait for the rest of the inputs, if there is one.
+    let blocks = (x.len() / inputs).div_ceil(BLOCK);
+    let waiting = if inputs > DEPTH { panels * blocks } else { 1 };
+    let mut sums = vec![0f32; waiting * BLOCK * COLUMNS];
+    for inner in (0..inputs).step_by(DEPTH) {
+        let inner = inner..inputs.min(inner + DEPTH);
+        for first in (0..panels).step_by(together) {
+            let here = first..panels.min(first + together);
+            pack(weight, (inputs, inner.clone()), (outputs, here.clone()), packed);
+            for (block, x) in x.chunks(BLOCK * inputs).enumerate() {
+                for (panel, packed) in here.clone().zip(packed.chunks_exact(inner.len() * COLUMNS)) {
+                    let at = (panel * blocks + block) % waiting * BLOCK * COLUMNS;
+                    let sums = &mut sums[at..at + BLOCK * COLUMNS];
+                    multiply(x, inputs, inner.clone(), packed, sums);
+                    if inner.end == inputs {
+                        let rows = block * BLOCK * outputs..out.len().min((block + 1) * BLOCK * outputs);
+                        let plus = Plus { rows: plus.rows.map(|all| &all[rows.clone()]), ..plus };
+                        let sums = &mut sums[..x.len() / inputs * COLUMNS];
+                        kernels::round(sums, COLUMNS, panel * COLUMNS, outputs, plus, &mut out[rows]);
+                    }
+                }
+            }
+        }
+    }
+    ROOM.set(room);
+}
+
+/// Adds the products of at most [`BLOCK`] rows with a panel of the `inner` ones of their `inputs`, in rows of [`COLUMNS`].
+fn multiply<E: Factor>(x: &[E], inputs: usize, inner: Range<usize>, panel: &[E], sums: &mut [f32]) {
+    for (x, sums) in x.chunks(ROWS * inputs).zip(sums.chunks_exact_mut(ROWS * COLUMNS)) {
+        let rows = Rows { first: x[inner.start..].as_ptr(), stride: inputs };
+        let sums = Rows { first: sums.as_mut_ptr(), stride: COLUMNS };
+        let groups = inner.len() / E::GROUP;
+        // SAFETY: `product` checked the instructions; the slices are of whole rows, and of whole tiles of sums.
+        unsafe { tile(x.len() / inputs, rows, panel.as_ptr(), groups, sums, inner.start == 0) };
+    }
+}
+
+/// [`Factor::tile`] of as many of the `rows` as it takes.
+///
+/// # Safety
+/// As there.
+unsafe fn tile<E: Factor>(
+    rows: usize,
+    x: Rows<*const E>,
+    panel: *const E,
+    groups: usize,
+    sums: Rows<*mut f32>,
+    fresh: bool,
+) {
+    let tile = match rows {
+        1 => E::tile::<1>,
+        2 => E::tile::<2>,
+        3 => E::tile::<3>,
+        4 => E::tile::<4>,
+        5 => E::tile::<5>,
+        _ => E::tile::<ROWS>,
+    };
+    // SAFETY: the caller keeps the contract.
+    unsafe { tile(x, panel, groups, sums, fresh) }
+}
+
+/// Packs the `inner` ones of all inputs of some `panels` of all outputs: panel, group of inputs, output, input within the
+/// group. Where the last panel has fewer than [`COLUMNS`] outputs, the rest is of no meaning.
+fn pack<E: Factor>(
+    weight: Weight<'_, E>,
+    (inputs, inner): (usize, Range<usize>),
+    (outputs, panels): (usize, Range<usize>),
+    packed: &mut [E],
+) {
+    let columns = panels.start * COLUMNS..outputs.min(panels.end * COLUMNS);
+    match weight {
+        Weight::Outputs(values) => {
+            let words = inner.len() / E::GROUP;
+            let panels = packed.chunks_exact_mut(inner.len() * COLUMNS);
+            for (rows, packed) in
+                values[columns.start * inputs..columns.end * inputs].chunks(COLUMNS * inputs).zip(panels)
+            {
+                let first = Rows { first: rows[inner.start..].as_ptr().cast(), stride: inputs / E::GROUP };
+                // SAFETY: `product` checked the instructions; a group is one word, and the slices are of whole rows and of
+                // `COLUMNS` for each group.
+                unsafe { instructions::transpose(first, rows.len() / inputs, words, packed.as_mut_ptr().cast()) };
+            }
+        }
+        Weight::Inputs(values) => {
+            let rows = &values[inner.start * outputs..inner.end * outputs];
+            kernels::interleave(rows, outputs, columns, E::GROUP, COLUMNS, packed);
+        }
+    }
+}
+
+/// A weight in panels of [`COLUMNS`] outputs: panel, group of inputs, output, input within the group.
+pub(crate) struct Matrix<E> {
+    panels: Vec<E>,
+    pub(crate) inputs: usize,
+    /// Outputs, rounded up to whole panels; the rest are zero.
+    pub(crate) outputs: usize,
+}
+
+impl<E: Factor> Matrix<E> {
+    /// Packs `[outputs, inputs]`. The inputs must be whole groups ([`Factor::GROUP`]).
+    pub(crate) fn pack(weight: &Tensor) -> Result<Self, LmError> {
+        let (outputs, inputs) = weight.size2()?;
+        let (outputs, inputs) = (outputs as usize, inputs as usize);
+        assert!(E::is_supported() && inputs > 0 && inputs.is_multiple_of(E::GROUP));
+        let mut values = vec![E::narrow(0.0); outputs * inputs];
+        copy(weight, &mut values)?;
+        let mut panels = vec![E::narrow(0.0); outputs.div_ceil(COLUMNS) * COLUMNS * inputs];
+        let all = 0..outputs.div_ceil(COLUMNS);
+        pack(Weight::Outputs(&values), (inputs, 0..inputs), (outputs, all), &mut panels);
+        Ok(Self { panels, inputs, outputs: outputs.next_multiple_of(COLUMNS) })
+    }
+
+    /// `out[row] = weight · x[row]`; rows of `x` are `inputs` wide, those of `out` `outputs`.
+    pub(crate) fn multiply(&self, x: &[E], rows: usize, out: &mut [f32]) {
+        let groups = self.inputs / E::GROUP;
+        assert!(x.len() >= rows * self.inputs && out.len() >= rows * self.outputs);
+        for (panel, weights) in self.panels.chunks_exact(self.inputs * COLUMNS).enumerate() {
+            for row in (0..rows).step_by(ROWS) {
+                let x = Rows { first: x[row * self.inputs..].as_ptr(), stride: self.inputs };
+                let first = out[row * self.outputs + panel * COLUMNS..].as_mut_ptr();
+                // SAFETY: `pack` checked the instructions, and lengths were checked above; a tile's rows end before `rows`.
+                unsafe { tile(rows - row, x, weights.as_ptr(), groups, Rows { first, stride: self.outputs }, true) };
+            }
+        }
+    }
+}
+
+/// Copies a tensor's values as they are.
+pub(crate) fn copy<E: Element>(tensor: &Tensor, values: &mut [E]) -> Result<(), LmError> {
+    let tensor = tensor.f_contiguous()?;
+    if tensor.numel() != values.len() || tensor.kind() != E::KIND || tensor.device() != Device::Cpu {
+        return Err(LmError::Malformed("a weight is not of the compute kind".into()));
+    }
+    // SAFETY: contiguous, on this machine, of this type and length (checked), and alive until the copy is done.
+    values.copy_from_slice(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), values.len()) });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::decoder::tests::wave;
+
+    /// Against libtorch in float64, for every count of rows up to two tiles and one, and sizes that fill no panel.
+    fn check<E: Factor>(tolerance: f64) {
+        if !E::is_supported() {
+            return;
+        }
+        for (inputs, outputs) in [(7, 5), (64, 64), (33, 130)] {
+            let weight = wave(1, &[outputs, inputs]).to_kind(E::KIND);
+            let matrix = Matrix::<E>::pack(&weight).unwrap();
+            for rows in 1..=13 {
+                let x = wave(2, &[rows, inputs]).to_kind(E::KIND);
+                let mut values = vec![E::narrow(0.0); rows as usize * matrix.inputs];
+                for (row, values) in values.chunks_exact_mut(matrix.inputs).enumerate() {
+                    copy(&x.get(row as i64), &mut values[..inputs as usize]).unwrap();
+                }
+                let mut found = vec![0f32; rows as usize * matrix.outputs];
+                matrix.multiply(&values, rows as usize, &mut found);
+                let found = Tensor::from_slice(&found).reshape([rows, -1]).narrow(1, 0, outputs);
+                let expected = x.to_kind(tch::Kind::Double).matmul(&weight.to_kind(tch::Kind::Double).tr());
+                let difference = (found - expected).abs().max().double_value(&[]);
+                assert!(difference < tolerance, "{rows} × {inputs} × {outputs}: {difference}");
+            }
+        }
+    }
+
+    #[test]
+    fn products_are_right() {
+        check::<f32>(1e-5);
+        check::<bf16>(1e-5);
+    }
+}
