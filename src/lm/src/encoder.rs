@@ -188,20 +188,15 @@ impl Batch {
         Ok(Self { ids: place(&ids)?, positions: place(&positions)?, groups })
     }
 
-    /// What `attend` gives for the query, key and value heads `[texts, heads, length, head_dim]` of each group, of joint
-    /// ones `[tokens, 3 · heads · head_dim]`: `[tokens, heads · head_dim]`. It gets the number of the group, too.
+    /// What `attend` gives for each group's joined heads `[texts, length, 3 · heads · head_dim]`, of joint ones `[tokens,
+    /// 3 · heads · head_dim]`: `[tokens, heads · head_dim]`. It gets the number of the group, too.
     fn attend(
         &self,
         joint: &Tensor,
-        heads: i64,
-        attend: impl Fn(usize, &Group, [Tensor; 3]) -> Result<Tensor, LmError>,
+        attend: impl Fn(usize, &Group, &Tensor) -> Result<Tensor, LmError>,
     ) -> Result<Tensor, LmError> {
-        let each = self.groups.iter().enumerate().map(|(index, group)| {
-            let split = group.of(joint)?.f_unflatten(-1, [3, heads, -1])?;
-            let part = |index: i64| split.f_select(2, index)?.f_transpose(1, 2);
-            let attended = attend(index, group, [part(0)?, part(1)?, part(2)?])?;
-            Ok(attended.f_transpose(1, 2)?.f_flatten(2, 3)?.f_flatten(0, 1)?)
-        });
+        let groups = self.groups.iter().enumerate();
+        let each = groups.map(|(index, group)| Ok(attend(index, group, &group.of(joint)?)?.f_flatten(0, 1)?));
         Ok(Tensor::f_cat(&each.collect::<Result<Vec<_>, LmError>>()?, 0)?)
     }
 

@@ -91,28 +91,28 @@ kernels! {
     fn cross_entropy / cross_entropy_body<E: Element>(
         logits: &mut [E], vocab: usize, labels: &[i64], losses: &mut [f32],
     );
-    /// Softmax of rows of `scale` · scores, each `length` wide. Row i sees as many as `visible` says, which goes on from its
-    /// start when it ends; the others become 0.
-    fn softmax / softmax_body<E: Element>(scores: &mut [E], length: usize, scale: f32, visible: &[usize]);
-    /// Gradient with respect to the scores, in place of that with respect to what [`softmax`] gave.
+    /// Softmax of rows of `scale` · scores, each `width` wide, which is whole vectors. Of each row as many are seen as
+    /// `visible` says; the others weigh 0. The scores are used up.
+    fn softmax / softmax_body<E: Element>(
+        scores: &mut [f32], weights: &mut [E], width: usize, scale: f32, visible: &[usize],
+    );
+    /// Gradient with respect to the scores, in place of what [`softmax`] gave, of that with respect to it. That is used up.
     fn softmax_backward / softmax_backward_body<E: Element>(
-        gradient: &mut [E], probabilities: &[E], length: usize, scale: f32, visible: &[usize],
+        gradient: &mut [f32], weights: &mut [E], width: usize, scale: f32, visible: &[usize],
     );
     /// The highest of `scores` · `inverse`, and the sum of exp(score · `inverse` − that).
     fn mass / mass_body<E: Element>(scores: &[E], inverse: f32, out: &mut [f32; 2]);
     /// Turns the first `turned` heads of each row in place; rows are positions 0, 1, … `length` - 1, again and again.
     fn rotate / rotate_body<E: Element>(rows: &mut [E], heads: Heads, cos: &[E], sin: &[E]);
-    /// Rounds rows of sums, each `stride` wide, into rows as wide as `width`, from column `first` on, with what is to be
-    /// added: a row to every one, and rows as those of `out`.
+    /// Rounds rows of sums, each `stride` wide, into rows as wide as `width`, at `columns`, with what is to be added: a
+    /// row to every one, and rows as those of `out`.
     fn round / round_body<E: Element>(
-        sums: &mut [f32], stride: usize, first: usize, width: usize, plus: Plus<'_, E>, out: &mut [E],
+        sums: &mut [f32], stride: usize, columns: Range<usize>, width: usize, plus: Plus<'_, E>, out: &mut [E],
     );
-    /// Puts `columns` of each `group` of one or two rows of `values`, which are `width` wide, between each other: the first of each,
-    /// then the second of each. `packed` gets the first `stride` columns of all groups, then the next of all; where columns
-    /// run out before a whole stride, what it has there stays.
-    fn interleave / interleave_body<E: Element>(
-        values: &[E], width: usize, columns: Range<usize>, group: usize, stride: usize, packed: &mut [E],
-    );
+    /// Puts the rows of each group between each other: the first element of each, then the second of each. `packed` gets
+    /// the first panel of columns of all groups, then the next of all; where columns run out before a whole panel, what
+    /// it has there stays.
+    fn interleave / interleave_body<E: Element>(values: &[E], shape: Interleave, packed: &mut [E]);
 }
 
 /// What is added to sums before they are rounded.
@@ -122,6 +122,23 @@ pub(crate) struct Plus<'a, E> {
     pub(crate) bias: Option<&'a [E]>,
     /// To each row its own.
     pub(crate) rows: Option<&'a [E]>,
+}
+
+impl<E> Plus<'_, E> {
+    pub(crate) const NOTHING: Self = Self { bias: None, rows: None };
+}
+
+/// Rows to interleave.
+#[derive(Clone, Copy)]
+pub(crate) struct Interleave {
+    pub(crate) rows: usize,
+    /// Elements from one row to the next.
+    pub(crate) stride: usize,
+    pub(crate) width: usize,
+    /// Rows that come between each other: one or two.
+    pub(crate) group: usize,
+    /// Columns of a panel.
+    pub(crate) panel: usize,
 }
 
 /// How a row of joined heads is laid out.
@@ -268,42 +285,50 @@ fn cross_entropy_body<E: Element>(logits: &mut [E], vocab: usize, labels: &[i64]
 }
 
 #[inline(always)]
-fn softmax_body<E: Element>(scores: &mut [E], length: usize, scale: f32, visible: &[usize]) {
-    let mut powers = vec![0f32; length.next_multiple_of(LANES)];
-    for (scores, &seen) in scores.chunks_exact_mut(length).zip(visible.iter().cycle()) {
+fn softmax_body<E: Element>(scores: &mut [f32], weights: &mut [E], width: usize, scale: f32, visible: &[usize]) {
+    let rows = scores.chunks_exact_mut(width).zip(weights.chunks_exact_mut(width));
+    for ((scores, weights), &seen) in rows.zip(visible) {
         let best = largest(&scores[..seen]) * scale;
         // Whole vectors, for speed; what is not seen counts nothing.
-        let powers = &mut powers[..seen.next_multiple_of(LANES)];
-        for (power, score) in powers.iter_mut().zip(&*scores) {
-            *power = exp(score.wide() * scale - best);
+        let whole = seen.next_multiple_of(LANES);
+        for score in &mut scores[..whole] {
+            *score = exp(*score * scale - best);
         }
-        powers[seen..].fill(0.0);
-        let inverse = 1.0 / sum([powers], |[power]| power);
-        for (score, power) in scores.iter_mut().zip(&*powers) {
-            *score = E::narrow(power * inverse);
+        scores[seen..whole].fill(0.0);
+        let inverse = 1.0 / sum([&scores[..whole]], |[score]| score);
+        let (near, far) = weights.split_at_mut(whole);
+        for (weight, score) in near.iter_mut().zip(&*scores) {
+            *weight = E::narrow(score * inverse);
         }
-        scores[seen..].fill(E::narrow(0.0));
+        far.fill(E::narrow(0.0));
     }
 }
 
-/// With p the probabilities and g their gradient: ∂s = scale · p · (g − Σ g·p).
+/// With p the weights and g their gradient: ∂s = scale · p · (g − Σ g·p).
 #[inline(always)]
 fn softmax_backward_body<E: Element>(
-    gradient: &mut [E],
-    probabilities: &[E],
-    length: usize,
+    gradient: &mut [f32],
+    weights: &mut [E],
+    width: usize,
     scale: f32,
     visible: &[usize],
 ) {
-    let rows = gradient.chunks_exact_mut(length).zip(probabilities.chunks_exact(length));
-    for ((gradient, probabilities), &seen) in rows.zip(visible.iter().cycle()) {
-        let (gradient, hidden) = gradient.split_at_mut(seen);
-        let probabilities = &probabilities[..seen];
-        let mean = sum([&*gradient, probabilities], |[gradient, probability]| gradient.wide() * probability.wide());
-        for (gradient, probability) in gradient.iter_mut().zip(probabilities) {
-            *gradient = E::narrow(probability.wide() * (gradient.wide() - mean) * scale);
+    let rows = gradient.chunks_exact_mut(width).zip(weights.chunks_exact_mut(width));
+    for ((gradient, weights), &seen) in rows.zip(visible) {
+        let whole = seen.next_multiple_of(LANES);
+        let (gradient, weights) = (&mut gradient[..whole], &mut weights[..whole]);
+        // Whatever was computed for what is not seen.
+        gradient[seen..].fill(0.0);
+        let mut mean = [0f32; LANES];
+        for (gradient, weights) in gradient.as_chunks::<LANES>().0.iter().zip(weights.as_chunks::<LANES>().0) {
+            for ((mean, gradient), weight) in mean.iter_mut().zip(gradient).zip(weights) {
+                *mean += gradient * weight.wide();
+            }
         }
-        hidden.fill(E::narrow(0.0));
+        let mean = reduced(mean, |a, b| a + b);
+        for (weight, gradient) in weights.iter_mut().zip(&*gradient) {
+            *weight = E::narrow(weight.wide() * (gradient - mean) * scale);
+        }
     }
 }
 
@@ -353,12 +378,11 @@ fn rotate_body<E: Element>(rows: &mut [E], heads: Heads, cos: &[E], sin: &[E]) {
 fn round_body<E: Element>(
     sums: &mut [f32],
     stride: usize,
-    first: usize,
+    columns: Range<usize>,
     width: usize,
     plus: Plus<'_, E>,
     out: &mut [E],
 ) {
-    let columns = first..width.min(first + stride);
     let add = |sums: &mut [f32], values: &[E]| {
         for (sum, value) in sums.iter_mut().zip(&values[columns.clone()]) {
             *sum += value.wide();
@@ -378,24 +402,18 @@ fn round_body<E: Element>(
 }
 
 #[inline(always)]
-fn interleave_body<E: Element>(
-    values: &[E],
-    width: usize,
-    columns: Range<usize>,
-    group: usize,
-    stride: usize,
-    packed: &mut [E],
-) {
-    let groups = values.len() / width / group;
-    for (number, rows) in values.chunks_exact(group * width).enumerate() {
-        for (panel, first) in columns.clone().step_by(stride).enumerate() {
-            let packed = &mut packed[(panel * groups + number) * group * stride..][..group * stride];
-            let row = |index: usize| &rows[index * width..][first..columns.end.min(first + stride)];
+fn interleave_body<E: Element>(values: &[E], shape: Interleave, packed: &mut [E]) {
+    let Interleave { rows, stride, width, group, panel } = shape;
+    for number in 0..rows / group {
+        let row = |index: usize| &values[(number * group + index) * stride..][..width];
+        for first in (0..width).step_by(panel) {
+            let columns = first..width.min(first + panel);
+            let packed = &mut packed[first * rows + number * group * panel..][..group * columns.len()];
             match group {
-                1 => packed[..row(0).len()].copy_from_slice(row(0)),
+                1 => packed.copy_from_slice(&row(0)[columns]),
                 _ => {
                     let (pairs, _) = packed.as_chunks_mut::<2>();
-                    for ((pair, one), other) in pairs.iter_mut().zip(row(0)).zip(row(1)) {
+                    for ((pair, one), other) in pairs.iter_mut().zip(&row(0)[columns.clone()]).zip(&row(1)[columns]) {
                         *pair = [*one, *other];
                     }
                 }

@@ -3,6 +3,7 @@
 //! Knows no storage (local folders only) and no differential privacy.
 
 pub mod adapter;
+mod attention;
 pub mod checkpoint;
 pub mod decoder;
 pub mod device;

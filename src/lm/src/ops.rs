@@ -7,11 +7,12 @@ use half::bf16;
 use tch::{Device, Kind, Tensor};
 
 use crate::LmError;
+use crate::attention::{self, Sequence, Work};
 use crate::checkpoint::DecoderConfig;
-use crate::decoder::layer;
+use crate::decoder::layer::{self, join_heads, split_heads};
 use crate::decoder::rope::{self, Angles};
 use crate::kernels::{self, Element, Heads, Plus};
-use crate::products::{self, Factor, Weight};
+use crate::products::{self, Factor, View, Weight};
 
 /// Runs the block with `E` as the element type of `$tensor`, where our kernels can compute on it; else `$otherwise`.
 macro_rules! on_cpu {
@@ -30,9 +31,6 @@ macro_rules! on_cpu {
     };
 }
 
-// Below the macro, which it uses.
-mod attention;
-
 /// `x · weightᵀ + bias + rows` of x `[…, inputs]`, a weight `[outputs, inputs]` and rows `[…, outputs]`.
 pub(crate) fn linear(
     x: &Tensor,
@@ -42,8 +40,7 @@ pub(crate) fn linear(
 ) -> Result<Tensor, LmError> {
     on_cpu!(x, E => {
         if multiplies::<E>(weight.size2()?.1) {
-            let weight = weight.f_contiguous()?;
-            return product::<E>(x, Weight::Outputs(values(&weight)?), weight.size2()?.0, bias, rows);
+            return product::<E>(x, Weight::Outputs(view(&weight.f_contiguous()?)?), bias, rows);
         }
     }, {});
     added(x.f_linear(weight, bias)?, rows)
@@ -53,8 +50,7 @@ pub(crate) fn linear(
 pub(crate) fn matmul(x: &Tensor, weight: &Tensor, rows: Option<&Tensor>) -> Result<Tensor, LmError> {
     on_cpu!(x, E => {
         if multiplies::<E>(weight.size2()?.0) {
-            let weight = weight.f_contiguous()?;
-            return product::<E>(x, Weight::Inputs(values(&weight)?), weight.size2()?.1, None, rows);
+            return product::<E>(x, Weight::Inputs(view(&weight.f_contiguous()?)?), None, rows);
         }
     }, {});
     added(x.f_matmul(weight)?, rows)
@@ -69,13 +65,18 @@ fn added(product: Tensor, rows: Option<&Tensor>) -> Result<Tensor, LmError> {
 
 /// Whether our products can have so many inputs.
 fn multiplies<E: Factor>(inputs: i64) -> bool {
-    E::is_supported() && (inputs as usize).is_multiple_of(E::GROUP)
+    E::is_supported() && inputs > 0 && (inputs as usize).is_multiple_of(E::GROUP)
+}
+
+/// The rows of a contiguous matrix.
+fn view<E: Element>(matrix: &Tensor) -> Result<View<'_, E>, LmError> {
+    let (rows, width) = matrix.size2()?;
+    Ok(View::new(values(matrix)?, width as usize, 0..rows as usize, 0..width as usize))
 }
 
 fn product<E: Factor>(
     x: &Tensor,
     weight: Weight<'_, E>,
-    outputs: i64,
     bias: Option<&Tensor>,
     rows: Option<&Tensor>,
 ) -> Result<Tensor, LmError> {
@@ -83,10 +84,10 @@ fn product<E: Factor>(
     let rows = rows.map(Tensor::f_contiguous).transpose()?;
     let plus = Plus { bias: bias.map(values).transpose()?, rows: rows.as_ref().map(values).transpose()? };
     let mut shape = x.size();
-    let inputs = shape.pop().unwrap_or_default();
-    shape.push(outputs);
+    shape.pop();
+    shape.push(weight.outputs() as i64);
     let mut out = Tensor::f_empty(shape, (E::KIND, Device::Cpu))?;
-    products::product(values(&x)?, weight, (inputs as usize, outputs as usize), plus, values_mut(&mut out)?);
+    products::product(values(&x)?, weight, plus, values_mut(&mut out)?);
     Ok(out)
 }
 
@@ -245,39 +246,52 @@ fn check<E: Element>(tensor: &Tensor) -> Result<(), LmError> {
     }
 }
 
-/// Longest sequences whose scores are held whole, in bf16 on CPU: those of one example and a head take 2 MiB then.
-const LONGEST: i64 = 1024;
-
 /// Causal attention and what its gradient needs.
 pub(crate) struct Attention {
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    /// `[batch, heads, length, head_dim]`.
+    /// Queries, keys and values, `[batch, length, (heads + 2 · key-value heads) · head_dim]`.
+    joint: Tensor,
+    heads: attention::Heads,
+    /// `[batch, length, heads · head_dim]`.
     pub(crate) output: Tensor,
     way: Way,
 }
 
 /// How attention is computed.
 enum Way {
-    /// Products of whole blocks of scores ([`attention`]).
-    Products,
-    /// libtorch's kernel for CPU, with the row-wise log of the sum of exponentials that it gave. In bf16 it multiplies blocks
-    /// of 32 rows one by one, and calling the product takes longer than the product.
-    Flash(Tensor),
-    /// Whatever libtorch has for the device, with its gradient.
-    Autograd,
+    /// Our kernel.
+    Own,
+    /// libtorch's kernel for CPU: its q, k, v and output, `[batch, heads, length, head_dim]`, and the row-wise log of the sum
+    /// of exponentials that it gave.
+    Flash([Tensor; 4], Tensor),
+    /// Whatever libtorch has for the device, with its gradient: q, k, v and the output.
+    Autograd([Tensor; 4]),
 }
 
 impl Attention {
-    /// Attention of q `[batch, heads, length, head_dim]` to k and v, which may have fewer heads.
-    pub(crate) fn forward(q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
-        if q.device() != Device::Cpu {
-            return Self::by_autograd(q, k, v);
+    /// Attention of a group's joined heads `[batch, length, (heads + 2 · key-value heads) · head_dim]`.
+    pub(crate) fn forward(joint: Tensor, config: &DecoderConfig) -> Result<Self, LmError> {
+        let heads = attention::Heads {
+            queries: config.heads as usize,
+            keys: config.kv_heads as usize,
+            width: config.head_dim as usize,
+        };
+        on_cpu!(joint, E => {
+            let length = joint.size3()?.1;
+            if attends::<E>(length, heads) {
+                let visible: Vec<usize> = (1..=length as usize).collect();
+                let joint = joint.f_contiguous()?;
+                let output = attended::<E>(&joint, heads, &[visible])?;
+                return Ok(Self { joint, heads, output, way: Way::Own });
+            }
+        }, {});
+        let (q, k, v) = split_heads(&joint, config)?;
+        match joint.device() {
+            Device::Cpu => Self::by_flash(joint, heads, q, k, v),
+            _ => Self::by_autograd(joint, heads, q, k, v),
         }
-        if by_products(&q) {
-            return Self::by_products(q, k, v);
-        }
+    }
+
+    fn by_flash(joint: Tensor, heads: attention::Heads, q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
         let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
         let (output, normaliser) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
             &q,
@@ -288,18 +302,12 @@ impl Attention {
             None::<&Tensor>,
             None,
         )?;
-        Ok(Self { q, k, v, output, way: Way::Flash(normaliser) })
-    }
-
-    fn by_products(q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
-        let shape = q.size();
-        let (q, k, v) = attention::joined(&q, &k, &v)?;
-        let output = attention::causal(&q, &k, &v)?.f_reshape(shape)?;
-        Ok(Self { q, k, v, output, way: Way::Products })
+        let way = Way::Flash([q, k, v, output.shallow_clone()], normaliser);
+        Ok(Self { joint, heads, output: join_heads(&output)?, way })
     }
 
     /// Autograd over this one operation: its kernels differ by device, kind and head width.
-    fn by_autograd(q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
+    fn by_autograd(joint: Tensor, heads: attention::Heads, q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
         let leaf = |tensor: Tensor| tensor.f_detach()?.f_set_requires_grad(true);
         let (q, k, v) = (leaf(q)?, leaf(k)?, leaf(v)?);
         let output = tch::with_grad(|| -> Result<Tensor, LmError> {
@@ -307,7 +315,7 @@ impl Attention {
             let none = None::<&Tensor>;
             Ok(Tensor::f_scaled_dot_product_attention(&q, &wide_k, &wide_v, none, 0.0, true, None, false)?)
         })?;
-        Ok(Self { q, k, v, output, way: Way::Autograd })
+        Ok(Self { joint, heads, output: join_heads(&output.detach())?, way: Way::Autograd([q, k, v, output]) })
     }
 
     /// The output alone, where no gradient is wanted.
@@ -316,58 +324,104 @@ impl Attention {
         Ok(Tensor::f_scaled_dot_product_attention(q, &wide_k, &wide_v, None::<&Tensor>, 0.0, true, None, false)?)
     }
 
-    /// Gradients of q, k and v, of which the output's gradient is `gradient`.
-    pub(crate) fn backward(self, gradient: &Tensor) -> Result<(Tensor, Tensor, Tensor), LmError> {
-        let Self { q, k, v, output, way } = self;
-        let normaliser = match way {
-            Way::Products => return attention::backward(gradient, &q, &k, &v),
-            Way::Flash(normaliser) => normaliser,
-            Way::Autograd => {
-                let objective = tch::with_grad(|| output.f_mul(gradient)?.f_sum(Kind::Float))?;
+    /// Gradient of the joined heads, of which the output's gradient is `gradient` `[batch, length, heads · head_dim]`.
+    pub(crate) fn backward(self, gradient: &Tensor) -> Result<Tensor, LmError> {
+        let Self { joint, heads, way, .. } = self;
+        let (batch, length, width) = joint.size3()?;
+        let apart = |rows: &Tensor| -> Result<Tensor, LmError> {
+            Ok(rows.f_reshape([batch, length, -1, heads.width as i64])?.f_transpose(1, 2)?)
+        };
+        let (q, k, v) = match way {
+            Way::Own => return own_backward(gradient, &joint, heads),
+            Way::Flash([q, k, v, output], normaliser) => {
+                let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
+                let (of_q, of_k, of_v) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward(
+                    &apart(gradient)?,
+                    &q,
+                    &wide_k,
+                    &wide_v,
+                    &output,
+                    &normaliser,
+                    0.0,
+                    true,
+                    None::<&Tensor>,
+                    None,
+                )?;
+                (of_q, summed(&of_k, &k)?, summed(&of_v, &v)?)
+            }
+            Way::Autograd([q, k, v, output]) => {
+                let gradient = apart(gradient)?;
+                let objective = tch::with_grad(|| output.f_mul(&gradient)?.f_sum(Kind::Float))?;
                 let found = Tensor::f_run_backward(&[objective], &[&q, &k, &v], false, false)?;
-                return match <[Tensor; 3]>::try_from(found) {
-                    Ok([q, k, v]) => Ok((q, k, v)),
-                    Err(_) => Err(LmError::Malformed("attention: libtorch gave no gradient".into())),
-                };
+                match <[Tensor; 3]>::try_from(found) {
+                    Ok([q, k, v]) => (q, k, v),
+                    Err(_) => return Err(LmError::Malformed("attention: libtorch gave no gradient".into())),
+                }
             }
         };
-        let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
-        let (of_q, of_k, of_v) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient,
-            &q,
-            &wide_k,
-            &wide_v,
-            &output,
-            &normaliser,
-            0.0,
-            true,
-            None::<&Tensor>,
-            None,
-        )?;
-        Ok((of_q, summed(&of_k, &k)?, summed(&of_v, &v)?))
+        let joint = Tensor::f_cat(&[q.f_transpose(1, 2)?, k.f_transpose(1, 2)?, v.f_transpose(1, 2)?], 2)?;
+        Ok(joint.f_reshape([batch, length, width])?)
     }
 }
 
-/// Attention of each text to its own first `lengths` positions: q, k and v `[texts, heads, length, head_dim]`, and
+/// Attention of each text to its own first `lengths` positions: joined heads `[texts, length, 3 · heads · head_dim]`, and
 /// `blocked` what the scores get added to say the same.
-pub(crate) fn attend(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    lengths: &[usize],
-    blocked: &Tensor,
-) -> Result<Tensor, LmError> {
-    if !by_products(q) {
-        return Ok(Tensor::f_scaled_dot_product_attention(q, k, v, Some(blocked), 0.0, false, None, false)?);
-    }
-    let shape = q.size();
-    let (q, k, v) = attention::joined(q, k, v)?;
-    Ok(attention::of_lengths(&q, &k, &v, lengths)?.f_reshape(shape)?)
+pub(crate) fn attend(joint: &Tensor, heads: i64, lengths: &[usize], blocked: &Tensor) -> Result<Tensor, LmError> {
+    let (_, length, width) = joint.size3()?;
+    on_cpu!(joint, E => {
+        let count = heads as usize;
+        let heads = attention::Heads { queries: count, keys: count, width: width as usize / 3 / count };
+        if attends::<E>(length, heads) {
+            let visible: Vec<Vec<usize>> = lengths.iter().map(|&own| vec![own; length as usize]).collect();
+            return attended::<E>(&joint.f_contiguous()?, heads, &visible);
+        }
+    }, {});
+    let [q, k, v] = thirds(joint, heads)?;
+    join_heads(&Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(blocked), 0.0, false, None, false)?)
 }
 
-/// Whether whole products are the faster way on this device, in this kind and at this length.
-fn by_products(q: &Tensor) -> bool {
-    q.device() == Device::Cpu && q.kind() == Kind::BFloat16 && q.size()[2] <= LONGEST
+/// Queries, keys and values, `[texts, heads, length, head_dim]` each, of joined heads `[texts, length, 3 · heads · head_dim]`.
+pub(crate) fn thirds(joint: &Tensor, heads: i64) -> Result<[Tensor; 3], LmError> {
+    let split = joint.f_unflatten(-1, [3, heads, -1])?;
+    let part = |index: i64| split.f_select(2, index)?.f_transpose(1, 2);
+    Ok([part(0)?, part(1)?, part(2)?])
+}
+
+/// Whether our kernel can have such sequences.
+fn attends<E: Factor>(length: i64, heads: attention::Heads) -> bool {
+    multiplies::<E>(length) && multiplies::<E>(heads.width as i64)
+}
+
+/// What our kernel gives for sequences `[batch, length, row of heads]`, of which each sees what its entry of `visible` says,
+/// or all what the only one says.
+fn attended<E: Factor>(joint: &Tensor, heads: attention::Heads, visible: &[Vec<usize>]) -> Result<Tensor, LmError> {
+    let (batch, length, _) = joint.size3()?;
+    let mut out = Tensor::f_empty([batch, length, heads.out() as i64], (E::KIND, Device::Cpu))?;
+    let mut work = Work::new();
+    let rows = values::<E>(joint)?.chunks_exact(length as usize * heads.row());
+    let outs = values_mut(&mut out)?.chunks_exact_mut(length as usize * heads.out());
+    for ((rows, out), visible) in rows.zip(outs).zip(visible.iter().cycle()) {
+        Sequence { rows, heads, visible }.forward(&mut work, out);
+    }
+    Ok(out)
+}
+
+/// Gradient of what [`Attention::forward`] had from our kernel.
+fn own_backward(gradient: &Tensor, joint: &Tensor, heads: attention::Heads) -> Result<Tensor, LmError> {
+    on_cpu!(joint, E => {
+        let length = joint.size3()?.1 as usize;
+        let gradient = gradient.f_contiguous()?;
+        let mut out = joint.f_empty_like()?;
+        let mut work = Work::new();
+        let visible: Vec<usize> = (1..=length).collect();
+        let rows = values::<E>(joint)?.chunks_exact(length * heads.row());
+        let gradients = values::<E>(&gradient)?.chunks_exact(length * heads.out());
+        let outs = values_mut::<E>(&mut out)?.chunks_exact_mut(length * heads.row());
+        for ((rows, gradient), out) in rows.zip(gradients).zip(outs) {
+            Sequence { rows, heads, visible: &visible }.backward(gradient, &mut work, out);
+        }
+        Ok(out)
+    }, Err(LmError::Malformed("attention by our kernel on another device than the CPU".into())))
 }
 
 /// Key-value heads, one for each query head.
@@ -441,23 +495,46 @@ mod tests {
 
     #[test]
     fn attention_is_the_same_by_autograd() {
-        // The second length fills no whole number of the blocks that products are made of.
-        for (length, way) in [
-            (13, Attention::forward as fn(_, _, _) -> _),
-            (13, Attention::by_products),
-            (2 * attention::BLOCK + 13, Attention::by_products),
-        ] {
-            let input = |seed: usize, heads: i64| wave(seed, &[2, length, heads, 8]).transpose(1, 2);
-            let gradient = wave(9, &[2, length, 6, 8]).transpose(1, 2);
-            tch::no_grad(|| {
-                let one = way(input(1, 6), input(2, 2), input(3, 2)).unwrap();
-                let other = Attention::by_autograd(input(1, 6), input(2, 2), input(3, 2)).unwrap();
-                assert!(largest_difference(&one.output, &other.output) < 1e-6);
-                let (one, other) = (one.backward(&gradient).unwrap(), other.backward(&gradient).unwrap());
-                for (one, other) in [(&one.0, &other.0), (&one.1, &other.1), (&one.2, &other.2)] {
-                    assert!(largest_difference(one, other) < 1e-5);
-                }
-            });
+        // Lengths that fill no panel, some panels, and several blocks; with query heads that share a key and without.
+        for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 0.05)] {
+            for (name, length) in [("smollm2", 12), ("llama2", 64), ("smollm2", 2 * 96 + 20), ("smollm2", 13)] {
+                let config = tiny(name).config;
+                let width = (config.heads + 2 * config.kv_heads) * config.head_dim;
+                let joint = wave(1, &[2, length, width]).to_kind(kind);
+                let gradient = wave(9, &[2, length, config.heads * config.head_dim]).to_kind(kind);
+                tch::no_grad(|| {
+                    let one = Attention::forward(joint.copy(), &config).unwrap();
+                    let wide = joint.to_kind(Kind::Double);
+                    let (q, k, v) = split_heads(&wide, &config).unwrap();
+                    let other = Attention::by_autograd(wide, one.heads, q, k, v).unwrap();
+                    let close = |one: &Tensor, other: &Tensor| {
+                        let difference = largest_difference(&one.to_kind(Kind::Double), other);
+                        assert!(difference < tolerance, "{kind:?} {name} {length}: {difference}");
+                    };
+                    close(&one.output, &other.output);
+                    let found = one.backward(&gradient).unwrap();
+                    close(&found, &other.backward(&gradient.to_kind(Kind::Double)).unwrap());
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn texts_attend_to_their_own_tokens() {
+        let (lengths, heads) = ([3, 70, 72], 4);
+        let joint = wave(5, &[3, 72, 3 * heads * 32]);
+        let own = Tensor::from_slice(&lengths.map(|own| own as i64)).unsqueeze(1);
+        let padding = Tensor::arange(72, (Kind::Int64, Device::Cpu)).ge_tensor(&own).reshape([3, 1, 1, 72]);
+        for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 0.02)] {
+            let blocked =
+                |kind| Tensor::zeros([3, 1, 1, 72], (kind, Device::Cpu)).masked_fill(&padding, f64::NEG_INFINITY);
+            let found = attend(&joint.to_kind(kind), heads, &lengths, &blocked(kind)).unwrap();
+            let expected = attend(&joint.to_kind(Kind::Double), heads, &lengths, &blocked(Kind::Double)).unwrap();
+            for (text, &own) in lengths.iter().enumerate() {
+                let part = |all: &Tensor| all.get(text as i64).narrow(0, 0, own as i64).to_kind(Kind::Double);
+                let difference = largest_difference(&part(&found), &part(&expected));
+                assert!(difference < tolerance, "{kind:?} {own}: {difference}");
+            }
         }
     }
 }

@@ -14,10 +14,10 @@ use std::ops::Range;
 use tch::{Device, Tensor};
 
 use crate::LmError;
-use crate::kernels::{self, Element, Plus};
+use crate::kernels::{self, Element, Interleave, Plus};
 
 /// Outputs that one tile computes: four vectors of sixteen.
-const COLUMNS: usize = 64;
+pub(crate) const COLUMNS: usize = 64;
 /// Rows that one tile computes: with its columns, 24 of the 32 vector registers.
 const ROWS: usize = 6;
 /// Rows that are multiplied by the packed panels together, so that they stay in the second cache.
@@ -264,57 +264,107 @@ mod instructions {
     pub(super) unsafe fn transpose(_: Rows<*const i32>, _: usize, _: usize, _: *mut i32) {}
 }
 
+/// Rows of equally many elements in memory.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a, E> {
+    values: &'a [E],
+    /// Elements from one row to the next.
+    stride: usize,
+    rows: usize,
+    width: usize,
+}
+
+impl<'a, E> View<'a, E> {
+    /// Some rows and columns of `values`, whose rows are `stride` wide.
+    pub(crate) fn new(values: &'a [E], stride: usize, rows: Range<usize>, columns: Range<usize>) -> Self {
+        let (first, width) = (rows.start * stride + columns.start, columns.len());
+        let view = Self { values: &values[first..], stride, rows: rows.len(), width };
+        assert!(columns.end <= stride && (view.rows == 0 || (view.rows - 1) * stride + width <= view.values.len()));
+        view
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
+    fn part(self, rows: Range<usize>, columns: Range<usize>) -> Self {
+        assert!(rows.end <= self.rows && columns.end <= self.width);
+        Self::new(self.values, self.stride, rows, columns)
+    }
+}
+
 /// A weight as it lies in memory.
 #[derive(Clone, Copy)]
 pub(crate) enum Weight<'a, E> {
     /// `[outputs, inputs]`, of a product `x · Wᵀ`.
-    Outputs(&'a [E]),
+    Outputs(View<'a, E>),
     /// `[inputs, outputs]`, of a product `x · W`.
-    Inputs(&'a [E]),
+    Inputs(View<'a, E>),
 }
 
-/// `out[row] = Σ x[row][input] · weight[input] + plus`, each sum rounded once: rows of `x` are `inputs` wide, those of
-/// `out` and what is added to them `outputs`. The inputs must be whole groups ([`Factor::GROUP`]).
-pub(crate) fn product<E: Factor>(
-    x: &[E],
-    weight: Weight<'_, E>,
-    (inputs, outputs): (usize, usize),
-    plus: Plus<'_, E>,
-    out: &mut [E],
-) {
-    let (Weight::Outputs(values) | Weight::Inputs(values)) = weight;
-    assert!(E::is_supported() && inputs > 0 && inputs.is_multiple_of(E::GROUP) && values.len() == inputs * outputs);
-    assert!(x.len().is_multiple_of(inputs) && x.len() / inputs * outputs == out.len());
-    assert!(plus.bias.is_none_or(|bias| bias.len() == outputs) && plus.rows.is_none_or(|rows| rows.len() == out.len()));
+impl<E> Weight<'_, E> {
+    fn inputs(&self) -> usize {
+        match self {
+            Self::Outputs(view) => view.width,
+            Self::Inputs(view) => view.rows,
+        }
+    }
+
+    pub(crate) fn outputs(&self) -> usize {
+        match self {
+            Self::Outputs(view) => view.rows,
+            Self::Inputs(view) => view.width,
+        }
+    }
+
+    fn part(self, inputs: Range<usize>, outputs: Range<usize>) -> Self {
+        match self {
+            Self::Outputs(view) => Self::Outputs(view.part(outputs, inputs)),
+            Self::Inputs(view) => Self::Inputs(view.part(inputs, outputs)),
+        }
+    }
+}
+
+/// `out[row] = Σ x[row][input] · weight[input] + plus`, each sum rounded once: rows of `x` are as wide as the weight has
+/// inputs, those of `out` and what is added to them as it has outputs. The inputs must be whole groups ([`Factor::GROUP`]).
+pub(crate) fn product<E: Factor>(x: &[E], weight: Weight<'_, E>, plus: Plus<'_, E>, out: &mut [E]) {
+    let (inputs, outputs) = (weight.inputs(), weight.outputs());
     if out.is_empty() {
         return;
     }
-    let size = inputs.min(DEPTH) * COLUMNS;
+    let rows = out.len() / outputs;
+    assert!(x.len() == rows * inputs && out.len() == rows * outputs);
+    assert!(plus.bias.is_none_or(|bias| bias.len() == outputs) && plus.rows.is_none_or(|rows| rows.len() == out.len()));
+    let x = View::new(x, inputs, 0..rows, 0..inputs);
     let panels = outputs.div_ceil(COLUMNS);
+    let size = inputs.min(DEPTH) * COLUMNS;
     let together = (PACKED / size_of::<E>() / size).clamp(1, panels);
     let mut room = ROOM.take();
     room.resize(room.len().max(together * size / E::GROUP), 0);
-    // SAFETY: a word is a group of elements, any bits are some, and so is the alignment.
+    // SAFETY: a word is a group of elements, whatever its bits are.
     let (_, packed, _) = unsafe { room.align_to_mut::<E>() };
     // Sums wait for the rest of the inputs, if there is one.
-    let blocks = (x.len() / inputs).div_ceil(BLOCK);
+    let blocks = rows.div_ceil(BLOCK);
     let waiting = if inputs > DEPTH { panels * blocks } else { 1 };
     let mut sums = vec![0f32; waiting * BLOCK * COLUMNS];
-    for inner in (0..inputs).step_by(DEPTH) {
-        let inner = inner..inputs.min(inner + DEPTH);
-        for first in (0..panels).step_by(together) {
-            let here = first..panels.min(first + together);
-            pack(weight, (inputs, inner.clone()), (outputs, here.clone()), packed);
-            for (block, x) in x.chunks(BLOCK * inputs).enumerate() {
-                for (panel, packed) in here.clone().zip(packed.chunks_exact(inner.len() * COLUMNS)) {
-                    let at = (panel * blocks + block) % waiting * BLOCK * COLUMNS;
-                    let sums = &mut sums[at..at + BLOCK * COLUMNS];
-                    multiply(x, inputs, inner.clone(), packed, sums);
+    for inner in parts(inputs, DEPTH) {
+        for columns in parts(outputs, together * COLUMNS) {
+            pack(weight.part(inner.clone(), columns.clone()), packed);
+            for (block, here) in parts(rows, BLOCK).enumerate() {
+                let x = x.part(here.clone(), inner.clone());
+                for (first, panel) in columns.clone().step_by(COLUMNS).zip(packed.chunks_exact(inner.len() * COLUMNS)) {
+                    let at = (first / COLUMNS * blocks + block) % waiting * BLOCK * COLUMNS;
+                    let sums = &mut sums[at..at + here.len() * COLUMNS];
+                    multiply(x, panel, sums, COLUMNS, inner.start == 0);
                     if inner.end == inputs {
-                        let rows = block * BLOCK * outputs..out.len().min((block + 1) * BLOCK * outputs);
+                        let rows = here.start * outputs..here.end * outputs;
                         let plus = Plus { rows: plus.rows.map(|all| &all[rows.clone()]), ..plus };
-                        let sums = &mut sums[..x.len() / inputs * COLUMNS];
-                        kernels::round(sums, COLUMNS, panel * COLUMNS, outputs, plus, &mut out[rows]);
+                        let columns = first..columns.end.min(first + COLUMNS);
+                        kernels::round(sums, COLUMNS, columns, outputs, plus, &mut out[rows]);
                     }
                 }
             }
@@ -323,14 +373,24 @@ pub(crate) fn product<E: Factor>(
     ROOM.set(room);
 }
 
-/// Adds the products of at most [`BLOCK`] rows with a panel of the `inner` ones of their `inputs`, in rows of [`COLUMNS`].
-fn multiply<E: Factor>(x: &[E], inputs: usize, inner: Range<usize>, panel: &[E], sums: &mut [f32]) {
-    for (x, sums) in x.chunks(ROWS * inputs).zip(sums.chunks_exact_mut(ROWS * COLUMNS)) {
-        let rows = Rows { first: x[inner.start..].as_ptr(), stride: inputs };
-        let sums = Rows { first: sums.as_mut_ptr(), stride: COLUMNS };
-        let groups = inner.len() / E::GROUP;
-        // SAFETY: `product` checked the instructions; the slices are of whole rows, and of whole tiles of sums.
-        unsafe { tile(x.len() / inputs, rows, panel.as_ptr(), groups, sums, inner.start == 0) };
+/// `0..count` in parts of `size`, the last with what is left.
+fn parts(count: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..count).step_by(size).map(move |first| first..count.min(first + size))
+}
+
+/// The products of rows with a panel of as many inputs, in rows of `sums` that are `stride` apart; added to what is there
+/// unless `fresh`.
+pub(crate) fn multiply<E: Factor>(x: View<'_, E>, panel: &[E], sums: &mut [f32], stride: usize, fresh: bool) {
+    if x.rows == 0 {
+        return;
+    }
+    assert!(E::is_supported() && x.width.is_multiple_of(E::GROUP) && panel.len() >= x.width * COLUMNS);
+    assert!(sums.len() >= (x.rows - 1) * stride + COLUMNS);
+    for row in (0..x.rows).step_by(ROWS) {
+        let values = Rows { first: x.values[row * x.stride..].as_ptr(), stride: x.stride };
+        let sums = Rows { first: sums[row * stride..].as_mut_ptr(), stride };
+        // SAFETY: instructions and lengths were checked above and by the view; a tile's rows end before its last.
+        unsafe { tile(x.rows - row, values, panel.as_ptr(), x.width / E::GROUP, sums, fresh) };
     }
 }
 
@@ -358,33 +418,40 @@ unsafe fn tile<E: Factor>(
     unsafe { tile(x, panel, groups, sums, fresh) }
 }
 
-/// Packs the `inner` ones of all inputs of some `panels` of all outputs: panel, group of inputs, output, input within the
-/// group. Where the last panel has fewer than [`COLUMNS`] outputs, the rest is of no meaning.
-fn pack<E: Factor>(
-    weight: Weight<'_, E>,
-    (inputs, inner): (usize, Range<usize>),
-    (outputs, panels): (usize, Range<usize>),
-    packed: &mut [E],
-) {
-    let columns = panels.start * COLUMNS..outputs.min(panels.end * COLUMNS);
+/// Packs a weight: panel, group of inputs, output, input within the group. Where the last panel has fewer than [`COLUMNS`]
+/// outputs, the rest stays as it is.
+pub(crate) fn pack<E: Factor>(weight: Weight<'_, E>, packed: &mut [E]) {
+    let inputs = weight.inputs();
+    assert!(E::is_supported() && inputs.is_multiple_of(E::GROUP));
+    assert!(packed.len() >= weight.outputs().div_ceil(COLUMNS) * COLUMNS * inputs);
     match weight {
-        Weight::Outputs(values) => {
-            let words = inner.len() / E::GROUP;
-            let panels = packed.chunks_exact_mut(inner.len() * COLUMNS);
-            for (rows, packed) in
-                values[columns.start * inputs..columns.end * inputs].chunks(COLUMNS * inputs).zip(panels)
-            {
-                let first = Rows { first: rows[inner.start..].as_ptr().cast(), stride: inputs / E::GROUP };
-                // SAFETY: `product` checked the instructions; a group is one word, and the slices are of whole rows and of
-                // `COLUMNS` for each group.
-                unsafe { instructions::transpose(first, rows.len() / inputs, words, packed.as_mut_ptr().cast()) };
+        Weight::Inputs(View { values, stride, rows, width }) => {
+            let shape = Interleave { rows, stride, width, group: E::GROUP, panel: COLUMNS };
+            kernels::interleave(values, shape, packed);
+        }
+        Weight::Outputs(view) => {
+            assert!(view.stride.is_multiple_of(E::GROUP));
+            let panels = packed.chunks_exact_mut(inputs * COLUMNS);
+            for (rows, packed) in parts(view.rows, COLUMNS).zip(panels) {
+                let first = view.values[rows.start * view.stride..].as_ptr().cast();
+                let words = Rows { first, stride: view.stride / E::GROUP };
+                // SAFETY: instructions and room were checked above, and the rows by the view; a group is one word.
+                unsafe {
+                    instructions::transpose(words, rows.len(), inputs / E::GROUP, packed.as_mut_ptr().cast());
+                }
             }
         }
-        Weight::Inputs(values) => {
-            let rows = &values[inner.start * outputs..inner.end * outputs];
-            kernels::interleave(rows, outputs, columns, E::GROUP, COLUMNS, packed);
-        }
     }
+}
+
+/// Turns at most [`COLUMNS`] rows of `words` groups of elements: the first of each, then the second of each, in rows of
+/// [`COLUMNS`], of which the last may stay as they are.
+pub(crate) fn turn<E: Factor>(rows: &[E], count: usize, words: usize, out: &mut [E]) {
+    assert!(E::is_supported() && count <= COLUMNS);
+    assert!(rows.len() >= count * words * E::GROUP && out.len() >= words * COLUMNS * E::GROUP);
+    let words_of = Rows { first: rows.as_ptr().cast(), stride: words };
+    // SAFETY: instructions, rows and room were checked above; a group is one word.
+    unsafe { instructions::transpose(words_of, count, words, out.as_mut_ptr().cast()) };
 }
 
 /// A weight in panels of [`COLUMNS`] outputs: panel, group of inputs, output, input within the group.
@@ -404,22 +471,15 @@ impl<E: Factor> Matrix<E> {
         let mut values = vec![E::narrow(0.0); outputs * inputs];
         copy(weight, &mut values)?;
         let mut panels = vec![E::narrow(0.0); outputs.div_ceil(COLUMNS) * COLUMNS * inputs];
-        let all = 0..outputs.div_ceil(COLUMNS);
-        pack(Weight::Outputs(&values), (inputs, 0..inputs), (outputs, all), &mut panels);
+        pack(Weight::Outputs(View::new(&values, inputs, 0..outputs, 0..inputs)), &mut panels);
         Ok(Self { panels, inputs, outputs: outputs.next_multiple_of(COLUMNS) })
     }
 
     /// `out[row] = weight · x[row]`; rows of `x` are `inputs` wide, those of `out` `outputs`.
     pub(crate) fn multiply(&self, x: &[E], rows: usize, out: &mut [f32]) {
-        let groups = self.inputs / E::GROUP;
-        assert!(x.len() >= rows * self.inputs && out.len() >= rows * self.outputs);
+        let x = View::new(x, self.inputs, 0..rows, 0..self.inputs);
         for (panel, weights) in self.panels.chunks_exact(self.inputs * COLUMNS).enumerate() {
-            for row in (0..rows).step_by(ROWS) {
-                let x = Rows { first: x[row * self.inputs..].as_ptr(), stride: self.inputs };
-                let first = out[row * self.outputs + panel * COLUMNS..].as_mut_ptr();
-                // SAFETY: `pack` checked the instructions, and lengths were checked above; a tile's rows end before `rows`.
-                unsafe { tile(rows - row, x, weights.as_ptr(), groups, Rows { first, stride: self.outputs }, true) };
-            }
+            multiply(x, weights, &mut out[panel * COLUMNS..], self.outputs, true);
         }
     }
 }
@@ -447,7 +507,7 @@ mod tests {
         if !E::is_supported() {
             return;
         }
-        for (inputs, outputs) in [(7, 5), (64, 64), (33, 130)] {
+        for (inputs, outputs) in [(6, 5), (64, 64), (34, 130)] {
             let weight = wave(1, &[outputs, inputs]).to_kind(E::KIND);
             let matrix = Matrix::<E>::pack(&weight).unwrap();
             for rows in 1..=13 {

@@ -163,9 +163,8 @@ impl Bert {
 impl Layer {
     fn forward(&self, hidden: &Tensor, heads: i64, batch: &Batch) -> Result<Tensor, LmError> {
         let joint = self.attention.forward(hidden, None)?;
-        let attended = batch.attend(&joint, heads, |_, group, [query, key, value]| {
-            ops::attend(&query, &key, &value, &group.lengths, &group.blocked)
-        })?;
+        let attended =
+            batch.attend(&joint, |_, group, joint| ops::attend(joint, heads, &group.lengths, &group.blocked))?;
         let hidden = self.attention_norm.forward(&self.output.forward(&attended, Some(hidden))?)?;
         let inner = self.up.forward(&hidden, None)?.f_gelu("none")?;
         self.norm.forward(&self.down.forward(&inner, Some(&hidden))?)

@@ -8,6 +8,7 @@ use tch::{Kind, Tensor};
 
 use super::{Batch, Group, size};
 use crate::checkpoint::Weights;
+use crate::decoder::layer::join_heads;
 use crate::{LmError, device::Compute, ops};
 
 /// What `config.json` says.
@@ -181,9 +182,9 @@ impl Layer {
     /// `biases` are what attention adds to the scores of each group.
     fn forward(&self, hidden: &Tensor, heads: i64, batch: &Batch, biases: &[Tensor]) -> Result<Tensor, LmError> {
         let joint = ops::linear(&self.attention_norm.forward(hidden)?, &self.attention, None, None)?;
-        let attended = batch.attend(&joint, heads, |index, _, [query, key, value]| {
-            let bias = Some(&biases[index]);
-            Ok(Tensor::f_scaled_dot_product_attention(&query, &key, &value, bias, 0.0, false, 1.0, false)?)
+        let attended = batch.attend(&joint, |index, _, joint| {
+            let ([query, key, value], bias) = (ops::thirds(joint, heads)?, Some(&biases[index]));
+            join_heads(&Tensor::f_scaled_dot_product_attention(&query, &key, &value, bias, 0.0, false, 1.0, false)?)
         })?;
         let hidden = ops::linear(&attended, &self.output, None, Some(hidden))?;
         let normed = self.norm.forward(&hidden)?;

@@ -5,12 +5,12 @@
 
 use tch::{Kind, Tensor};
 
+use super::Batch;
 use super::dropout::{Masks, Site};
-use super::{Batch, Group};
 use crate::LmError;
 use crate::adapter::{Lora, Target};
 use crate::checkpoint::DecoderConfig;
-use crate::decoder::layer::{Factors, join_heads, rows_of, split_heads};
+use crate::decoder::layer::{Factors, rows_of};
 use crate::decoder::rope::Angles;
 use crate::decoder::{Adapters, Decoder, Layer};
 use crate::ops;
@@ -173,10 +173,9 @@ impl Context<'_> {
         let qkv = ops::rotate(qkv, self.config, self.angles)?;
         let mut attention = Vec::with_capacity(self.batch.groups.len());
         for group in &self.batch.groups {
-            let (q, k, v) = split_heads(&group.of(&qkv)?, self.config)?;
-            attention.push(ops::Attention::forward(q, k, v)?);
+            attention.push(ops::Attention::forward(group.of(&qkv)?, self.config)?);
         }
-        let attended = joined(attention.iter().map(|attention| join_heads(&attention.output)))?;
+        let attended = joined(attention.iter().map(|attention| Ok(attention.output.shallow_clone())))?;
         let mut middle = ops::linear(&attended, &self.layer.o, None, Some(input))?;
         if let Some(factors) = &self.adapters.o {
             let low = ops::linear(&self.masks.apply(&attended, self.index, Site::Output)?, &factors.a, None, None)?;
@@ -226,7 +225,7 @@ impl Context<'_> {
         drop(attended);
         // Attention and rotation.
         let groups = self.batch.groups.iter().zip(attention);
-        let joint = joined(groups.map(|(group, attention)| self.attention_backward(group, attention, &of_attended)))?;
+        let joint = joined(groups.map(|(group, attention)| attention.backward(&group.of(&of_attended)?)))?;
         let joint = ops::rotate(joint, self.config, back)?;
         // Input projections.
         let normed = ops::rms_norm(&input, &self.layer.input_norm, epsilon)?;
@@ -251,20 +250,6 @@ impl Context<'_> {
         let of_normed = ops::matmul(&joint, &self.layer.qkv, through.as_ref())?;
         let below = ops::rms_norm_backward(&of_normed, &input, &self.layer.input_norm, epsilon, Some(&upper))?;
         Ok((Some(below), tensors))
-    }
-
-    /// Gradient of a group's joined q, k and v heads `[B, L, q + k + v]`, of all tokens' gradient of what attention gave.
-    fn attention_backward(
-        &self,
-        group: &Group,
-        attention: ops::Attention,
-        of_attended: &Tensor,
-    ) -> Result<Tensor, LmError> {
-        let heads = [group.examples, group.length, self.config.heads, self.config.head_dim];
-        let of_attended = group.of(of_attended)?.f_reshape(heads)?;
-        let (q, k, v) = attention.backward(&of_attended.f_transpose(1, 2)?)?;
-        let joint = Tensor::f_cat(&[q.f_transpose(1, 2)?, k.f_transpose(1, 2)?, v.f_transpose(1, 2)?], 2)?;
-        Ok(joint.f_reshape([group.examples, group.length, -1])?)
     }
 
     /// `([sums, R, in], [sums, out, R])`: gradients of joined factors for every example, or for whatever the batch sums over,
