@@ -154,7 +154,7 @@ fn scale(width: usize) -> f32 {
 /// Products of rows with the panels of the first `seen` positions, into rows of as many.
 fn score<E: Factor>(rows: View<'_, E>, panels: &[E], seen: usize, scores: &mut [f32]) {
     for (index, panel) in panels.chunks_exact(rows.width() * COLUMNS).take(seen / COLUMNS).enumerate() {
-        multiply(rows, panel, &mut scores[index * COLUMNS..], seen, true);
+        multiply(rows, (panel, COLUMNS), &mut scores[index * COLUMNS..], seen, true);
     }
 }
 
@@ -241,9 +241,10 @@ impl<E: Factor> Work<E> {
         };
         let out = &mut out[block.rows.start * width..block.rows.end * width];
         for (panel, first) in panels.chunks_exact(length * COLUMNS).zip(columns.clone().step_by(COLUMNS)) {
-            multiply(weights, &panel[..seen * COLUMNS], &mut self.sums, COLUMNS, true);
+            let columns = first..columns.end.min(first + COLUMNS);
+            multiply(weights, (&panel[..seen * COLUMNS], columns.len()), &mut self.sums, COLUMNS, true);
             let sums = &mut self.sums[..block.rows.len() * COLUMNS];
-            kernels::round(sums, COLUMNS, first..columns.end.min(first + COLUMNS), width, Plus::NOTHING, out);
+            kernels::round(sums, COLUMNS, columns, width, Plus::NOTHING, out);
         }
     }
 
@@ -264,7 +265,7 @@ impl<E: Factor> Work<E> {
         };
         let room = sums.len() / rows.width();
         for (index, panel) in self.packed.chunks_exact(rows.rows() * COLUMNS).take(block.seen / COLUMNS).enumerate() {
-            multiply(turned, panel, &mut sums[index * COLUMNS..], room, false);
+            multiply(turned, (panel, COLUMNS), &mut sums[index * COLUMNS..], room, false);
         }
     }
 

@@ -18,7 +18,8 @@ use crate::kernels::{self, Element, Interleave, Plus};
 
 /// Outputs that one tile computes: four vectors of sixteen.
 pub(crate) const COLUMNS: usize = 64;
-/// Rows that one tile computes: with its columns, 24 of the 32 vector registers.
+/// Rows that one tile computes: with its columns, 24 of the 32 vector registers. Where half of the columns are wanted, a
+/// tile has twice the rows.
 const ROWS: usize = 6;
 /// Rows that are multiplied by the packed panels together, so that they stay in the second cache.
 const BLOCK: usize = 16 * ROWS;
@@ -38,12 +39,13 @@ pub(crate) trait Factor: Element {
     const GROUP: usize;
     /// Whether this CPU has the instructions.
     fn is_supported() -> bool;
-    /// `sums[row][column] += Σ x[row][i] · panel[i][column]` for `R` rows; where `fresh`, the sums begin at zero.
+    /// `sums[row][column] += Σ x[row][i] · panel[i][column]` for `R` rows and the first `C` · 16 columns; where `fresh`, the
+    /// sums begin at zero.
     ///
     /// # Safety
     /// [`Self::is_supported`]; `x` has `R` rows of `groups · GROUP` elements; `panel` holds `groups · GROUP · COLUMNS`;
     /// `sums` has `R` rows of `COLUMNS`.
-    unsafe fn tile<const R: usize>(
+    unsafe fn tile<const R: usize, const C: usize>(
         x: Rows<*const Self>,
         panel: *const Self,
         groups: usize,
@@ -74,7 +76,7 @@ mod instructions {
             std::is_x86_feature_detected!("avx512bf16") && f32::is_supported()
         }
 
-        unsafe fn tile<const R: usize>(
+        unsafe fn tile<const R: usize, const C: usize>(
             x: Rows<*const Self>,
             panel: *const Self,
             groups: usize,
@@ -82,7 +84,7 @@ mod instructions {
             fresh: bool,
         ) {
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-            unsafe fn tile<const R: usize>(
+            unsafe fn tile<const R: usize, const C: usize>(
                 x: Rows<*const bf16>,
                 panel: *const bf16,
                 groups: usize,
@@ -92,10 +94,10 @@ mod instructions {
                 // SAFETY: the pointers are good for these offsets by the contract of `Factor::tile`; a vector of 32 bf16
                 // and one of 16 words are the same bits.
                 unsafe {
-                    let mut sums = start::<R>(out, fresh);
+                    let mut sums = start::<R, C>(out, fresh);
                     for group in 0..groups {
                         let weights = panel.add(group * 2 * COLUMNS).cast::<i32>();
-                        let weights: [__m512bh; 4] = std::array::from_fn(|part| {
+                        let weights: [__m512bh; C] = std::array::from_fn(|part| {
                             std::mem::transmute(_mm512_loadu_si512(weights.add(16 * part).cast()))
                         });
                         for (row, sums) in sums.iter_mut().enumerate() {
@@ -110,7 +112,7 @@ mod instructions {
                 }
             }
             // SAFETY: the caller keeps the contract, of which the CPU's instructions are part.
-            unsafe { tile::<R>(x, panel, groups, sums, fresh) }
+            unsafe { tile::<R, C>(x, panel, groups, sums, fresh) }
         }
     }
 
@@ -125,7 +127,7 @@ mod instructions {
                 && std::is_x86_feature_detected!("fma")
         }
 
-        unsafe fn tile<const R: usize>(
+        unsafe fn tile<const R: usize, const C: usize>(
             x: Rows<*const Self>,
             panel: *const Self,
             groups: usize,
@@ -133,7 +135,7 @@ mod instructions {
             fresh: bool,
         ) {
             #[target_feature(enable = "avx512f")]
-            unsafe fn tile<const R: usize>(
+            unsafe fn tile<const R: usize, const C: usize>(
                 x: Rows<*const f32>,
                 panel: *const f32,
                 groups: usize,
@@ -142,10 +144,10 @@ mod instructions {
             ) {
                 // SAFETY: the pointers are good for these offsets by the contract of `Factor::tile`.
                 unsafe {
-                    let mut sums = start::<R>(out, fresh);
+                    let mut sums = start::<R, C>(out, fresh);
                     for group in 0..groups {
                         let weights = panel.add(group * COLUMNS);
-                        let weights: [__m512; 4] = std::array::from_fn(|part| _mm512_loadu_ps(weights.add(16 * part)));
+                        let weights: [__m512; C] = std::array::from_fn(|part| _mm512_loadu_ps(weights.add(16 * part)));
                         for (row, sums) in sums.iter_mut().enumerate() {
                             let value = _mm512_set1_ps(*x.first.add(row * x.stride + group));
                             for (sum, weights) in sums.iter_mut().zip(weights) {
@@ -157,7 +159,7 @@ mod instructions {
                 }
             }
             // SAFETY: the caller keeps the contract, of which the CPU's instructions are part.
-            unsafe { tile::<R>(x, panel, groups, sums, fresh) }
+            unsafe { tile::<R, C>(x, panel, groups, sums, fresh) }
         }
     }
 
@@ -166,9 +168,9 @@ mod instructions {
     /// # Safety
     /// `sums` has `R` rows of `COLUMNS`.
     #[target_feature(enable = "avx512f")]
-    unsafe fn start<const R: usize>(sums: Rows<*mut f32>, fresh: bool) -> [[__m512; 4]; R] {
+    unsafe fn start<const R: usize, const C: usize>(sums: Rows<*mut f32>, fresh: bool) -> [[__m512; C]; R] {
         match fresh {
-            true => [[_mm512_setzero_ps(); 4]; R],
+            true => [[_mm512_setzero_ps(); C]; R],
             // SAFETY: the caller keeps the contract.
             false => std::array::from_fn(|row| {
                 std::array::from_fn(|part| unsafe { _mm512_loadu_ps(sums.first.add(row * sums.stride + 16 * part)) })
@@ -181,7 +183,7 @@ mod instructions {
     /// # Safety
     /// As there.
     #[target_feature(enable = "avx512f")]
-    unsafe fn finish<const R: usize>(values: &[[__m512; 4]; R], sums: Rows<*mut f32>) {
+    unsafe fn finish<const R: usize, const C: usize>(values: &[[__m512; C]; R], sums: Rows<*mut f32>) {
         for (row, values) in values.iter().enumerate() {
             for (part, value) in values.iter().enumerate() {
                 // SAFETY: the caller keeps the contract.
@@ -246,7 +248,7 @@ mod instructions {
                     false
                 }
 
-                unsafe fn tile<const R: usize>(
+                unsafe fn tile<const R: usize, const C: usize>(
                     _: Rows<*const Self>,
                     _: *const Self,
                     _: usize,
@@ -359,11 +361,11 @@ pub(crate) fn product<E: Factor>(x: &[E], weight: Weight<'_, E>, plus: Plus<'_, 
                 for (first, panel) in columns.clone().step_by(COLUMNS).zip(packed.chunks_exact(inner.len() * COLUMNS)) {
                     let at = (first / COLUMNS * blocks + block) % waiting * BLOCK * COLUMNS;
                     let sums = &mut sums[at..at + here.len() * COLUMNS];
-                    multiply(x, panel, sums, COLUMNS, inner.start == 0);
+                    let columns = first..columns.end.min(first + COLUMNS);
+                    multiply(x, (panel, columns.len()), sums, COLUMNS, inner.start == 0);
                     if inner.end == inputs {
                         let rows = here.start * outputs..here.end * outputs;
                         let plus = Plus { rows: plus.rows.map(|all| &all[rows.clone()]), ..plus };
-                        let columns = first..columns.end.min(first + COLUMNS);
                         kernels::round(sums, COLUMNS, columns, outputs, plus, &mut out[rows]);
                     }
                 }
@@ -378,44 +380,46 @@ fn parts(count: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
     (0..count).step_by(size).map(move |first| first..count.min(first + size))
 }
 
-/// The products of rows with a panel of as many inputs, in rows of `sums` that are `stride` apart; added to what is there
-/// unless `fresh`.
-pub(crate) fn multiply<E: Factor>(x: View<'_, E>, panel: &[E], sums: &mut [f32], stride: usize, fresh: bool) {
+/// The products of rows with a panel of as many inputs, of which the first `columns` are wanted, in rows of `sums` that are
+/// `stride` apart; added to what is there unless `fresh`.
+pub(crate) fn multiply<E: Factor>(
+    x: View<'_, E>,
+    (panel, columns): (&[E], usize),
+    sums: &mut [f32],
+    stride: usize,
+    fresh: bool,
+) {
     if x.rows == 0 {
         return;
     }
     assert!(E::is_supported() && x.width.is_multiple_of(E::GROUP) && panel.len() >= x.width * COLUMNS);
     assert!(sums.len() >= (x.rows - 1) * stride + COLUMNS);
-    for row in (0..x.rows).step_by(ROWS) {
+    let pick = if columns <= COLUMNS / 2 { tile::<E, 2> } else { tile::<E, 4> };
+    let mut row = 0;
+    while row < x.rows {
         let values = Rows { first: x.values[row * x.stride..].as_ptr(), stride: x.stride };
         let sums = Rows { first: sums[row * stride..].as_mut_ptr(), stride };
+        let (rows, tile) = pick(x.rows - row);
         // SAFETY: instructions and lengths were checked above and by the view; a tile's rows end before its last.
-        unsafe { tile(x.rows - row, values, panel.as_ptr(), x.width / E::GROUP, sums, fresh) };
+        unsafe { tile(values, panel.as_ptr(), x.width / E::GROUP, sums, fresh) };
+        row += rows;
     }
 }
 
-/// [`Factor::tile`] of as many of the `rows` as it takes.
-///
-/// # Safety
-/// As there.
-unsafe fn tile<E: Factor>(
-    rows: usize,
-    x: Rows<*const E>,
-    panel: *const E,
-    groups: usize,
-    sums: Rows<*mut f32>,
-    fresh: bool,
-) {
-    let tile = match rows {
-        1 => E::tile::<1>,
-        2 => E::tile::<2>,
-        3 => E::tile::<3>,
-        4 => E::tile::<4>,
-        5 => E::tile::<5>,
-        _ => E::tile::<ROWS>,
-    };
-    // SAFETY: the caller keeps the contract.
-    unsafe { tile(x, panel, groups, sums, fresh) }
+/// [`Factor::tile`].
+type Tile<E> = unsafe fn(Rows<*const E>, *const E, usize, Rows<*mut f32>, bool);
+
+/// The largest tile of `C` vectors for at most so many rows, and its rows.
+fn tile<E: Factor, const C: usize>(rows: usize) -> (usize, Tile<E>) {
+    match rows {
+        1 => (1, E::tile::<1, C>),
+        2 => (2, E::tile::<2, C>),
+        3 => (3, E::tile::<3, C>),
+        4 => (4, E::tile::<4, C>),
+        5 => (5, E::tile::<5, C>),
+        12.. if C == 2 => (12, E::tile::<12, C>),
+        _ => (ROWS, E::tile::<ROWS, C>),
+    }
 }
 
 /// Packs a weight: panel, group of inputs, output, input within the group. Where the last panel has fewer than [`COLUMNS`]
@@ -479,7 +483,7 @@ impl<E: Factor> Matrix<E> {
     pub(crate) fn multiply(&self, x: &[E], rows: usize, out: &mut [f32]) {
         let x = View::new(x, self.inputs, 0..rows, 0..self.inputs);
         for (panel, weights) in self.panels.chunks_exact(self.inputs * COLUMNS).enumerate() {
-            multiply(x, weights, &mut out[panel * COLUMNS..], self.outputs, true);
+            multiply(x, (weights, COLUMNS), &mut out[panel * COLUMNS..], self.outputs, true);
         }
     }
 }
