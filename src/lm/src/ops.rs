@@ -1,7 +1,7 @@
 //! The elementwise parts of a layer and their gradients, and attention with its gradient.
 //!
 //! Each has one definition in libtorch's operations, which runs on every device; on CPU a kernel of our own does the same
-//! in one pass ([`crate::kernels`]). None of them is differentiable: the gradients are here too.
+//! in one pass ([`crate::kernels`]), and so it is with products ([`crate::products`]) and attention ([`crate::attention`]). None of them is differentiable: the gradients are here too.
 
 use half::bf16;
 use tch::{Device, Kind, Tensor};
@@ -478,6 +478,44 @@ mod tests {
                 cross_entropy(&x[0] * 9.0, &Tensor::arange(9, (Kind::Int64, Device::Cpu))).unwrap();
             vec![losses, gradient]
         });
+    }
+
+    #[test]
+    fn products_are_what_libtorch_gives() {
+        // More inputs than are multiplied at once, and sizes that fill no panel and no tile.
+        for (inputs, outputs) in [(6, 5), (64, 32), (70, 130), (2 * 2048 + 70, 65)] {
+            for rows in [1, 12, 97] {
+                for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 5e-3)] {
+                    let value = |seed, shape: &[i64]| wave(seed, shape).to_kind(kind);
+                    let (x, weight) = (value(1, &[rows, inputs]), value(2, &[outputs, inputs]));
+                    let (bias, plus) = (value(3, &[outputs]), value(4, &[rows, outputs]));
+                    let wide = |tensor: &Tensor| tensor.to_kind(Kind::Double);
+                    let plain = wide(&x).matmul(&wide(&weight).tr());
+                    let size = plain.abs().max().double_value(&[]).max(1.0);
+                    let close = |found: Tensor, expected: Tensor| {
+                        let difference = largest_difference(&wide(&found), &expected) / size;
+                        assert!(difference < tolerance, "{kind:?} {rows} × {inputs} × {outputs}: {difference}");
+                    };
+                    close(linear(&x, &weight, None, None).unwrap(), plain.copy());
+                    let all = &plain + wide(&bias) + wide(&plus);
+                    close(linear(&x, &weight, Some(&bias), Some(&plus)).unwrap(), all);
+                    let turned = weight.tr().contiguous();
+                    close(matmul(&x, &turned, Some(&plus)).unwrap(), &plain + wide(&plus));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_of_a_product_do_not_depend_on_their_company() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let (x, weight) = (wave(1, &[100, 96]).to_kind(kind), wave(2, &[70, 96]).to_kind(kind));
+            let all = linear(&x, &weight, None, None).unwrap();
+            for row in [0, 5, 41, 99] {
+                let alone = linear(&x.narrow(0, row, 1), &weight, None, None).unwrap();
+                assert_eq!(alone, all.narrow(0, row, 1));
+            }
+        }
     }
 
     #[test]

@@ -33,9 +33,10 @@ thread_local! {
     /// Room for packed panels, in words.
     static ROOM: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
 }
+
 /// An element that products can be computed in.
 pub(crate) trait Factor: Element {
-    /// Neighbouring inputs that one instruction multiplies and adds.
+    /// Neighbouring inputs that one instruction multiplies and adds: 32 bits of them.
     const GROUP: usize;
     /// Whether this CPU has the instructions.
     fn is_supported() -> bool;

@@ -110,7 +110,7 @@ const PRODUCTS: usize = 64;
 ///
 /// A step frees and takes the same large blocks over and over. By default every thread has an arena of its own, in which
 /// others' free blocks are of no use, and gives large ones back to the kernel each time, which clears every page again. So
-/// glibc is told to serve all threads from one arena and to keep what is freed. Arenas that threads were given before this
+/// glibc is told to serve all threads from one arena, large blocks too, and to keep what is freed. Arenas that threads were given before this
 /// call would stay, and workers, who come and go, would fill them in turn.
 ///
 /// oneDNN compiles a product for every shape and keeps 1,024 of them by default, scattered over what would be free
