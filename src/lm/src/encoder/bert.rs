@@ -32,12 +32,20 @@ impl BertConfig {
                 )));
             }
         }
+        let (hidden_size, heads) = (number("hidden_size")?, number("num_attention_heads")?);
+        if hidden_size % heads != 0 {
+            return Err(LmError::Malformed(format!(
+                "{}: num_attention_heads: found {heads}, expected a divisor of hidden_size {hidden_size}\n\
+                 help: download the encoder again",
+                path.display()
+            )));
+        }
         Ok(Self {
-            hidden_size: number("hidden_size")?,
+            hidden_size,
             max_positions: number("max_position_embeddings")?,
             intermediate_size: number("intermediate_size")?,
             layers: number("num_hidden_layers")?,
-            heads: number("num_attention_heads")?,
+            heads,
             vocab_size: number("vocab_size")?,
             token_types: number("type_vocab_size")?,
             epsilon: config.get("layer_norm_eps").and_then(Value::as_f64).unwrap_or(1e-12),

@@ -189,3 +189,16 @@ fn what_is_wrong_is_named() {
     std::fs::write(folder.path().join("model.safetensors"), &weights[..weights.len() - 5]).unwrap();
     assert!(error(folder.path()).contains("cut short"));
 }
+
+#[test]
+fn heads_that_do_not_fill_a_row_are_refused() {
+    let text = std::fs::read_to_string(minilm().join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    assert!(bert::BertConfig::read(Path::new("config.json"), &config).is_ok());
+    config["num_attention_heads"] = 7.into();
+    let message = bert::BertConfig::read(Path::new("config.json"), &config).map(|_| ()).unwrap_err().to_string();
+    assert!(
+        message.contains("config.json: num_attention_heads: found 7, expected a divisor of hidden_size 384"),
+        "{message}"
+    );
+}
