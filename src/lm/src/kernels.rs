@@ -434,13 +434,14 @@ fn turn<E: Element>(first: &mut [E], second: &mut [E], cos: &[E], sin: &[E]) {
     }
 }
 
-/// exp(x) to 2 units in the last place for |x| ≤ 87 and the bound's value beyond, in steps that the compiler
+/// exp(x) to 2 units in the last place for |x| ≤ 87, the bound's value beyond, and NaN of NaN, in steps that the compiler
 /// vectorises (the library's is a call each).
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     const SHIFT: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to a whole number in the low bits.
-    let x = if x > -87.0 { x } else { -87.0 };
-    let x = if x < 87.0 { x } else { 87.0 };
+    // Compared so that NaN passes: what diverged must not look finite.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 87.0 { 87.0 } else { x };
     let shifted = x * std::f32::consts::LOG2_E + SHIFT;
     let whole = shifted - SHIFT;
     // Cody and Waite: ln 2 in two parts.
@@ -470,6 +471,34 @@ mod tests {
         }
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(-1e30) < 1e-37 && exp(f32::NEG_INFINITY) < 1e-37);
+        assert!(exp(f32::NAN).is_nan() && exp(f32::INFINITY) > 1e37);
+    }
+
+    /// Weights, losses and masses of rows that overflowed are NaN, wherever in the row; others stay as they are.
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        let (width, seen) = (2 * LANES, LANES + 5);
+        for (at, wrong) in [(0, f32::NAN), (seen - 1, f32::NAN), (3, f32::INFINITY), (seen - 1, f32::INFINITY)] {
+            let mut scores = vec![0.5; 2 * width];
+            scores[at] = wrong;
+            let row = scores[..seen].to_vec();
+            let mut weights = vec![0f32; 2 * width];
+            softmax(&mut scores, &mut weights, width, 1.0, &[seen, seen]);
+            assert!(weights[..seen].iter().all(|weight| weight.is_nan()), "{at}");
+            assert!(weights[width..][..seen].iter().all(|weight| (weight * seen as f32 - 1.0).abs() < 1e-6), "{at}");
+            let mut found = [0.0; 2];
+            mass(&row, 1.0, &mut found);
+            assert!(found[1].is_nan(), "{at}");
+            let mut losses = [0.0];
+            cross_entropy(&mut row.clone(), seen, &[1], &mut losses);
+            assert!(losses[0].is_nan(), "{at}");
+        }
+        // What is not seen may be anything.
+        let mut scores = [0.5; LANES];
+        scores[1] = f32::NAN;
+        let mut weights = [0f32; LANES];
+        softmax(&mut scores, &mut weights, LANES, 1.0, &[1]);
+        assert_eq!(weights[..2], [1.0, 0.0]);
     }
 
     #[test]
