@@ -6,8 +6,8 @@
 
 use std::ops::Range;
 
-use crate::kernels::{self, Plus};
-use crate::products::{COLUMNS, Factor, View, Weight, multiply, pack, turn};
+use crate::kernels;
+use crate::products::{COLUMNS, Factor, Plus, Sums, View, Weight, multiply, pack, turn};
 
 /// How the heads of a row stand beside each other: queries, keys, values. Query heads that share a key-value head are
 /// neighbours.
@@ -154,7 +154,8 @@ fn scale(width: usize) -> f32 {
 /// Products of rows with the panels of the first `seen` positions, into rows of as many.
 fn score<E: Factor>(rows: View<'_, E>, panels: &[E], seen: usize, scores: &mut [f32]) {
     for (index, panel) in panels.chunks_exact(rows.width() * COLUMNS).take(seen / COLUMNS).enumerate() {
-        multiply(rows, (panel, COLUMNS), &mut scores[index * COLUMNS..], seen, true);
+        let sums = Sums::Kept { rows: &mut scores[index * COLUMNS..], stride: seen, fresh: true };
+        multiply(rows, (panel, COLUMNS), sums);
     }
 }
 
@@ -211,7 +212,7 @@ impl<E: Factor> Work<E> {
         self.scores.resize(block * room, 0.0);
         self.weights.resize(block * room, zero);
         self.packed.resize(block * room.max(wide), zero);
-        self.sums.resize(block.max(room) * COLUMNS, 0.0);
+        self.sums.resize(room * COLUMNS, 0.0);
         self.turned.resize(wide * COLUMNS * E::GROUP, zero);
         self.of_keys.resize(width * room, 0.0);
         self.of_values.resize(width * room, 0.0);
@@ -241,10 +242,8 @@ impl<E: Factor> Work<E> {
         };
         let out = &mut out[block.rows.start * width..block.rows.end * width];
         for (panel, first) in panels.chunks_exact(length * COLUMNS).zip(columns.clone().step_by(COLUMNS)) {
-            let columns = first..columns.end.min(first + COLUMNS);
-            multiply(weights, (&panel[..seen * COLUMNS], columns.len()), &mut self.sums, COLUMNS, true);
-            let sums = &mut self.sums[..block.rows.len() * COLUMNS];
-            kernels::round(sums, COLUMNS, columns, width, Plus::NOTHING, out);
+            let sums = Sums::Rounded { so_far: None, plus: Plus::NOTHING, out, width, first };
+            multiply(weights, (&panel[..seen * COLUMNS], COLUMNS.min(columns.end - first)), sums);
         }
     }
 
@@ -265,7 +264,8 @@ impl<E: Factor> Work<E> {
         };
         let room = sums.len() / rows.width();
         for (index, panel) in self.packed.chunks_exact(rows.rows() * COLUMNS).take(block.seen / COLUMNS).enumerate() {
-            multiply(turned, (panel, COLUMNS), &mut sums[index * COLUMNS..], room, false);
+            let sums = Sums::Kept { rows: &mut sums[index * COLUMNS..], stride: room, fresh: false };
+            multiply(turned, (panel, COLUMNS), sums);
         }
     }
 
@@ -278,8 +278,8 @@ impl<E: Factor> Work<E> {
         let room = turned.len() / columns.len();
         for (rows, first) in turned.chunks(COLUMNS * room).zip(columns.clone().step_by(COLUMNS)) {
             turn(rows, rows.len() / room, room, &mut self.sums);
-            let sums = &mut self.sums[..length * COLUMNS];
-            kernels::round(sums, COLUMNS, first..columns.end.min(first + COLUMNS), width, Plus::NOTHING, out);
+            let sums = &self.sums[..length * COLUMNS];
+            kernels::round(sums, COLUMNS, first..columns.end.min(first + COLUMNS), width, out);
         }
     }
 }

@@ -13,7 +13,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::{Weights, digest_of, read_json, weight_files};
-use crate::padding::padded;
+use crate::padding::Padding;
 use crate::tokenizer::Tokenizer;
 use crate::workers::{self, Shared};
 use crate::{LmError, device::Compute};
@@ -157,6 +157,9 @@ pub(crate) struct Batch {
     groups: Vec<Group>,
 }
 
+/// libtorch computes T5's attention and all norms.
+const PADDING: Padding = Padding::Fours;
+
 /// Texts of one padded length in a [`Batch`].
 pub(crate) struct Group {
     /// Place of the first token.
@@ -172,8 +175,8 @@ pub(crate) struct Group {
 impl Batch {
     fn new(rows: &[&[i64]], compute: Compute) -> Result<Self, LmError> {
         let (mut ids, mut positions, mut groups) = (Vec::new(), Vec::new(), Vec::new());
-        for alike in rows.chunk_by(|one, other| padded(one.len()) == padded(other.len())) {
-            let (first, length) = (ids.len(), padded(alike[0].len()));
+        for alike in rows.chunk_by(|one, other| PADDING.padded(one.len()) == PADDING.padded(other.len())) {
+            let (first, length) = (ids.len(), PADDING.padded(alike[0].len()));
             // A text of no tokens at all (T5 adds an end token, BERT two) still needs a row that pooling can divide by.
             let lengths: Vec<usize> = alike.iter().map(|row| row.len().max(1)).collect();
             for (row, &own) in alike.iter().zip(&lengths) {
@@ -255,11 +258,11 @@ fn batches(lengths: &[usize], tokens: usize) -> Vec<Vec<usize>> {
     let mut batches: Vec<Vec<usize>> = Vec::new();
     let mut held = 0;
     for index in order {
-        held += padded(lengths[index]);
+        held += PADDING.padded(lengths[index]);
         match batches.last_mut() {
             Some(batch) if held <= tokens => batch.push(index),
             _ => {
-                held = padded(lengths[index]);
+                held = PADDING.padded(lengths[index]);
                 batches.push(vec![index]);
             }
         }

@@ -21,9 +21,11 @@ mod loss;
 use tch::{Kind, Tensor};
 
 use crate::adapter::Lora;
+use crate::decoder::layer::Factors;
 use crate::decoder::{Adapters, Decoder};
+use crate::padding::Padding;
 use crate::workers::{self, Shared};
-use crate::{LmError, decoder};
+use crate::{LmError, decoder, ops};
 
 /// One training example: token ids and where the labels begin.
 #[derive(Clone)]
@@ -59,7 +61,14 @@ pub fn example_gradients(
     }
     let adapters = tch::no_grad(|| adapters(decoder, lora))?;
     let parts = in_parts(decoder, lora, &adapters, examples, |decoder, lora, adapters, examples| {
-        gradients_of(decoder, lora, adapters, examples, Batch::new(decoder, examples)?, scale)
+        gradients_of(
+            decoder,
+            lora,
+            adapters,
+            examples,
+            Batch::new(decoder, examples, padding(decoder, adapters))?,
+            scale,
+        )
     })?;
     let mut gradients = join(parts)?;
     let losses = gradients.pop().unwrap_or_default();
@@ -78,7 +87,14 @@ pub fn summed_gradients(
     let scale = scale(block_length)?;
     let adapters = tch::no_grad(|| adapters(decoder, lora))?;
     let parts = in_parts(decoder, lora, &adapters, examples, |decoder, lora, adapters, examples| {
-        gradients_of(decoder, lora, adapters, examples, Batch::new(decoder, examples)?.together(), scale)
+        gradients_of(
+            decoder,
+            lora,
+            adapters,
+            examples,
+            Batch::new(decoder, examples, padding(decoder, adapters))?.together(),
+            scale,
+        )
     })?;
     let mut sums: Vec<Tensor> =
         lora.tensors.iter().map(|(_, tensor)| tensor.f_zeros_like()).collect::<Result<_, _>>()?;
@@ -144,7 +160,7 @@ pub fn token_losses(decoder: &Decoder, lora: &Lora, examples: &[Example]) -> Res
     }
     let adapters = tch::no_grad(|| adapters(decoder, lora))?;
     let parts = in_parts(decoder, lora, &adapters, examples, |decoder, _, adapters, examples| {
-        let batch = Batch::new(decoder, examples)?;
+        let batch = Batch::new(decoder, examples, padding(decoder, adapters))?;
         let masks = dropout::Masks::new(0.0, decoder, examples, &batch);
         let hidden = backward::output(decoder, adapters, &batch, &masks)?;
         Ok(vec![loss::without_gradient(decoder, &hidden, &batch)?])
@@ -248,9 +264,15 @@ fn inputs(example: &Example) -> &[i64] {
     example.tokens.split_last().map_or(&[], |(_, inputs)| inputs)
 }
 
-/// Length that an example's inputs are padded to, by itself.
-fn padded(example: &Example) -> usize {
-    crate::padding::padded(inputs(example).len())
+/// How examples are padded: by what computes all products between rows of one example and those of another.
+fn padding(decoder: &Decoder, adapters: &[Adapters]) -> Padding {
+    let config = &decoder.config;
+    let factors = adapters.iter().flat_map(|adapters| [&adapters.qkv, &adapters.o]).flatten();
+    let widths = [config.hidden_size, config.intermediate_size, config.head_dim];
+    match ops::multiplies_all(decoder.compute, factors.map(Factors::ranks).chain(widths)) {
+        true => Padding::Pairs,
+        false => Padding::Fours,
+    }
 }
 
 /// Examples one behind the other, each padded on the right.
@@ -294,7 +316,8 @@ impl Group {
 }
 
 impl Batch {
-    fn new(decoder: &Decoder, examples: &[Example]) -> Result<Self, LmError> {
+    fn new(decoder: &Decoder, examples: &[Example], padding: Padding) -> Result<Self, LmError> {
+        let padded = |example: &Example| padding.padded(inputs(example).len());
         decoder.check_tokens(examples.iter().flat_map(|example| &example.tokens))?;
         let context = usize::try_from(decoder.config.max_positions).unwrap_or_default().max(1);
         if examples.iter().any(|example| example.tokens.len() > context) {

@@ -44,7 +44,7 @@ impl Element for bf16 {
     }
 }
 
-/// Declares functions that are compiled a second time for AVX-512, and chosen by what the CPU has.
+/// Declares functions that are compiled for AVX-512 and for AVX2 too, and chosen by what the CPU has.
 macro_rules! kernels {
     ($($(#[$doc:meta])* fn $name:ident / $body:ident <E: Element>($($argument:ident: $type:ty),* $(,)?);)*) => {$(
         $(#[$doc])*
@@ -52,12 +52,21 @@ macro_rules! kernels {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-                fn vectors<E: Element>($($argument: $type),*) {
+                fn sixteen<E: Element>($($argument: $type),*) {
                     $body::<E>($($argument),*)
                 }
-                if has_avx512() {
-                    // SAFETY: the CPU has the instructions that the function was compiled for.
-                    return unsafe { vectors::<E>($($argument),*) };
+                #[target_feature(enable = "avx2,fma")]
+                fn eight<E: Element>($($argument: $type),*) {
+                    $body::<E>($($argument),*)
+                }
+                // SAFETY: the CPU has the instructions that the function was compiled for.
+                unsafe {
+                    if has_avx512() {
+                        return sixteen::<E>($($argument),*);
+                    }
+                    if has_avx2() {
+                        return eight::<E>($($argument),*);
+                    }
                 }
             }
             $body::<E>($($argument),*)
@@ -66,12 +75,17 @@ macro_rules! kernels {
 }
 
 #[cfg(target_arch = "x86_64")]
+fn has_avx2() -> bool {
+    std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma")
+}
+
+#[cfg(target_arch = "x86_64")]
 fn has_avx512() -> bool {
     std::is_x86_feature_detected!("avx512f")
         && std::is_x86_feature_detected!("avx512bw")
         && std::is_x86_feature_detected!("avx512dq")
         && std::is_x86_feature_detected!("avx512vl")
-        && std::is_x86_feature_detected!("fma")
+        && has_avx2()
 }
 
 kernels! {
@@ -104,41 +118,10 @@ kernels! {
     fn mass / mass_body<E: Element>(scores: &[E], inverse: f32, out: &mut [f32; 2]);
     /// Turns the first `turned` heads of each row in place; rows are positions 0, 1, … `length` - 1, again and again.
     fn rotate / rotate_body<E: Element>(rows: &mut [E], heads: Heads, cos: &[E], sin: &[E]);
-    /// Rounds rows of sums, each `stride` wide, into rows as wide as `width`, at `columns`, with what is to be added: a
-    /// row to every one, and rows as those of `out`.
+    /// Rounds rows of sums, each `stride` wide, into rows as wide as `width`, at `columns`.
     fn round / round_body<E: Element>(
-        sums: &mut [f32], stride: usize, columns: Range<usize>, width: usize, plus: Plus<'_, E>, out: &mut [E],
+        sums: &[f32], stride: usize, columns: Range<usize>, width: usize, out: &mut [E],
     );
-    /// Puts the rows of each group between each other: the first element of each, then the second of each. `packed` gets
-    /// the first panel of columns of all groups, then the next of all; where columns run out before a whole panel, what
-    /// it has there stays.
-    fn interleave / interleave_body<E: Element>(values: &[E], shape: Interleave, packed: &mut [E]);
-}
-
-/// What is added to sums before they are rounded.
-#[derive(Clone, Copy)]
-pub(crate) struct Plus<'a, E> {
-    /// To every row.
-    pub(crate) bias: Option<&'a [E]>,
-    /// To each row its own.
-    pub(crate) rows: Option<&'a [E]>,
-}
-
-impl<E> Plus<'_, E> {
-    pub(crate) const NOTHING: Self = Self { bias: None, rows: None };
-}
-
-/// Rows to interleave.
-#[derive(Clone, Copy)]
-pub(crate) struct Interleave {
-    pub(crate) rows: usize,
-    /// Elements from one row to the next.
-    pub(crate) stride: usize,
-    pub(crate) width: usize,
-    /// Rows that come between each other: one or two.
-    pub(crate) group: usize,
-    /// Columns of a panel.
-    pub(crate) panel: usize,
 }
 
 /// How a row of joined heads is laid out.
@@ -288,11 +271,11 @@ fn cross_entropy_body<E: Element>(logits: &mut [E], vocab: usize, labels: &[i64]
 fn softmax_body<E: Element>(scores: &mut [f32], weights: &mut [E], width: usize, scale: f32, visible: &[usize]) {
     let rows = scores.chunks_exact_mut(width).zip(weights.chunks_exact_mut(width));
     for ((scores, weights), &seen) in rows.zip(visible) {
-        let best = largest(&scores[..seen]) * scale;
+        let best = -largest(&scores[..seen]) * scale;
         // Whole vectors, for speed; what is not seen counts nothing.
         let whole = seen.next_multiple_of(LANES);
         for score in &mut scores[..whole] {
-            *score = exp(*score * scale - best);
+            *score = exp(score.mul_add(scale, best));
         }
         scores[seen..whole].fill(0.0);
         let inverse = 1.0 / sum([&scores[..whole]], |[score]| score);
@@ -375,49 +358,10 @@ fn rotate_body<E: Element>(rows: &mut [E], heads: Heads, cos: &[E], sin: &[E]) {
 }
 
 #[inline(always)]
-fn round_body<E: Element>(
-    sums: &mut [f32],
-    stride: usize,
-    columns: Range<usize>,
-    width: usize,
-    plus: Plus<'_, E>,
-    out: &mut [E],
-) {
-    let add = |sums: &mut [f32], values: &[E]| {
-        for (sum, value) in sums.iter_mut().zip(&values[columns.clone()]) {
-            *sum += value.wide();
-        }
-    };
-    for (row, (sums, out)) in sums.chunks_exact_mut(stride).zip(out.chunks_exact_mut(width)).enumerate() {
-        if let Some(bias) = plus.bias {
-            add(sums, bias);
-        }
-        if let Some(rows) = plus.rows {
-            add(sums, &rows[row * width..][..width]);
-        }
-        for (out, sum) in out[columns.clone()].iter_mut().zip(&*sums) {
+fn round_body<E: Element>(sums: &[f32], stride: usize, columns: Range<usize>, width: usize, out: &mut [E]) {
+    for (sums, out) in sums.chunks_exact(stride).zip(out.chunks_exact_mut(width)) {
+        for (out, sum) in out[columns.clone()].iter_mut().zip(sums) {
             *out = E::narrow(*sum);
-        }
-    }
-}
-
-#[inline(always)]
-fn interleave_body<E: Element>(values: &[E], shape: Interleave, packed: &mut [E]) {
-    let Interleave { rows, stride, width, group, panel } = shape;
-    for number in 0..rows / group {
-        let row = |index: usize| &values[(number * group + index) * stride..][..width];
-        for first in (0..width).step_by(panel) {
-            let columns = first..width.min(first + panel);
-            let packed = &mut packed[first * rows + number * group * panel..][..group * columns.len()];
-            match group {
-                1 => packed.copy_from_slice(&row(0)[columns]),
-                _ => {
-                    let (pairs, _) = packed.as_chunks_mut::<2>();
-                    for ((pair, one), other) in pairs.iter_mut().zip(&row(0)[columns.clone()]).zip(&row(1)[columns]) {
-                        *pair = [*one, *other];
-                    }
-                }
-            }
         }
     }
 }
@@ -442,18 +386,18 @@ pub(crate) fn exp(x: f32) -> f32 {
     // Compared so that NaN passes: what diverged must not look finite.
     let x = if x < -87.0 { -87.0 } else { x };
     let x = if x > 87.0 { 87.0 } else { x };
-    let shifted = x * std::f32::consts::LOG2_E + SHIFT;
+    // Fused, which every CPU with AVX2 is quick at.
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, SHIFT);
     let whole = shifted - SHIFT;
     // Cody and Waite: ln 2 in two parts.
-    let rest = (x - whole * 0.693_359_4) - whole * -2.121_944_4e-4;
-    let series = 1.0 / 5040.0;
-    let series = series * rest + 1.0 / 720.0;
-    let series = series * rest + 1.0 / 120.0;
-    let series = series * rest + 1.0 / 24.0;
-    let series = series * rest + 1.0 / 6.0;
-    let series = series * rest + 0.5;
-    let series = series * rest + 1.0;
-    let series = series * rest + 1.0;
+    let rest = whole.mul_add(2.121_944_4e-4, whole.mul_add(-0.693_359_4, x));
+    let series = rest.mul_add(1.0 / 5040.0, 1.0 / 720.0);
+    let series = series.mul_add(rest, 1.0 / 120.0);
+    let series = series.mul_add(rest, 1.0 / 24.0);
+    let series = series.mul_add(rest, 1.0 / 6.0);
+    let series = series.mul_add(rest, 0.5);
+    let series = series.mul_add(rest, 1.0);
+    let series = series.mul_add(rest, 1.0);
     let exponent = (shifted.to_bits().wrapping_sub(SHIFT.to_bits()).wrapping_add(127)) << 23;
     series * f32::from_bits(exponent)
 }

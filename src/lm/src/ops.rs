@@ -11,8 +11,9 @@ use crate::attention::{self, Sequence, Work};
 use crate::checkpoint::DecoderConfig;
 use crate::decoder::layer::{self, join_heads, split_heads};
 use crate::decoder::rope::{self, Angles};
-use crate::kernels::{self, Element, Heads, Plus};
-use crate::products::{self, Factor, View, Weight};
+use crate::device::Compute;
+use crate::kernels::{self, Element, Heads};
+use crate::products::{self, Factor, Plus, View, Weight};
 
 /// Runs the block with `E` as the element type of `$tensor`, where our kernels can compute on it; else `$otherwise`.
 macro_rules! on_cpu {
@@ -56,10 +57,42 @@ pub(crate) fn matmul(x: &Tensor, weight: &Tensor, rows: Option<&Tensor>) -> Resu
     added(x.f_matmul(weight)?, rows)
 }
 
+/// `leftᵀ · right` of each `[length, left]` and `[length, right]` of a batch: `[batch, left, right]`.
+pub(crate) fn outer(left: &Tensor, right: &Tensor) -> Result<Tensor, LmError> {
+    let (_, length, width) = right.size3()?;
+    on_cpu!(left, E => {
+        if multiplies::<E>(length) {
+            let (left, right) = (left.f_transpose(1, 2)?.f_contiguous()?, right.f_contiguous()?);
+            let (batch, rows, _) = left.size3()?;
+            let mut out = Tensor::f_empty([batch, rows, width], (E::KIND, Device::Cpu))?;
+            let (length, width) = (length as usize, width as usize);
+            let lefts = values::<E>(&left)?.chunks_exact(rows as usize * length);
+            let rights = values::<E>(&right)?.chunks_exact(length * width);
+            let outs = values_mut::<E>(&mut out)?.chunks_exact_mut(rows as usize * width);
+            for ((left, right), out) in lefts.zip(rights).zip(outs) {
+                let weight = Weight::Inputs(View::new(right, width, 0..length, 0..width));
+                products::product(left, weight, Plus::NOTHING, out);
+            }
+            return Ok(out);
+        }
+    }, {});
+    Ok(left.f_transpose(1, 2)?.f_bmm(right)?)
+}
+
 fn added(product: Tensor, rows: Option<&Tensor>) -> Result<Tensor, LmError> {
     match rows {
         None => Ok(product),
         Some(rows) => Ok(product.f_add(rows)?),
+    }
+}
+
+/// Whether our products compute all of a model's, with so many inputs each.
+pub(crate) fn multiplies_all(compute: Compute, inputs: impl IntoIterator<Item = i64>) -> bool {
+    let mut inputs = inputs.into_iter();
+    match (compute.device, compute.kind) {
+        (Device::Cpu, Kind::BFloat16) => inputs.all(multiplies::<bf16>),
+        (Device::Cpu, Kind::Float) => inputs.all(multiplies::<f32>),
+        _ => false,
     }
 }
 

@@ -14,7 +14,7 @@ use std::ops::Range;
 use tch::{Device, Tensor};
 
 use crate::LmError;
-use crate::kernels::{self, Element, Interleave, Plus};
+use crate::kernels::Element;
 
 /// Outputs that one tile computes: four vectors of sixteen.
 pub(crate) const COLUMNS: usize = 64;
@@ -27,11 +27,33 @@ const BLOCK: usize = 16 * ROWS;
 const DEPTH: usize = 2048;
 /// Bytes of panels that are packed at once, unless one takes more: many, so that weights are read in long runs, and yet
 /// few enough to stay in the third cache. A panel goes to the second one for each block of rows.
-const PACKED: usize = 4 << 20;
+const PACKED: usize = 2 << 20;
 
 thread_local! {
     /// Room for packed panels, in words.
     static ROOM: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// What is added to sums before they are rounded.
+#[derive(Clone, Copy)]
+pub(crate) struct Plus<'a, E> {
+    /// To every row.
+    pub(crate) bias: Option<&'a [E]>,
+    /// To each row its own.
+    pub(crate) rows: Option<&'a [E]>,
+}
+
+impl<E> Plus<'_, E> {
+    pub(crate) const NOTHING: Self = Self { bias: None, rows: None };
+}
+
+/// Where the sums of a panel go.
+pub(crate) enum Sums<'a, E> {
+    /// Into rows `stride` apart; added to what is there unless `fresh`.
+    Kept { rows: &'a mut [f32], stride: usize, fresh: bool },
+    /// Rounded once, with what is to be added, into rows of `out` that are `width` wide, from column `first` on. The sums
+    /// begin with those `so_far`, in rows of [`COLUMNS`], if there are any.
+    Rounded { so_far: Option<&'a [f32]>, plus: Plus<'a, E>, out: &'a mut [E], width: usize, first: usize },
 }
 
 /// An element that products can be computed in.
@@ -40,19 +62,24 @@ pub(crate) trait Factor: Element {
     const GROUP: usize;
     /// Whether this CPU has the instructions.
     fn is_supported() -> bool;
-    /// `sums[row][column] += Σ x[row][i] · panel[i][column]` for `R` rows and the first `C` · 16 columns; where `fresh`, the
-    /// sums begin at zero.
+    /// `Σ x[row][i] · panel[i][column]` for `R` rows and the first `C` · 16 columns, added to where the sums `start` if that
+    /// is somewhere, to their `end`.
     ///
     /// # Safety
     /// [`Self::is_supported`]; `x` has `R` rows of `groups · GROUP` elements; `panel` holds `groups · GROUP · COLUMNS`;
-    /// `sums` has `R` rows of `COLUMNS`.
+    /// `start` and `end` have `R` rows, of `COLUMNS` or of as many as are wanted.
     unsafe fn tile<const R: usize, const C: usize>(
         x: Rows<*const Self>,
         panel: *const Self,
         groups: usize,
-        sums: Rows<*mut f32>,
-        fresh: bool,
+        start: Option<Rows<*const f32>>,
+        end: End<Self>,
     );
+    /// Puts `GROUP` rows of at most [`COLUMNS`] elements between each other: the first of each, then the second of each.
+    ///
+    /// # Safety
+    /// [`Self::is_supported`]; there are `GROUP` rows of `columns` elements, and `out` has room for them.
+    unsafe fn interleave(rows: Rows<*const Self>, columns: usize, out: *mut Self);
 }
 
 /// Where the first of some rows is, and how many elements on the next one begins.
@@ -62,134 +89,239 @@ pub(crate) struct Rows<P> {
     stride: usize,
 }
 
+/// Where the sums of a tile go: as they are, or the first `columns` of each row rounded, with the bias and the row of `plus`
+/// added, whose rows are as far apart as those of `out`.
+#[derive(Clone, Copy)]
+pub(crate) enum End<E> {
+    Kept(Rows<*mut f32>),
+    Rounded { out: Rows<*mut E>, columns: usize, bias: Option<*const E>, plus: Option<*const E> },
+}
+
 #[cfg(target_arch = "x86_64")]
 mod instructions {
     use std::arch::x86_64::*;
 
     use half::bf16;
 
-    use super::{COLUMNS, Factor, Rows};
+    use super::{COLUMNS, End, Factor, Rows};
 
-    impl Factor for bf16 {
-        const GROUP: usize = 2;
+    /// Implements [`Factor`] by a module of the element's own instructions, which need the CPU's `features`.
+    macro_rules! factor {
+        ($element:ty, $group:literal, $lanes:ident, $features:literal, $supported:expr) => {
+            impl Factor for $element {
+                const GROUP: usize = $group;
 
-        fn is_supported() -> bool {
-            std::is_x86_feature_detected!("avx512bf16") && f32::is_supported()
-        }
+                fn is_supported() -> bool {
+                    $supported
+                }
 
-        unsafe fn tile<const R: usize, const C: usize>(
-            x: Rows<*const Self>,
-            panel: *const Self,
-            groups: usize,
-            sums: Rows<*mut f32>,
-            fresh: bool,
-        ) {
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-            unsafe fn tile<const R: usize, const C: usize>(
-                x: Rows<*const bf16>,
-                panel: *const bf16,
-                groups: usize,
-                out: Rows<*mut f32>,
-                fresh: bool,
-            ) {
-                // SAFETY: the pointers are good for these offsets by the contract of `Factor::tile`; a vector of 32 bf16
-                // and one of 16 words are the same bits.
-                unsafe {
-                    let mut sums = start::<R, C>(out, fresh);
-                    for group in 0..groups {
-                        let weights = panel.add(group * 2 * COLUMNS).cast::<i32>();
-                        let weights: [__m512bh; C] = std::array::from_fn(|part| {
-                            std::mem::transmute(_mm512_loadu_si512(weights.add(16 * part).cast()))
-                        });
-                        for (row, sums) in sums.iter_mut().enumerate() {
-                            let pair = x.first.add(row * x.stride + group * 2).cast::<i32>().read_unaligned();
-                            let pair: __m512bh = std::mem::transmute(_mm512_set1_epi32(pair));
-                            for (sum, weights) in sums.iter_mut().zip(weights) {
-                                *sum = _mm512_dpbf16_ps(*sum, pair, weights);
+                unsafe fn tile<const R: usize, const C: usize>(
+                    x: Rows<*const Self>,
+                    panel: *const Self,
+                    groups: usize,
+                    start: Option<Rows<*const f32>>,
+                    end: End<Self>,
+                ) {
+                    #[target_feature(enable = $features)]
+                    unsafe fn tile<const R: usize, const C: usize>(
+                        x: Rows<*const $element>,
+                        panel: *const $element,
+                        groups: usize,
+                        start: Option<Rows<*const f32>>,
+                        end: End<$element>,
+                    ) {
+                        // SAFETY: the pointers are good for these offsets by the contract of `Factor::tile`.
+                        unsafe {
+                            let mut sums = match start {
+                                None => [[_mm512_setzero_ps(); C]; R],
+                                Some(rows) => std::array::from_fn(|row| {
+                                    let first = rows.first.add(row * rows.stride);
+                                    std::array::from_fn(|part| _mm512_loadu_ps(first.add(16 * part)))
+                                }),
+                            };
+                            for group in 0..groups {
+                                let weights = panel.add(group * $group * COLUMNS);
+                                let weights: [_; C] =
+                                    std::array::from_fn(|part| $lanes::load(weights.add(16 * $group * part)));
+                                for (row, sums) in sums.iter_mut().enumerate() {
+                                    let inputs = $lanes::repeat(x.first.add(row * x.stride + group * $group));
+                                    for (sum, weights) in sums.iter_mut().zip(weights) {
+                                        *sum = $lanes::multiply_add(inputs, weights, *sum);
+                                    }
+                                }
+                            }
+                            for (row, sums) in sums.into_iter().enumerate() {
+                                for (part, sum) in sums.into_iter().enumerate() {
+                                    let at = 16 * part;
+                                    match end {
+                                        End::Kept(rows) => {
+                                            _mm512_storeu_ps(rows.first.add(row * rows.stride + at), sum);
+                                        }
+                                        End::Rounded { out, columns, bias, plus } if at < columns => {
+                                            let (first, left) = (row * out.stride + at, columns - at);
+                                            let sum = match bias {
+                                                Some(bias) => _mm512_add_ps(sum, $lanes::widen(bias.add(at), left)),
+                                                None => sum,
+                                            };
+                                            let sum = match plus {
+                                                Some(plus) => _mm512_add_ps(sum, $lanes::widen(plus.add(first), left)),
+                                                None => sum,
+                                            };
+                                            $lanes::round(sum, out.first.add(first), left);
+                                        }
+                                        End::Rounded { .. } => {}
+                                    }
+                                }
                             }
                         }
                     }
-                    finish(&sums, out);
+                    // SAFETY: the caller keeps the contract, of which the CPU's instructions are part.
+                    unsafe { tile::<R, C>(x, panel, groups, start, end) }
+                }
+
+                unsafe fn interleave(rows: Rows<*const Self>, columns: usize, out: *mut Self) {
+                    // SAFETY: the caller keeps the contract.
+                    unsafe { $lanes::interleave(rows, columns, out) }
                 }
             }
-            // SAFETY: the caller keeps the contract, of which the CPU's instructions are part.
-            unsafe { tile::<R, C>(x, panel, groups, sums, fresh) }
-        }
+        };
     }
 
-    impl Factor for f32 {
-        const GROUP: usize = 1;
+    factor!(
+        bf16,
+        2,
+        pairs,
+        "avx512f,avx512bw,avx512vl,avx512bf16",
+        std::is_x86_feature_detected!("avx512bf16") && f32::is_supported()
+    );
+    factor!(
+        f32,
+        1,
+        singles,
+        "avx512f",
+        std::is_x86_feature_detected!("avx512f")
+            && std::is_x86_feature_detected!("avx512bw")
+            && std::is_x86_feature_detected!("avx512dq")
+            && std::is_x86_feature_detected!("avx512vl")
+            && std::is_x86_feature_detected!("fma")
+    );
 
-        fn is_supported() -> bool {
-            std::is_x86_feature_detected!("avx512f")
-                && std::is_x86_feature_detected!("avx512bw")
-                && std::is_x86_feature_detected!("avx512dq")
-                && std::is_x86_feature_detected!("avx512vl")
-                && std::is_x86_feature_detected!("fma")
+    /// The first lanes, at most `left`.
+    fn mask(left: usize) -> __mmask16 {
+        ((1u32 << left.min(16)) - 1) as __mmask16
+    }
+
+    /// Pairs of bf16. Each function needs the features above, and memory for what it reads or writes: sixteen pairs, one
+    /// pair, or `left` elements but at most sixteen.
+    mod pairs {
+        use super::*;
+
+        #[target_feature(enable = "avx512f,avx512bf16")]
+        pub(super) unsafe fn load(pairs: *const bf16) -> __m512bh {
+            // SAFETY: the caller's memory; a vector of bf16 and one of words are the same bits.
+            unsafe { std::mem::transmute(_mm512_loadu_si512(pairs.cast())) }
         }
 
-        unsafe fn tile<const R: usize, const C: usize>(
-            x: Rows<*const Self>,
-            panel: *const Self,
-            groups: usize,
-            sums: Rows<*mut f32>,
-            fresh: bool,
-        ) {
-            #[target_feature(enable = "avx512f")]
-            unsafe fn tile<const R: usize, const C: usize>(
-                x: Rows<*const f32>,
-                panel: *const f32,
-                groups: usize,
-                out: Rows<*mut f32>,
-                fresh: bool,
-            ) {
-                // SAFETY: the pointers are good for these offsets by the contract of `Factor::tile`.
+        #[target_feature(enable = "avx512f,avx512bf16")]
+        pub(super) unsafe fn repeat(pair: *const bf16) -> __m512bh {
+            // SAFETY: as above.
+            unsafe { std::mem::transmute(_mm512_set1_epi32(pair.cast::<i32>().read_unaligned())) }
+        }
+
+        #[target_feature(enable = "avx512f,avx512bf16")]
+        pub(super) fn multiply_add(inputs: __m512bh, weights: __m512bh, sum: __m512) -> __m512 {
+            _mm512_dpbf16_ps(sum, inputs, weights)
+        }
+
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+        pub(super) unsafe fn widen(values: *const bf16, left: usize) -> __m512 {
+            // SAFETY: the caller's memory: lanes that are masked are not read.
+            let values = unsafe { _mm256_maskz_loadu_epi16(mask(left), values.cast()) };
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(values)))
+        }
+
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+        pub(super) unsafe fn round(sum: __m512, out: *mut bf16, left: usize) {
+            // SAFETY: a vector of bf16 and one of words are the same bits.
+            let values: __m256i = unsafe { std::mem::transmute(_mm512_cvtneps_pbh(sum)) };
+            // SAFETY: the caller's memory: lanes that are masked are not written.
+            match left {
+                // Masked stores take several times as long.
+                16.. => unsafe { _mm256_storeu_si256(out.cast(), values) },
+                _ => unsafe { _mm256_mask_storeu_epi16(out.cast(), mask(left), values) },
+            }
+        }
+
+        #[target_feature(enable = "avx512f,avx512bw")]
+        pub(super) unsafe fn interleave(rows: Rows<*const bf16>, columns: usize, out: *mut bf16) {
+            // SAFETY: 32 elements of 16 bits.
+            let low: __m512i = unsafe { std::mem::transmute(LOW) };
+            let high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+            for first in (0..columns).step_by(32) {
+                let left = columns - first;
+                let some = (u32::MAX) >> (32 - left.min(32));
+                // SAFETY: the caller's memory: lanes that are masked are not read or written.
                 unsafe {
-                    let mut sums = start::<R, C>(out, fresh);
-                    for group in 0..groups {
-                        let weights = panel.add(group * COLUMNS);
-                        let weights: [__m512; C] = std::array::from_fn(|part| _mm512_loadu_ps(weights.add(16 * part)));
-                        for (row, sums) in sums.iter_mut().enumerate() {
-                            let value = _mm512_set1_ps(*x.first.add(row * x.stride + group));
-                            for (sum, weights) in sums.iter_mut().zip(weights) {
-                                *sum = _mm512_fmadd_ps(value, weights, *sum);
-                            }
-                        }
+                    let (one, two) = (rows.first.add(first).cast(), rows.first.add(rows.stride + first).cast());
+                    let (one, two) = (_mm512_maskz_loadu_epi16(some, one), _mm512_maskz_loadu_epi16(some, two));
+                    let out = out.add(2 * first).cast::<i32>();
+                    _mm512_mask_storeu_epi32(out, mask(left), _mm512_permutex2var_epi16(one, low, two));
+                    if left > 16 {
+                        let out = out.add(16);
+                        _mm512_mask_storeu_epi32(out, mask(left - 16), _mm512_permutex2var_epi16(one, high, two));
                     }
-                    finish(&sums, out);
                 }
             }
-            // SAFETY: the caller keeps the contract, of which the CPU's instructions are part.
-            unsafe { tile::<R, C>(x, panel, groups, sums, fresh) }
         }
-    }
 
-    /// The sums of a tile so far.
-    ///
-    /// # Safety
-    /// `sums` has `R` rows of `COLUMNS`.
-    #[target_feature(enable = "avx512f")]
-    unsafe fn start<const R: usize, const C: usize>(sums: Rows<*mut f32>, fresh: bool) -> [[__m512; C]; R] {
-        match fresh {
-            true => [[_mm512_setzero_ps(); C]; R],
-            // SAFETY: the caller keeps the contract.
-            false => std::array::from_fn(|row| {
-                std::array::from_fn(|part| unsafe { _mm512_loadu_ps(sums.first.add(row * sums.stride + 16 * part)) })
-            }),
-        }
-    }
-
-    /// The reverse.
-    ///
-    /// # Safety
-    /// As there.
-    #[target_feature(enable = "avx512f")]
-    unsafe fn finish<const R: usize, const C: usize>(values: &[[__m512; C]; R], sums: Rows<*mut f32>) {
-        for (row, values) in values.iter().enumerate() {
-            for (part, value) in values.iter().enumerate() {
-                // SAFETY: the caller keeps the contract.
-                unsafe { _mm512_storeu_ps(sums.first.add(row * sums.stride + 16 * part), *value) };
+        /// The first sixteen of two vectors, in turn.
+        const LOW: [i16; 32] = {
+            let mut low = [0; 32];
+            let mut at = 0;
+            while at < 32 {
+                low[at] = (at / 2 + 32 * (at % 2)) as i16;
+                at += 1;
             }
+            low
+        };
+    }
+
+    /// The same of single float32.
+    mod singles {
+        use super::*;
+
+        #[target_feature(enable = "avx512f")]
+        pub(super) unsafe fn load(values: *const f32) -> __m512 {
+            // SAFETY: the caller's memory.
+            unsafe { _mm512_loadu_ps(values) }
+        }
+
+        #[target_feature(enable = "avx512f")]
+        pub(super) unsafe fn repeat(value: *const f32) -> __m512 {
+            // SAFETY: the caller's memory.
+            _mm512_set1_ps(unsafe { *value })
+        }
+
+        #[target_feature(enable = "avx512f")]
+        pub(super) fn multiply_add(inputs: __m512, weights: __m512, sum: __m512) -> __m512 {
+            _mm512_fmadd_ps(inputs, weights, sum)
+        }
+
+        #[target_feature(enable = "avx512f")]
+        pub(super) unsafe fn widen(values: *const f32, left: usize) -> __m512 {
+            // SAFETY: the caller's memory: lanes that are masked are not read.
+            unsafe { _mm512_maskz_loadu_ps(mask(left), values) }
+        }
+
+        #[target_feature(enable = "avx512f")]
+        pub(super) unsafe fn round(sum: __m512, out: *mut f32, left: usize) {
+            // SAFETY: the caller's memory: lanes that are masked are not written.
+            unsafe { _mm512_mask_storeu_ps(out, mask(left), sum) }
+        }
+
+        pub(super) unsafe fn interleave(rows: Rows<*const f32>, columns: usize, out: *mut f32) {
+            // SAFETY: the caller's memory.
+            unsafe { std::ptr::copy_nonoverlapping(rows.first, out, columns) }
         }
     }
 
@@ -204,7 +336,6 @@ mod instructions {
         // into every other row: after four rounds, words and rows have changed places.
         let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         let second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        let mask = |left: usize| ((1u32 << left.min(16)) - 1) as __mmask16;
         for top in (0..count).step_by(16) {
             for left in (0..words).step_by(16) {
                 let (height, width) = (mask(count - top), mask(words - left));
@@ -253,10 +384,12 @@ mod instructions {
                     _: Rows<*const Self>,
                     _: *const Self,
                     _: usize,
-                    _: Rows<*mut f32>,
-                    _: bool,
+                    _: Option<Rows<*const f32>>,
+                    _: End<Self>,
                 ) {
                 }
+
+                unsafe fn interleave(_: Rows<*const Self>, _: usize, _: *mut Self) {}
             }
         };
     }
@@ -352,7 +485,7 @@ pub(crate) fn product<E: Factor>(x: &[E], weight: Weight<'_, E>, plus: Plus<'_, 
     let (_, packed, _) = unsafe { room.align_to_mut::<E>() };
     // Sums wait for the rest of the inputs, if there is one.
     let blocks = rows.div_ceil(BLOCK);
-    let waiting = if inputs > DEPTH { panels * blocks } else { 1 };
+    let waiting = if inputs > DEPTH { panels * blocks } else { 0 };
     let mut sums = vec![0f32; waiting * BLOCK * COLUMNS];
     for inner in parts(inputs, DEPTH) {
         for columns in parts(outputs, together * COLUMNS) {
@@ -360,15 +493,18 @@ pub(crate) fn product<E: Factor>(x: &[E], weight: Weight<'_, E>, plus: Plus<'_, 
             for (block, here) in parts(rows, BLOCK).enumerate() {
                 let x = x.part(here.clone(), inner.clone());
                 for (first, panel) in columns.clone().step_by(COLUMNS).zip(packed.chunks_exact(inner.len() * COLUMNS)) {
-                    let at = (first / COLUMNS * blocks + block) % waiting * BLOCK * COLUMNS;
-                    let sums = &mut sums[at..at + here.len() * COLUMNS];
-                    let columns = first..columns.end.min(first + COLUMNS);
-                    multiply(x, (panel, columns.len()), sums, COLUMNS, inner.start == 0);
-                    if inner.end == inputs {
-                        let rows = here.start * outputs..here.end * outputs;
-                        let plus = Plus { rows: plus.rows.map(|all| &all[rows.clone()]), ..plus };
-                        kernels::round(sums, COLUMNS, columns, outputs, plus, &mut out[rows]);
-                    }
+                    let at = (first / COLUMNS * blocks + block) * BLOCK * COLUMNS;
+                    let (fresh, columns) = (inner.start == 0, COLUMNS.min(columns.end - first));
+                    let rows = here.start * outputs..here.end * outputs;
+                    let sums = match inner.end == inputs {
+                        true => {
+                            let plus = Plus { rows: plus.rows.map(|all| &all[rows.clone()]), ..plus };
+                            let so_far = (!fresh).then(|| &sums[at..]);
+                            Sums::Rounded { so_far, plus, out: &mut out[rows], width: outputs, first }
+                        }
+                        false => Sums::Kept { rows: &mut sums[at..], stride: COLUMNS, fresh },
+                    };
+                    multiply(x, (panel, columns), sums);
                 }
             }
         }
@@ -381,34 +517,62 @@ fn parts(count: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
     (0..count).step_by(size).map(move |first| first..count.min(first + size))
 }
 
-/// The products of rows with a panel of as many inputs, of which the first `columns` are wanted, in rows of `sums` that are
-/// `stride` apart; added to what is there unless `fresh`.
-pub(crate) fn multiply<E: Factor>(
-    x: View<'_, E>,
-    (panel, columns): (&[E], usize),
-    sums: &mut [f32],
-    stride: usize,
-    fresh: bool,
-) {
+/// The products of rows with a panel of as many inputs, of which the first `columns` are wanted.
+pub(crate) fn multiply<E: Factor>(x: View<'_, E>, (panel, columns): (&[E], usize), mut sums: Sums<'_, E>) {
     if x.rows == 0 {
         return;
     }
     assert!(E::is_supported() && x.width.is_multiple_of(E::GROUP) && panel.len() >= x.width * COLUMNS);
-    assert!(sums.len() >= (x.rows - 1) * stride + COLUMNS);
+    assert!(columns <= COLUMNS && sums.holds(x.rows, columns));
     let pick = if columns <= COLUMNS / 2 { tile::<E, 2> } else { tile::<E, 4> };
     let mut row = 0;
     while row < x.rows {
         let values = Rows { first: x.values[row * x.stride..].as_ptr(), stride: x.stride };
-        let sums = Rows { first: sums[row * stride..].as_mut_ptr(), stride };
+        let (start, end) = sums.of_tile(row, columns);
         let (rows, tile) = pick(x.rows - row);
         // SAFETY: instructions and lengths were checked above and by the view; a tile's rows end before its last.
-        unsafe { tile(values, panel.as_ptr(), x.width / E::GROUP, sums, fresh) };
+        unsafe { tile(values, panel.as_ptr(), x.width / E::GROUP, start, end) };
         row += rows;
     }
 }
 
+impl<E: Factor> Sums<'_, E> {
+    /// Whether there is room for some rows, of which so many columns are wanted.
+    fn holds(&self, rows: usize, columns: usize) -> bool {
+        match self {
+            Self::Kept { rows: sums, stride, .. } => sums.len() >= (rows - 1) * stride + COLUMNS,
+            Self::Rounded { so_far, plus, out, width, first } => {
+                let fits = |values: &[E]| values.len() >= rows * width;
+                first + columns <= *width
+                    && fits(out)
+                    && plus.rows.is_none_or(fits)
+                    && plus.bias.is_none_or(|bias| bias.len() >= *width)
+                    && so_far.is_none_or(|sums| sums.len() >= rows * COLUMNS)
+            }
+        }
+    }
+
+    /// Where the tile that begins with `row` starts and ends.
+    fn of_tile(&mut self, row: usize, columns: usize) -> (Option<Rows<*const f32>>, End<E>) {
+        match self {
+            Self::Kept { rows, stride, fresh } => {
+                let sums = Rows { first: rows[row * *stride..].as_mut_ptr(), stride: *stride };
+                let start = Rows { first: sums.first.cast_const(), stride: *stride };
+                ((!*fresh).then_some(start), End::Kept(sums))
+            }
+            Self::Rounded { so_far, plus, out, width, first } => {
+                let at = row * *width + *first;
+                let start = so_far.map(|sums| Rows { first: sums[row * COLUMNS..].as_ptr(), stride: COLUMNS });
+                let out = Rows { first: out[at..].as_mut_ptr(), stride: *width };
+                let bias = plus.bias.map(|bias| bias[*first..].as_ptr());
+                (start, End::Rounded { out, columns, bias, plus: plus.rows.map(|rows| rows[at..].as_ptr()) })
+            }
+        }
+    }
+}
+
 /// [`Factor::tile`].
-type Tile<E> = unsafe fn(Rows<*const E>, *const E, usize, Rows<*mut f32>, bool);
+type Tile<E> = unsafe fn(Rows<*const E>, *const E, usize, Option<Rows<*const f32>>, End<E>);
 
 /// The largest tile of `C` vectors for at most so many rows, and its rows.
 fn tile<E: Factor, const C: usize>(rows: usize) -> (usize, Tile<E>) {
@@ -430,9 +594,16 @@ pub(crate) fn pack<E: Factor>(weight: Weight<'_, E>, packed: &mut [E]) {
     assert!(E::is_supported() && inputs.is_multiple_of(E::GROUP));
     assert!(packed.len() >= weight.outputs().div_ceil(COLUMNS) * COLUMNS * inputs);
     match weight {
-        Weight::Inputs(View { values, stride, rows, width }) => {
-            let shape = Interleave { rows, stride, width, group: E::GROUP, panel: COLUMNS };
-            kernels::interleave(values, shape, packed);
+        Weight::Inputs(view) => {
+            for (number, first) in (0..inputs).step_by(E::GROUP).enumerate() {
+                for (panel, columns) in parts(view.width, COLUMNS).enumerate() {
+                    let at = first * view.stride + columns.start;
+                    let rows = Rows { first: view.values[at..].as_ptr(), stride: view.stride };
+                    let out = &mut packed[(panel * inputs + number * E::GROUP) * COLUMNS..];
+                    // SAFETY: instructions and room were checked above, and the rows by the view.
+                    unsafe { E::interleave(rows, columns.len(), out.as_mut_ptr()) };
+                }
+            }
         }
         Weight::Outputs(view) => {
             assert!(view.stride.is_multiple_of(E::GROUP));
@@ -484,7 +655,8 @@ impl<E: Factor> Matrix<E> {
     pub(crate) fn multiply(&self, x: &[E], rows: usize, out: &mut [f32]) {
         let x = View::new(x, self.inputs, 0..rows, 0..self.inputs);
         for (panel, weights) in self.panels.chunks_exact(self.inputs * COLUMNS).enumerate() {
-            multiply(x, (weights, COLUMNS), &mut out[panel * COLUMNS..], self.outputs, true);
+            let rows = &mut out[panel * COLUMNS..];
+            multiply(x, (weights, COLUMNS), Sums::Kept { rows, stride: self.outputs, fresh: true });
         }
     }
 }

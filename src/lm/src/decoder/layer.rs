@@ -34,6 +34,13 @@ pub(crate) struct Factors {
     pub(crate) b: Tensor,
 }
 
+impl Factors {
+    /// Number of ranks.
+    pub(crate) fn ranks(&self) -> i64 {
+        self.a.size().first().copied().unwrap_or_default()
+    }
+}
+
 impl Layer {
     pub(crate) fn load(
         checkpoint: &Checkpoint,

@@ -264,10 +264,10 @@ impl Context<'_> {
         let seen = ops::linear(input, &factors.a, None, None)?;
         let (mut a, mut b) = (Vec::new(), Vec::new());
         for group in &self.batch.sums {
-            a.push(group.of(low)?.f_transpose(1, 2)?.f_bmm(&group.of(input)?)?);
-            b.push(group.of(output)?.f_transpose(1, 2)?.f_bmm(&group.of(&seen)?)?);
+            a.push(ops::outer(&group.of(low)?, &group.of(input)?)?);
+            b.push(ops::outer(&group.of(&seen)?, &group.of(output)?)?);
         }
-        Ok((Tensor::f_cat(&a, 0)?, Tensor::f_cat(&b, 0)?))
+        Ok((Tensor::f_cat(&a, 0)?, Tensor::f_cat(&b, 0)?.f_transpose(1, 2)?))
     }
 
     /// A and B gradients in float32, in the order of the targets.

@@ -180,7 +180,7 @@ fn recomputing_a_layer_changes_nothing() {
     let lora = adapter(&decoder, 0.2);
     let examples = examples();
     tch::no_grad(|| {
-        let batch = Batch::new(&decoder, &examples).unwrap();
+        let batch = Batch::new(&decoder, &examples, Padding::Fours).unwrap();
         let adapters = adapters(&decoder, &lora).unwrap();
         let masks = dropout::Masks::new(lora.config.dropout, &decoder, &examples, &batch);
         let run = |keep| {
