@@ -27,7 +27,7 @@ const BLOCK: usize = 16 * ROWS;
 const DEPTH: usize = 2048;
 /// Bytes of panels that are packed at once, unless one takes more: many, so that weights are read in long runs, and yet
 /// few enough to stay in the third cache. A panel goes to the second one for each block of rows.
-const PACKED: usize = 2 << 20;
+const PACKED: usize = 5 << 19;
 
 thread_local! {
     /// Room for packed panels, in words.
@@ -260,6 +260,11 @@ mod instructions {
             for first in (0..columns).step_by(32) {
                 let left = columns - first;
                 let some = (u32::MAX) >> (32 - left.min(32));
+                // What comes some pairs later, line by line: rows are taken a few lines at a time, which the processor would
+                // not guess.
+                for row in [AHEAD, AHEAD + 1] {
+                    _mm_prefetch::<_MM_HINT_T0>(rows.first.wrapping_add(row * rows.stride + first).cast());
+                }
                 // SAFETY: the caller's memory: lanes that are masked are not read or written.
                 unsafe {
                     let (one, two) = (rows.first.add(first).cast(), rows.first.add(rows.stride + first).cast());
@@ -273,6 +278,9 @@ mod instructions {
                 }
             }
         }
+
+        /// Rows from those that are interleaved to those that are fetched.
+        const AHEAD: usize = 8;
 
         /// The first sixteen of two vectors, in turn.
         const LOW: [i16; 32] = {
@@ -478,7 +486,8 @@ pub(crate) fn product<E: Factor>(x: &[E], weight: Weight<'_, E>, plus: Plus<'_, 
     let x = View::new(x, inputs, 0..rows, 0..inputs);
     let panels = outputs.div_ceil(COLUMNS);
     let size = inputs.min(DEPTH) * COLUMNS;
-    let together = (PACKED / size_of::<E>() / size).clamp(1, panels);
+    let most = (PACKED / size_of::<E>() / size).max(1);
+    let together = panels.div_ceil(panels.div_ceil(most));
     let mut room = ROOM.take();
     room.resize(room.len().max(together * size / E::GROUP), 0);
     // SAFETY: a word is a group of elements, whatever its bits are.
