@@ -85,7 +85,7 @@ fn draw(
     sampling: &Sampling,
     requests: &mut dyn Iterator<Item = Request>,
     batch: usize,
-    done: &mut dyn FnMut(Completion) -> Result<(), LmError>,
+    mut done: &mut dyn FnMut(Completion) -> Result<(), LmError>,
 ) -> Result<(), LmError> {
     sampling.check()?;
     if batch == 0 {
@@ -96,14 +96,6 @@ fn draw(
     let packed = decoder.packed()?;
     let fit = room::sequences(decoder, first.prompt.len() + sampling.max_new_tokens);
     let mut requests = std::iter::once(Ok(first)).chain(requests);
-    let mut done = |completion: Completion| match completion.mean_logprob.is_nan() {
-        true => Err(LmError::Malformed(
-            "sampling: the model's logits are not numbers\n\
-             help: the model's weights or the adapter's are damaged; check both, or sample with --dtype f32"
-                .into(),
-        )),
-        false => done(completion),
-    };
     match packed {
         Some(Packed::Bf16(model)) => pool::run(&model, sampling, requests, batch.min(fit), &mut done),
         Some(Packed::F32(model)) => pool::run(&model, sampling, requests, batch.min(fit), &mut done),
