@@ -571,7 +571,9 @@ fn memory_does_not_grow_with_the_input() {
             write(&path, records);
             peak_memory(&setting, &format!("r{records}"), &path.display().to_string())
         });
-        assert!(peaks[1] < peaks[0] + (30 << 10), "{format}: {peaks:?} KiB for 60 and 200 MB");
+        // Rows that wait to be written, up to a chunk, and threads that hold a batch or two more make some 15 MB of
+        // difference, and twice that on a busy machine. The input would make 140.
+        assert!(peaks[1] < peaks[0] + (70 << 10), "{format}: {peaks:?} KiB for 60 and 200 MB");
     }
 }
 
