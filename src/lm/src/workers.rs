@@ -103,6 +103,25 @@ pub(crate) fn fold<P: Send, S: Send>(
     })
 }
 
+/// Lets a quarter of the machine's memory be the beginning of the heap, in huge pages where the kernel gives them to those
+/// who ask: weights and activations are read from end to end, and every small page of them is looked up anew. Memory that
+/// is not used is not taken.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn ask_for_huge_pages() {
+    const HUGE: usize = 2 << 20;
+    // SAFETY: `malloc` gives all of the block or nothing, and `madvise` gets whole pages within it.
+    unsafe {
+        let (pages, page) = (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE));
+        let size = pages.max(0) as usize * page.max(0) as usize / 4 + 2 * HUGE;
+        let block = libc::malloc(size);
+        if !block.is_null() {
+            let first = block.cast::<u8>().align_offset(HUGE);
+            libc::madvise(block.byte_add(first), size - 2 * HUGE, libc::MADV_HUGEPAGE);
+            libc::free(block);
+        }
+    }
+}
+
 /// Compiled products that oneDNN keeps for each worker: a pass through a model needs some 25 for each shape of batch.
 const PRODUCTS: usize = 64;
 
@@ -122,9 +141,11 @@ pub fn tune_memory() {
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_MMAP_MAX, 0);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    ask_for_huge_pages();
     let capacity = "ONEDNN_PRIMITIVE_CACHE_CAPACITY";
     if std::env::var_os(capacity).is_none() {
         let workers = std::thread::available_parallelism().map_or(1, |count| count.get());
