@@ -10,7 +10,7 @@ use super::dropout::{Masks, Site};
 use crate::LmError;
 use crate::adapter::{Lora, Target};
 use crate::checkpoint::DecoderConfig;
-use crate::decoder::layer::{Factors, rows_of};
+use crate::decoder::layer::rows_of;
 use crate::decoder::rope::Angles;
 use crate::decoder::{Adapters, Decoder, Layer};
 use crate::ops;
@@ -43,10 +43,14 @@ enum Kept {
 struct Inside {
     /// Input `[1, T, D]`.
     input: Tensor,
+    /// What A of the adapters makes of it after the norm, `[1, T, R]`.
+    qkv_low: Option<Tensor>,
     /// Of each group.
     attention: Vec<ops::Attention>,
     /// What attention gave, heads joined: `[1, T, H · d]`.
     attended: Tensor,
+    /// What A of the adapters makes of that, `[1, T, R]`.
+    o_low: Option<Tensor>,
     /// After attention's residual: `[1, T, D]`.
     middle: Tensor,
     /// `[1, T, 2 · inner]`.
@@ -166,9 +170,11 @@ impl Context<'_> {
         let epsilon = self.config.rms_norm_eps;
         let normed = ops::rms_norm(input, &self.layer.input_norm, epsilon)?;
         let mut qkv = ops::linear(&normed, &self.layer.qkv, self.layer.qkv_bias.as_ref(), None)?;
+        let mut qkv_low = None;
         if let Some(factors) = &self.adapters.qkv {
             let low = ops::linear(&self.masks.apply(&normed, self.index, Site::Attention)?, &factors.a, None, None)?;
             qkv = ops::linear(&low, &factors.b, None, Some(&qkv))?;
+            qkv_low = Some(low);
         }
         let qkv = ops::rotate(qkv, self.config, self.angles)?;
         let mut attention = Vec::with_capacity(self.batch.groups.len());
@@ -177,13 +183,15 @@ impl Context<'_> {
         }
         let attended = joined(attention.iter().map(|attention| Ok(attention.output.shallow_clone())))?;
         let mut middle = ops::linear(&attended, &self.layer.o, None, Some(input))?;
+        let mut o_low = None;
         if let Some(factors) = &self.adapters.o {
             let low = ops::linear(&self.masks.apply(&attended, self.index, Site::Output)?, &factors.a, None, None)?;
             middle = ops::linear(&low, &factors.b, None, Some(&middle))?;
+            o_low = Some(low);
         }
         let normed = ops::rms_norm(&middle, &self.layer.post_norm, epsilon)?;
         let gate_up = ops::linear(&normed, &self.layer.gate_up, None, None)?;
-        Ok(Inside { input: input.shallow_clone(), attention, attended, middle, gate_up })
+        Ok(Inside { input: input.shallow_clone(), qkv_low, attention, attended, o_low, middle, gate_up })
     }
 
     /// The layer from there on: its output.
@@ -203,7 +211,7 @@ impl Context<'_> {
         scale: f64,
     ) -> Result<(Option<Tensor>, Vec<Tensor>), LmError> {
         let epsilon = self.config.rms_norm_eps;
-        let Inside { input, attention, attended, middle, gate_up } = inside;
+        let Inside { input, qkv_low, attention, attended, o_low, middle, gate_up } = inside;
         // Feed-forward: ∂middle = ∂out + norm'(W_guᵀ · swiglu'(W_dᵀ · ∂out)).
         let inner = ops::matmul(&gradient, &self.layer.down, None)?;
         let joint = ops::swiglu_backward(&inner, &gate_up)?;
@@ -215,10 +223,10 @@ impl Context<'_> {
         // Output projection.
         let mut through = None;
         let mut o_gradients = None;
-        if let Some(factors) = &self.adapters.o {
-            let seen = self.masks.apply(&attended, self.index, Site::Output)?;
+        if let (Some(factors), Some(seen)) = (&self.adapters.o, &o_low) {
             let low = ops::matmul(&upper, &factors.b, None)?;
-            o_gradients = Some(self.factor_gradients(&seen, &upper, &low, factors)?);
+            let input = self.masks.apply(&attended, self.index, Site::Output)?;
+            o_gradients = Some(self.factor_gradients((&input, seen), (&upper, &low))?);
             through = Some(self.masks.apply(&ops::matmul(&low, &factors.a, None)?, self.index, Site::Output)?);
         }
         let of_attended = ops::matmul(&upper, &self.layer.o, through.as_ref())?;
@@ -231,10 +239,10 @@ impl Context<'_> {
         let normed = ops::rms_norm(&input, &self.layer.input_norm, epsilon)?;
         let mut qkv_gradients = None;
         let mut through = None;
-        if let Some(factors) = &self.adapters.qkv {
-            let seen = self.masks.apply(&normed, self.index, Site::Attention)?;
+        if let (Some(factors), Some(seen)) = (&self.adapters.qkv, &qkv_low) {
             let low = ops::matmul(&joint, &factors.b, None)?;
-            qkv_gradients = Some(self.factor_gradients(&seen, &joint, &low, factors)?);
+            let input = self.masks.apply(&normed, self.index, Site::Attention)?;
+            qkv_gradients = Some(self.factor_gradients((&input, seen), (&joint, &low))?);
             through = Some(low);
         }
         let tensors = self.collect(qkv_gradients, o_gradients, lora, scale)?;
@@ -253,19 +261,16 @@ impl Context<'_> {
     }
 
     /// `([sums, R, in], [sums, out, R])`: gradients of joined factors for every example, or for whatever the batch sums over,
-    /// from the input that the adapter saw, the gradient of its output, and that gradient times B.
+    /// from the input that the adapter saw, with what A made of it, and the gradient of its output, with that times B.
     fn factor_gradients(
         &self,
-        input: &Tensor,
-        output: &Tensor,
-        low: &Tensor,
-        factors: &Factors,
+        (input, input_low): (&Tensor, &Tensor),
+        (output, output_low): (&Tensor, &Tensor),
     ) -> Result<(Tensor, Tensor), LmError> {
-        let seen = ops::linear(input, &factors.a, None, None)?;
         let (mut a, mut b) = (Vec::new(), Vec::new());
         for group in &self.batch.sums {
-            a.push(ops::outer(&group.of(low)?, &group.of(input)?)?);
-            b.push(ops::outer(&group.of(&seen)?, &group.of(output)?)?);
+            a.push(ops::outer(&group.of(output_low)?, &group.of(input)?)?);
+            b.push(ops::outer(&group.of(input_low)?, &group.of(output)?)?);
         }
         Ok((Tensor::f_cat(&a, 0)?, Tensor::f_cat(&b, 0)?.f_transpose(1, 2)?))
     }
