@@ -80,6 +80,8 @@ pub fn sum_gradients(
                 Mechanism::Baseline { .. } => batch_gradient(decoder, lora, &batch, step, limits)?,
             };
             let factors = clip_factors(mechanism, &gradients)?;
+            clear_refused(&gradients, &factors)?;
+            let factors = Tensor::f_from_slice(&factors)?.f_to_device(device)?;
             for (total, gradient) in totals.iter_mut().zip(&gradients) {
                 let _ = total.f_add_(&clipped(gradient, &factors, granularity)?)?;
             }
@@ -196,8 +198,8 @@ fn parts(examples: &[Example], tokens: usize, count: usize) -> Vec<(Vec<usize>, 
     parts.map(|part| (part.to_vec(), part.iter().map(|&index| examples[index].clone()).collect())).collect()
 }
 
-/// `[units]` f64: what each unit's gradient is multiplied by; 0 for a gradient that is not finite.
-fn clip_factors(mechanism: &Mechanism, gradients: &[Tensor]) -> Result<Tensor, LmError> {
+/// What each unit's gradient is multiplied by; 0 for a gradient that is not finite.
+fn clip_factors(mechanism: &Mechanism, gradients: &[Tensor]) -> Result<Vec<f64>, LmError> {
     let mut squares = Tensor::f_zeros([], (Kind::Double, device(gradients)))?;
     for gradient in gradients {
         squares = squares.f_add(&gradient.f_square()?.f_sum_dim_intlist(1, false, Kind::Double)?)?;
@@ -207,8 +209,17 @@ fn clip_factors(mechanism: &Mechanism, gradients: &[Tensor]) -> Result<Tensor, L
         Mechanism::Private(mechanism) => mechanism.clip_factor(norm),
         Mechanism::Baseline { .. } => f64::from(u8::from(norm.is_finite())),
     };
-    let factors: Vec<f64> = norms.into_iter().map(factor).collect();
-    Ok(Tensor::f_from_slice(&factors)?.f_to_device(device(gradients))?)
+    Ok(norms.into_iter().map(factor).collect())
+}
+
+/// Zeroes the rows whose factor is 0: 0 × ∞ is not 0.
+fn clear_refused(gradients: &[Tensor], factors: &[f64]) -> Result<(), LmError> {
+    for (row, _) in factors.iter().enumerate().filter(|(_, factor)| **factor == 0.0) {
+        for gradient in gradients {
+            let _ = gradient.f_get(row as i64)?.f_zero_()?;
+        }
+    }
+    Ok(())
 }
 
 fn device(gradients: &[Tensor]) -> Device {
@@ -219,9 +230,7 @@ fn device(gradients: &[Tensor]) -> Device {
 /// [`ClippedSum::add_rounded`]).
 fn clipped(gradient: &Tensor, factors: &Tensor, granularity: f64) -> Result<Tensor, LmError> {
     let scale = factors.f_div_scalar(granularity)?.f_to_kind(Kind::Float)?.f_unsqueeze(1)?;
-    // Rows are zeroed rather than multiplied by a zero factor: 0 × ∞ is not 0.
-    let rows = gradient.f_where_self(&scale.f_gt(0.0)?, &gradient.f_zeros_like()?)?;
-    let mut whole = rows.f_mul(&scale)?;
+    let mut whole = gradient.f_mul(&scale)?;
     // Whole numbers of at most 2³⁴, of some thousand units: far below the 2⁵³ up to which float64 adds them exactly.
     Ok(whole.f_round_()?.f_sum_dim_intlist(0, false, Kind::Double)?.f_to_kind(Kind::Int64)?)
 }
