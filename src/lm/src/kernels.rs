@@ -278,7 +278,13 @@ fn softmax_body<E: Element>(scores: &mut [f32], weights: &mut [E], width: usize,
             *score = exp(score.mul_add(scale, best));
         }
         scores[seen..whole].fill(0.0);
-        let inverse = 1.0 / sum([&scores[..whole]], |[score]| score);
+        let mut total = [0f32; LANES];
+        for scores in scores[..whole].as_chunks::<LANES>().0 {
+            for (total, score) in total.iter_mut().zip(scores) {
+                *total += score;
+            }
+        }
+        let inverse = 1.0 / reduced(total, |a, b| a + b);
         let (near, far) = weights.split_at_mut(whole);
         for (weight, score) in near.iter_mut().zip(&*scores) {
             *weight = E::narrow(score * inverse);
