@@ -16,7 +16,7 @@ use crate::checkpoint::{Weights, digest_of, read_json, weight_files};
 use crate::padding::Padding;
 use crate::tokenizer::Tokenizer;
 use crate::workers::{self, Shared};
-use crate::{LmError, device::Compute};
+use crate::{LmError, device::Compute, ops};
 
 /// What `modules.json` may list.
 const KNOWN_MODULES: [&str; 4] = ["Transformer", "Pooling", "Dense", "Normalize"];
@@ -108,7 +108,7 @@ impl Encoder {
         }
         let ids = self.tokenizer.encode_batch(&texts, true)?;
         let lengths: Vec<usize> = ids.iter().map(Vec::len).collect();
-        let batches = batches(&lengths, batch_tokens);
+        let batches = batches(&lengths, self.padding(), batch_tokens);
         let encoder = Shared::new(self);
         let found = workers::fold(
             self.compute.device,
@@ -130,10 +130,19 @@ impl Encoder {
         Ok(vectors)
     }
 
+    /// How texts are padded: by what computes all that mixes the tokens of one text with those of another.
+    fn padding(&self) -> Padding {
+        match &self.transformer {
+            Transformer::Bert(bert) if ops::multiplies_all(self.compute, bert.inputs()) => Padding::Pairs,
+            // libtorch computes T5's attention.
+            _ => Padding::Fours,
+        }
+    }
+
     /// `[texts, dimension]` f32 of token ids, which come by falling length.
     fn forward(&self, rows: &[&[i64]]) -> Result<Tensor, LmError> {
         tch::no_grad(|| {
-            let batch = Batch::new(rows, self.compute)?;
+            let batch = Batch::new(rows, self.padding(), self.compute)?;
             let hidden = match &self.transformer {
                 Transformer::Bert(bert) => bert.forward(&batch)?,
                 Transformer::T5(t5) => t5.forward(&batch)?,
@@ -157,9 +166,6 @@ pub(crate) struct Batch {
     groups: Vec<Group>,
 }
 
-/// libtorch computes T5's attention and all norms.
-const PADDING: Padding = Padding::Fours;
-
 /// Texts of one padded length in a [`Batch`].
 pub(crate) struct Group {
     /// Place of the first token.
@@ -173,10 +179,10 @@ pub(crate) struct Group {
 }
 
 impl Batch {
-    fn new(rows: &[&[i64]], compute: Compute) -> Result<Self, LmError> {
+    fn new(rows: &[&[i64]], padding: Padding, compute: Compute) -> Result<Self, LmError> {
         let (mut ids, mut positions, mut groups) = (Vec::new(), Vec::new(), Vec::new());
-        for alike in rows.chunk_by(|one, other| PADDING.padded(one.len()) == PADDING.padded(other.len())) {
-            let (first, length) = (ids.len(), PADDING.padded(alike[0].len()));
+        for alike in rows.chunk_by(|one, other| padding.padded(one.len()) == padding.padded(other.len())) {
+            let (first, length) = (ids.len(), padding.padded(alike[0].len()));
             // A text of no tokens at all (T5 adds an end token, BERT two) still needs a row that pooling can divide by.
             let lengths: Vec<usize> = alike.iter().map(|row| row.len().max(1)).collect();
             for (row, &own) in alike.iter().zip(&lengths) {
@@ -252,17 +258,17 @@ impl Step {
 
 /// Indices by length, in batches of at most `tokens` padded tokens (at least one text each), longest first, so that
 /// memory runs out at once or not at all.
-fn batches(lengths: &[usize], tokens: usize) -> Vec<Vec<usize>> {
+fn batches(lengths: &[usize], padding: Padding, tokens: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..lengths.len()).collect();
     order.sort_by_key(|&index| (std::cmp::Reverse(lengths[index]), index));
     let mut batches: Vec<Vec<usize>> = Vec::new();
     let mut held = 0;
     for index in order {
-        held += PADDING.padded(lengths[index]);
+        held += padding.padded(lengths[index]);
         match batches.last_mut() {
             Some(batch) if held <= tokens => batch.push(index),
             _ => {
-                held = PADDING.padded(lengths[index]);
+                held = padding.padded(lengths[index]);
                 batches.push(vec![index]);
             }
         }

@@ -156,6 +156,14 @@ impl Bert {
         })
     }
 
+    /// How many inputs its products have.
+    pub(super) fn inputs(&self) -> Vec<i64> {
+        let weights = self.layers.iter().flat_map(|layer| [&layer.attention, &layer.output, &layer.up, &layer.down]);
+        let inputs = weights.filter_map(|linear| linear.weight.size().last().copied());
+        let width = self.norm.weight.size().first().copied().unwrap_or_default();
+        inputs.chain([width / self.heads]).collect()
+    }
+
     /// Last hidden state, `[tokens, width]`.
     pub(super) fn forward(&self, batch: &Batch) -> Result<Tensor, LmError> {
         let words = Tensor::f_embedding(&self.words, &batch.ids, -1, false, false)?;

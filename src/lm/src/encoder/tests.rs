@@ -105,9 +105,9 @@ fn nothing_gives_nothing() {
 #[test]
 fn batches_are_by_length_and_bounded() {
     // Padded, these are 8, 12, 16, 8 and 8.
-    assert_eq!(batches(&[3, 9, 13, 5, 1], 20), [vec![2], vec![1, 3], vec![0, 4]]);
-    assert_eq!(batches(&[50], 10), [vec![0]]);
-    assert!(batches(&[], 10).is_empty());
+    assert_eq!(batches(&[3, 9, 13, 5, 1], Padding::Fours, 20), [vec![2], vec![1, 3], vec![0, 4]]);
+    assert_eq!(batches(&[50], Padding::Fours, 10), [vec![0]]);
+    assert!(batches(&[], Padding::Fours, 10).is_empty());
 }
 
 /// A copy of the small T5 folder that a test may spoil.
