@@ -109,6 +109,9 @@ pub(crate) fn fold<P: Send, S: Send>(
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn ask_for_huge_pages() {
     const HUGE: usize = 2 << 20;
+    if !is_address_space_free() {
+        return;
+    }
     // SAFETY: `malloc` gives all of the block or nothing, and `madvise` gets whole pages within it.
     unsafe {
         let (pages, page) = (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE));
@@ -122,6 +125,17 @@ fn ask_for_huge_pages() {
     }
 }
 
+/// Whether addresses cost nothing until they are used: not where they are limited (`ulimit -v`, as Slurm may set it), nor
+/// where the kernel sets memory aside for all of them.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn is_address_space_free() -> bool {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the call fills in what it is given.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut limit) } == 0;
+    let sets_aside = std::fs::read_to_string("/proc/sys/vm/overcommit_memory").is_ok_and(|mode| mode.trim() == "2");
+    known && limit.rlim_cur == libc::RLIM_INFINITY && !sets_aside
+}
+
 /// Compiled products that oneDNN keeps for each worker: a pass through a model needs some 25 for each shape of batch.
 const PRODUCTS: usize = 64;
 
@@ -129,8 +143,8 @@ const PRODUCTS: usize = 64;
 ///
 /// A step frees and takes the same large blocks over and over. By default every thread has an arena of its own, in which
 /// others' free blocks are of no use, and gives large ones back to the kernel each time, which clears every page again. So
-/// glibc is told to serve all threads from one arena, large blocks too, and to keep what is freed. Arenas that threads were given before this
-/// call would stay, and workers, who come and go, would fill them in turn.
+/// glibc is told to serve all threads from one arena, large blocks too, and to keep what is freed. Arenas that threads were
+/// given before this call would stay, and workers, who come and go, would fill them in turn.
 ///
 /// oneDNN compiles a product for every shape and keeps 1,024 of them by default, scattered over what would be free
 /// otherwise. Micro-batches have many shapes: two workers that train SmolLM2-135M at 2,048 tokens came to hold 2.2 GB and
