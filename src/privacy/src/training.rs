@@ -5,6 +5,7 @@
 //! gradient is clipped to `clip_norm`, the clipped gradients are summed, Gaussian noise is added once to the sum, and
 //! the result is divided by `expected_batch_size`, a public constant.
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::AccountingError;
@@ -226,7 +227,8 @@ impl TrainingMechanism {
             )));
         }
         let deviation = self.noise_multiplier * sum.sensitivity();
-        let noised = sum.tensors.into_iter().enumerate().map(|(tensor, mut indices)| {
+        // Each tensor has a stream of its own, so that it does not matter who adds its noise.
+        let noised = sum.tensors.into_par_iter().enumerate().map(|(tensor, mut indices)| {
             let context = context
                 .clone()
                 .field("purpose", b"noise")
