@@ -11,10 +11,11 @@ use std::sync::OnceLock;
 
 use tch::{Kind, Tensor};
 
+use crate::LmError;
 use crate::adapter::{Lora, Target};
 use crate::checkpoint::{Checkpoint, DecoderConfig};
+use crate::device::{self, Compute};
 use crate::generate::native::Packed;
-use crate::{LmError, device::Compute};
 
 pub(crate) use layer::{Adapters, Layer};
 
@@ -30,6 +31,8 @@ pub struct Decoder {
     /// `[vocab, hidden]`; the embedding itself where they are tied.
     pub(crate) output: Tensor,
     pub(crate) rope: rope::Rope,
+    /// Bytes that were free on the device when the weights were there; `None` on CPU.
+    spare: Option<usize>,
     /// The weights once more, as sampling on CPU wants them; made at first use.
     packed: OnceLock<Option<Packed>>,
 }
@@ -51,8 +54,17 @@ impl Decoder {
                 false => checkpoint.tensor("lm_head.weight", &wide, compute)?,
             };
             let rope = rope::Rope::new(&config, compute)?;
-            Ok(Self { config, compute, embedding, layers, norm, output, rope, packed: OnceLock::new() })
+            let spare = compute.device.is_cuda().then(device::free_cuda_memory).flatten();
+            if let Some(bytes) = spare {
+                tracing::info!(free_bytes = bytes as u64, "the model is on the GPU");
+            }
+            Ok(Self { config, compute, embedding, layers, norm, output, rope, spare, packed: OnceLock::new() })
         })
+    }
+
+    /// Bytes that were free on the device when the weights had been loaded; `None` on CPU, where they are shared with others.
+    pub fn spare_memory(&self) -> Option<usize> {
+        self.spare
     }
 
     /// Merges an adapter into the weights (for sampling).

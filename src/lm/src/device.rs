@@ -1,5 +1,6 @@
 //! Where and in which precision a model computes.
 
+use std::ffi::CStr;
 use std::sync::Once;
 
 use tch::{Cuda, Device, Kind};
@@ -85,14 +86,18 @@ fn load_cuda_part() {
     ONCE.call_once(|| {});
 }
 
+/// A function of CUDA's runtime, which libtorch's CUDA part has loaded; null where there is none.
+fn cuda_runtime(name: &CStr) -> *mut libc::c_void {
+    // SAFETY: the name is a C string.
+    unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) }
+}
+
 /// Bytes that are free on the CUDA device in use; `None` where no CUDA runtime answers.
 ///
-/// `cudaError_t cudaMemGetInfo(size_t *free, size_t *total)` of CUDA's `cuda_runtime_api.h`, which libtorch's CUDA part has
-/// loaded and tch does not pass on.
+/// `cudaError_t cudaMemGetInfo(size_t *free, size_t *total)` of CUDA's `cuda_runtime_api.h`, which tch does not pass on.
 pub(crate) fn free_cuda_memory() -> Option<usize> {
     type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> libc::c_int;
-    // SAFETY: the name is a C string.
-    let symbol = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"cudaMemGetInfo".as_ptr()) };
+    let symbol = cuda_runtime(c"cudaMemGetInfo");
     if symbol.is_null() {
         return None;
     }
@@ -102,6 +107,24 @@ pub(crate) fn free_cuda_memory() -> Option<usize> {
     // SAFETY: both pointers are to live values of the type that the call fills.
     let status = unsafe { mem_get_info(&mut free, &mut total) };
     (status == 0).then_some(free)
+}
+
+/// Major compute capability of the first CUDA device; `None` where no CUDA runtime answers.
+///
+/// `cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device)` of `cuda_runtime_api.h`.
+pub(crate) fn cuda_generation() -> Option<i32> {
+    type GetAttribute = unsafe extern "C" fn(*mut libc::c_int, libc::c_int, libc::c_int) -> libc::c_int;
+    const COMPUTE_CAPABILITY_MAJOR: libc::c_int = 75;
+    let symbol = cuda_runtime(c"cudaDeviceGetAttribute");
+    if symbol.is_null() {
+        return None;
+    }
+    // SAFETY: the function of this name has this signature.
+    let get_attribute = unsafe { std::mem::transmute::<*mut libc::c_void, GetAttribute>(symbol) };
+    let mut major = 0;
+    // SAFETY: the pointer is to a live value of the type that the call fills.
+    let status = unsafe { get_attribute(&mut major, COMPUTE_CAPABILITY_MAJOR, 0) };
+    (status == 0).then_some(major)
 }
 
 /// Bytes of memory in this machine, or in its share that a container has; `None` where the system does not tell.

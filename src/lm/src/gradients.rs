@@ -14,6 +14,7 @@
 //! either: on CPU, bit for bit. Without that, a neighbour's length would move a gradient in bf16 by some percent, and one
 //! more privacy unit in the batch would move everybody's.
 
+mod attention;
 mod backward;
 mod dropout;
 mod loss;
@@ -21,6 +22,7 @@ mod loss;
 use tch::{Kind, Tensor};
 
 use crate::adapter::Lora;
+use crate::cuda::{self, Sequences};
 use crate::decoder::layer::Factors;
 use crate::decoder::{Adapters, Decoder};
 use crate::padding::Padding;
@@ -124,7 +126,7 @@ fn gradients_of(
     scale: f64,
 ) -> Result<Vec<Tensor>, LmError> {
     let masks = dropout::Masks::new(lora.config.dropout, decoder, examples, &batch);
-    let keep = backward::fits(&batch, decoder.config.layers);
+    let keep = batch.length() <= backward::room(decoder);
     let tape = backward::Tape::forward(decoder, adapters, &batch, &masks, keep)?;
     let (losses, gradient) = loss::with_gradient(decoder, tape.output(), &batch)?;
     let mut found = tape.backward(lora, gradient, scale)?;
@@ -259,6 +261,17 @@ pub fn micro_batches(lengths: &[usize], tokens: usize) -> Vec<Vec<usize>> {
     batches
 }
 
+/// Padded tokens of a micro-batch where nobody says: as many as a device computes at full speed, but no more than it has
+/// room for without computing anything twice.
+pub fn usual_tokens(decoder: &Decoder) -> usize {
+    const CPU: usize = 2048;
+    const GPU: i64 = 8192;
+    match decoder.compute.device.is_cuda() {
+        true => backward::room(decoder).clamp(1, GPU) as usize,
+        false => CPU,
+    }
+}
+
 /// What goes into the model: all tokens but the last, which predicts nothing and is seen by no other.
 fn inputs(example: &Example) -> &[i64] {
     example.tokens.split_last().map_or(&[], |(_, inputs)| inputs)
@@ -283,6 +296,8 @@ pub(crate) struct Batch {
     positions: Tensor,
     /// Neighbours of one padded length.
     groups: Vec<Group>,
+    /// The examples once more, where the device has kernels that take all of them at once.
+    sequences: Option<Sequences>,
     /// Tokens over which the factors' gradients are summed: those of each example of a group.
     sums: Vec<Group>,
     examples: i64,
@@ -348,8 +363,22 @@ impl Batch {
         }
         let place = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(decoder.compute.device);
         let (tokens, positions) = (place(&tokens)?.f_unsqueeze(0)?, place(&positions)?);
+        let (device, kind) = (decoder.compute.device, decoder.compute.kind);
+        let lengths = groups.iter().flat_map(|group: &Group| (0..group.examples).map(|_| group.length));
+        let at_once = cuda::has_attention(device, kind, decoder.config.head_dim);
+        let sequences = at_once.then(|| Sequences::new(lengths, device)).transpose()?;
         let sums = groups.clone();
-        Ok(Self { tokens, positions, groups, sums, examples: examples.len() as i64, rows, labels: ids, owners })
+        Ok(Self {
+            tokens,
+            positions,
+            groups,
+            sequences,
+            sums,
+            examples: examples.len() as i64,
+            rows,
+            labels: ids,
+            owners,
+        })
     }
 
     /// The same, with one sum over all examples.

@@ -5,6 +5,7 @@
 pub mod adapter;
 mod attention;
 pub mod checkpoint;
+mod cuda;
 pub mod decoder;
 pub mod device;
 pub mod encoder;

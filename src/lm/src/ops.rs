@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 use crate::LmError;
 use crate::attention::{self, Sequence, Work};
 use crate::checkpoint::DecoderConfig;
+use crate::cuda;
 use crate::decoder::layer::{self, join_heads, split_heads};
 use crate::decoder::rope::{self, Angles};
 use crate::device::Compute;
@@ -57,6 +58,29 @@ pub(crate) fn matmul(x: &Tensor, weight: &Tensor, rows: Option<&Tensor>) -> Resu
     added(x.f_matmul(weight)?, rows)
 }
 
+/// `x · weightᵀ + rows`, as [`linear`]; the rows are used up.
+pub(crate) fn linear_onto(rows: Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor, LmError> {
+    match rows.device().is_cuda() {
+        true => product_onto(rows, x, &weight.f_transpose(0, 1)?),
+        false => linear(x, weight, None, Some(&rows)),
+    }
+}
+
+/// `x · weight + rows`, as [`matmul`]; the rows are used up.
+pub(crate) fn matmul_onto(rows: Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor, LmError> {
+    match rows.device().is_cuda() {
+        true => product_onto(rows, x, weight),
+        false => matmul(x, weight, Some(&rows)),
+    }
+}
+
+/// Adds a product to contiguous rows where they are.
+fn product_onto(rows: Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor, LmError> {
+    let (inputs, outputs) = weight.size2()?;
+    let _ = rows.f_view([-1, outputs])?.f_addmm_(&x.f_reshape([-1, inputs])?, weight)?;
+    Ok(rows)
+}
+
 /// `leftᵀ · right` of each `[length, left]` and `[length, right]` of a batch: `[batch, left, right]`.
 pub(crate) fn outer(left: &Tensor, right: &Tensor) -> Result<Tensor, LmError> {
     let (_, length, width) = right.size3()?;
@@ -79,10 +103,10 @@ pub(crate) fn outer(left: &Tensor, right: &Tensor) -> Result<Tensor, LmError> {
     Ok(left.f_transpose(1, 2)?.f_bmm(right)?)
 }
 
-fn added(product: Tensor, rows: Option<&Tensor>) -> Result<Tensor, LmError> {
+fn added(mut product: Tensor, rows: Option<&Tensor>) -> Result<Tensor, LmError> {
     match rows {
         None => Ok(product),
-        Some(rows) => Ok(product.f_add(rows)?),
+        Some(rows) => Ok(product.f_add_(rows)?),
     }
 }
 
@@ -131,7 +155,10 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tens
         let mut out = x.f_empty_like()?;
         kernels::rms_norm::<E>(values(&x)?, values(weight)?, epsilon as f32, values_mut(&mut out)?);
         Ok(out)
-    }, layer::rms_norm(x, weight, epsilon))
+    }, match x.device().is_cuda() {
+        true => cuda::rms_norm(x, weight, epsilon),
+        false => layer::rms_norm(x, weight, epsilon),
+    })
 }
 
 /// Gradient of [`rms_norm`] with respect to `x`, plus `plus`: the gradient that came around the norm.
@@ -153,6 +180,9 @@ pub(crate) fn rms_norm_backward(
         kernels::rms_norm_backward::<E>(values(&gradient)?, values(&x)?, weight, epsilon, plus, values_mut(&mut out)?);
         Ok(out)
     }, {
+        if x.device().is_cuda() {
+            return added(cuda::rms_norm_backward(gradient, x, weight, epsilon)?, plus);
+        }
         let kind = x.kind();
         let x = x.f_to_kind(Kind::Float)?;
         let weighted = gradient.f_to_kind(Kind::Float)?.f_mul(&weight.f_to_kind(Kind::Float)?)?;
@@ -189,10 +219,15 @@ pub(crate) fn swiglu_backward(gradient: &Tensor, gate_up: &Tensor) -> Result<Ten
         Ok(out)
     }, {
         let inner = halved(gate_up).1 as i64;
-        let (gate, up) = (gate_up.f_narrow(-1, 0, inner)?, gate_up.f_narrow(-1, inner, inner)?);
-        let of_gate = gate.f_silu_backward(&gradient.f_mul(&up)?)?;
-        let of_up = gradient.f_mul(&gate.f_silu()?)?;
-        Ok(Tensor::f_cat(&[of_gate, of_up], -1)?)
+        let halves = |whole: &Tensor| -> Result<[Tensor; 2], LmError> {
+            Ok([whole.f_narrow(-1, 0, inner)?, whole.f_narrow(-1, inner, inner)?])
+        };
+        let out = gate_up.f_empty_like()?;
+        let ([gate, up], [of_gate, mut of_up]) = (halves(gate_up)?, halves(&out)?);
+        let _ = gate.f_silu_backward_grad_input(&of_gate, &gradient.f_mul(&up)?)?;
+        let _ = gate.f_silu_out(&of_up)?;
+        let _ = of_up.f_mul_(gradient)?;
+        Ok(out)
     })
 }
 
@@ -210,7 +245,8 @@ pub(crate) fn cross_entropy(logits: Tensor, labels: &Tensor) -> Result<(Tensor, 
         let labels = labels.f_unsqueeze(1)?;
         let log_probabilities = logits.f_log_softmax(-1, Kind::Float)?;
         let losses = log_probabilities.f_gather(1, &labels, false)?.f_squeeze_dim(1)?.f_neg()?;
-        let mut gradient = log_probabilities.f_exp()?;
+        let mut gradient = log_probabilities;
+        let _ = gradient.f_exp_()?;
         let minus_one = Tensor::f_full_like(&labels, -1.0)?.f_to_kind(Kind::Float)?;
         let _ = gradient.f_scatter_add_(1, &labels, &minus_one)?;
         Ok((losses, gradient.f_to_kind(logits.kind())?))
@@ -227,10 +263,11 @@ pub(crate) fn rotate(qkv: Tensor, config: &DecoderConfig, angles: &Angles) -> Re
         kernels::rotate::<E>(values_mut(&mut qkv)?, heads, values(&cos)?, values(&sin)?);
         Ok(qkv)
     }, {
-        let (batch, length, all) = qkv.size3()?;
-        let split = qkv.f_reshape([batch, length, heads, width])?;
-        let front = rope::rotate(&split.f_narrow(2, 0, turned)?, angles)?;
-        Ok(Tensor::f_cat(&[front, split.f_narrow(2, turned, heads - turned)?], 2)?.f_reshape([batch, length, all])?)
+        let (batch, length, _) = qkv.size3()?;
+        let qkv = qkv.f_contiguous()?;
+        let mut front = qkv.f_view([batch, length, heads, width])?.f_narrow(2, 0, turned)?;
+        rope::rotate_(&mut front, angles)?;
+        Ok(qkv)
     })
 }
 
@@ -555,7 +592,7 @@ mod tests {
     fn rotation_by_the_kernel_is_rotation_by_libtorch() {
         let decoder = tiny("smollm2");
         let angles = decoder.rope.first(11).unwrap();
-        let wide = Angles { cos: angles.cos.to_kind(Kind::Double), sin: angles.sin.to_kind(Kind::Double) };
+        let wide = Angles::new(angles.cos.to_kind(Kind::Double), angles.sin.to_kind(Kind::Double)).unwrap();
         let x = wave(3, &[2, 11, 10 * 8]);
         let expected = rotate(x.to_kind(Kind::Double), &decoder.config, &wide).unwrap();
         let found = rotate(x.copy(), &decoder.config, &angles).unwrap();

@@ -22,7 +22,7 @@ use lm::adapter::{Lora, LoraConfig, Target};
 use lm::checkpoint::{Checkpoint, DecoderConfig};
 use lm::decoder::Decoder;
 use lm::device::{Compute, DeviceChoice, DtypeChoice};
-use lm::gradients::Example;
+use lm::gradients::{Example, usual_tokens, workers};
 use privacy::keyed::{Context, NoiseKey};
 use privacy::training::TrainingMechanism;
 
@@ -39,8 +39,9 @@ struct Args {
     count: usize,
     #[arg(long, default_value_t = 128)]
     length: usize,
-    #[arg(long, default_value_t = 2048)]
-    tokens: usize,
+    /// As `doppel-train` does where it is not given.
+    #[arg(long)]
+    tokens: Option<usize>,
     #[arg(long)]
     no_dp: bool,
     /// Cargo adds it.
@@ -73,12 +74,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let inputs = |unit: &&Unit| unit.examples[0].tokens.len().saturating_sub(1) as f64;
     let flops = units.iter().map(|unit| flops(&decoder.config, inputs(unit))).sum::<f64>();
 
-    let limits = Limits { block_length: args.length, micro_batch_tokens: args.tokens };
+    let tokens = args.tokens.unwrap_or_else(|| usual_tokens(&decoder));
+    let limits = Limits { block_length: args.length, micro_batch_tokens: tokens };
     let mut steps = Steps::new(&decoder, Training::new(lora), units.len() as f64, args.no_dp)?;
     // The longest examples, a micro-batch for each worker: libraries set themselves up, and memory is taken once.
     let mut longest = units.clone();
     longest.sort_by_key(|unit| std::cmp::Reverse(unit.examples[0].tokens.len()));
-    let count = lm::gradients::workers(&decoder) * args.tokens.div_ceil(args.length);
+    let count = workers(&decoder) * tokens.div_ceil(args.length);
     steps.take(&longest[..count.min(longest.len())], limits)?;
     let (wall, processor) = (Instant::now(), processor_time());
     steps.take(&units, limits)?;

@@ -10,6 +10,7 @@ use lm::adapter::Lora;
 use lm::checkpoint::Checkpoint;
 use lm::decoder::Decoder;
 use lm::device::Compute;
+use lm::gradients;
 use lm::template::Prompt;
 use lm::tokenizer::Tokenizer;
 use privacy::keyed::{Context, NoiseKey};
@@ -315,12 +316,16 @@ impl<'a> Setting<'a> {
 
     /// Draws the units of `step` and sums their gradients at `lora`.
     fn sum_gradients(&self, step: u64, lora: &Lora) -> Result<ClippedSum, Failure> {
-        let Base { args, config, .. } = self.base;
+        let config = self.base.config;
         let units =
             sample(&config.mechanism, &self.key, &self.context, step, &self.splits.train).map_err(accounting)?;
-        let limits = Limits { block_length: config.block_length, micro_batch_tokens: args.micro_batch_tokens };
+        let limits = Limits { block_length: config.block_length, micro_batch_tokens: self.micro_batch_tokens() };
         sum_gradients(&self.model.decoder, lora, &config.mechanism, &units, step, limits)
             .map_err(|error| failure(&error))
+    }
+
+    fn micro_batch_tokens(&self) -> usize {
+        self.base.args.micro_batch_tokens.unwrap_or_else(|| gradients::usual_tokens(&self.model.decoder))
     }
 
     fn update(&self, step: u64) -> Update {
@@ -349,7 +354,7 @@ impl<'a> Setting<'a> {
     async fn record_loss(&self, training: &Training) -> Result<(), Failure> {
         let Base { args, config, private, .. } = self.base;
         let units = &self.splits.validation;
-        let mean = loss::mean(&self.model.decoder, &training.lora, units, args.micro_batch_tokens)
+        let mean = loss::mean(&self.model.decoder, &training.lora, units, self.micro_batch_tokens())
             .map_err(|error| failure(&error))?;
         if let Some(mean) = mean {
             loss::record(private, &args.common.run, config.mechanism.stage(), training.steps, &mean).await?;

@@ -16,8 +16,11 @@ use tch::{Device, Kind, Tensor};
 
 use crate::args::Mechanism;
 
-/// Bytes of unit gradients that are held at a time, beside one unit's at the least.
+/// Bytes of unit gradients that are held at a time on CPU, beside one unit's at the least.
 const GRADIENT_BYTES: usize = 256 << 20;
+/// Their share of a device of its own, of what the weights leave there: the units of a micro-batch should be limited by
+/// their tokens.
+const GRADIENT_SHARE: usize = 8;
 
 /// A privacy unit's training examples, tokenised.
 pub struct Unit {
@@ -67,7 +70,8 @@ pub fn sum_gradients(
     let mut sum = rules(mechanism).map_err(accounting)?.empty_sum(&lengths);
     let (granularity, device, workers) = (sum.granularity(), decoder.compute.device, gradients::workers(decoder));
     let limits = Limits { micro_batch_tokens: (limits.micro_batch_tokens / workers).max(1), ..limits };
-    let rows = GRADIENT_BYTES / workers / (4 * lengths.iter().sum::<usize>()).max(1);
+    let bytes = decoder.spare_memory().map_or(GRADIENT_BYTES, |bytes| bytes / GRADIENT_SHARE);
+    let rows = bytes / workers / (4 * lengths.iter().sum::<usize>()).max(1);
     let zeros = |&length: &usize| Ok(Tensor::f_zeros([length as i64], (Kind::Int64, device))?);
     let totals = gradients::fold(
         decoder,

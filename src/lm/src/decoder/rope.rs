@@ -15,10 +15,14 @@ pub(crate) struct Rope {
     compute: Compute,
 }
 
-/// Cosines and sines of some positions, `[…positions, 1, head_dim / 2]` in the compute kind.
+/// Cosines and sines of some positions in the compute kind.
 pub(crate) struct Angles {
+    /// `[…positions, 1, head_dim / 2]`
     pub(crate) cos: Tensor,
+    /// `[…positions, 1, head_dim / 2]`
     pub(crate) sin: Tensor,
+    /// `[…positions, 1, head_dim]`: what an element is multiplied by, and what the one that it pairs with.
+    factors: [Tensor; 2],
 }
 
 impl Rope {
@@ -45,10 +49,8 @@ impl Rope {
     /// Angles of `positions` (any shape, i64).
     pub(crate) fn at(&self, positions: &Tensor) -> Result<Angles, LmError> {
         let angles = positions.f_to_kind(Kind::Float)?.f_unsqueeze(-1)?.f_mul(&self.frequencies)?.f_unsqueeze(-2)?;
-        Ok(Angles {
-            cos: angles.f_cos()?.f_to_kind(self.compute.kind)?,
-            sin: angles.f_sin()?.f_to_kind(self.compute.kind)?,
-        })
+        let kind = self.compute.kind;
+        Angles::new(angles.f_cos()?.f_to_kind(kind)?, angles.f_sin()?.f_to_kind(kind)?)
     }
 
     /// Angles of positions 0 to `length` - 1.
@@ -58,9 +60,14 @@ impl Rope {
 }
 
 impl Angles {
+    pub(crate) fn new(cos: Tensor, sin: Tensor) -> Result<Self, LmError> {
+        let factors = [Tensor::f_cat(&[&cos, &cos], -1)?, Tensor::f_cat(&[&sin.f_neg()?, &sin], -1)?];
+        Ok(Self { cos, sin, factors })
+    }
+
     /// Angles of the opposite rotation: the gradient of a rotation is its inverse.
     pub(crate) fn inverse(&self) -> Result<Self, LmError> {
-        Ok(Self { cos: self.cos.shallow_clone(), sin: self.sin.f_neg()? })
+        Self::new(self.cos.shallow_clone(), self.sin.f_neg()?)
     }
 }
 
@@ -72,6 +79,15 @@ pub(crate) fn rotate(x: &Tensor, angles: &Angles) -> Result<Tensor, LmError> {
     let first = a.f_mul(cos)?.f_sub(&b.f_mul(sin)?)?;
     let second = b.f_mul(cos)?.f_addcmul(&a, sin)?;
     Ok(Tensor::f_cat(&[first, second], -1)?)
+}
+
+/// The same where `x` is, in three passes over it.
+pub(crate) fn rotate_(x: &mut Tensor, angles: &Angles) -> Result<(), LmError> {
+    let half = x.size().last().copied().unwrap_or_default() / 2;
+    let [own, of_pair] = &angles.factors;
+    let paired = x.f_unflatten(-1, [2, half])?.f_flip([-2i64])?.f_flatten(-2, -1)?;
+    let _ = x.f_mul_(own)?.f_addcmul_(&paired, of_pair)?;
+    Ok(())
 }
 
 /// Llama 3: long wavelengths are stretched, short ones kept, those between interpolated.

@@ -6,6 +6,7 @@
 use tch::{Kind, Tensor};
 
 use super::Batch;
+use super::attention::Attention;
 use super::dropout::{Masks, Site};
 use crate::LmError;
 use crate::adapter::{Lora, Target};
@@ -13,15 +14,26 @@ use crate::checkpoint::DecoderConfig;
 use crate::decoder::layer::rows_of;
 use crate::decoder::rope::Angles;
 use crate::decoder::{Adapters, Decoder, Layer};
-use crate::ops;
+use crate::{cuda, ops};
 
-/// Padded tokens × layers above which a layer keeps its input alone and its inside is computed again on the way back:
-/// a third more products for an eighth of the memory. 2¹⁸ keeps SmolLM2 at 8,192 tokens under 4 GB.
+/// Padded tokens × layers above which, on CPU, a layer keeps its input alone and its inside is computed again on the way
+/// back: a third more products for an eighth of the memory. 2¹⁸ keeps SmolLM2 at 8,192 tokens under 4 GB.
 const KEEP: i64 = 1 << 18;
 
-/// Whether a batch is small enough to keep everything.
-pub(super) fn fits(batch: &Batch, layers: i64) -> bool {
-    batch.length() * layers <= KEEP
+/// Tokens whose insides fit: on a device of its own, into half of what the weights leave.
+pub(super) fn room(decoder: &Decoder) -> i64 {
+    let layers = decoder.config.layers;
+    match decoder.spare_memory() {
+        None => KEEP / layers,
+        Some(bytes) => bytes as i64 / 2 / layers / kept_bytes(decoder),
+    }
+}
+
+/// Bytes that [`Inside`] takes for a token, but for the few of the adapters.
+fn kept_bytes(decoder: &Decoder) -> i64 {
+    let DecoderConfig { hidden_size, intermediate_size, heads, kv_heads, head_dim, .. } = decoder.config;
+    let width = 2 * hidden_size + (2 * heads + 2 * kv_heads) * head_dim + 2 * intermediate_size;
+    width * decoder.compute.kind.elt_size_in_bytes() as i64
 }
 
 /// The model with its adapters, the batch that goes through it, and what the forward pass kept.
@@ -45,8 +57,7 @@ struct Inside {
     input: Tensor,
     /// What A of the adapters makes of it after the norm, `[1, T, R]`.
     qkv_low: Option<Tensor>,
-    /// Of each group.
-    attention: Vec<ops::Attention>,
+    attention: Attention,
     /// What attention gave, heads joined: `[1, T, H · d]`.
     attended: Tensor,
     /// What A of the adapters makes of that, `[1, T, R]`.
@@ -173,20 +184,16 @@ impl Context<'_> {
         let mut qkv_low = None;
         if let Some(factors) = &self.adapters.qkv {
             let low = ops::linear(&self.masks.apply(&normed, self.index, Site::Attention)?, &factors.a, None, None)?;
-            qkv = ops::linear(&low, &factors.b, None, Some(&qkv))?;
+            qkv = ops::linear_onto(qkv, &low, &factors.b)?;
             qkv_low = Some(low);
         }
         let qkv = ops::rotate(qkv, self.config, self.angles)?;
-        let mut attention = Vec::with_capacity(self.batch.groups.len());
-        for group in &self.batch.groups {
-            attention.push(ops::Attention::forward(group.of(&qkv)?, self.config)?);
-        }
-        let attended = joined(attention.iter().map(|attention| Ok(attention.output.shallow_clone())))?;
+        let (attention, attended) = Attention::forward(qkv, self.config, self.batch)?;
         let mut middle = ops::linear(&attended, &self.layer.o, None, Some(input))?;
         let mut o_low = None;
         if let Some(factors) = &self.adapters.o {
             let low = ops::linear(&self.masks.apply(&attended, self.index, Site::Output)?, &factors.a, None, None)?;
-            middle = ops::linear(&low, &factors.b, None, Some(&middle))?;
+            middle = ops::linear_onto(middle, &low, &factors.b)?;
             o_low = Some(low);
         }
         let normed = ops::rms_norm(&middle, &self.layer.post_norm, epsilon)?;
@@ -229,12 +236,10 @@ impl Context<'_> {
             o_gradients = Some(self.factor_gradients((&input, seen), (&upper, &low))?);
             through = Some(self.masks.apply(&ops::matmul(&low, &factors.a, None)?, self.index, Site::Output)?);
         }
-        let of_attended = ops::matmul(&upper, &self.layer.o, through.as_ref())?;
+        let of_attended = added_to(through, &upper, &self.layer.o)?;
         drop(attended);
         // Attention and rotation.
-        let groups = self.batch.groups.iter().zip(attention);
-        let joint = joined(groups.map(|(group, attention)| attention.backward(&group.of(&of_attended)?)))?;
-        let joint = ops::rotate(joint, self.config, back)?;
+        let joint = ops::rotate(attention.backward(&of_attended, self.batch)?, self.config, back)?;
         // Input projections.
         let normed = ops::rms_norm(&input, &self.layer.input_norm, epsilon)?;
         let mut qkv_gradients = None;
@@ -255,7 +260,7 @@ impl Context<'_> {
             }
             _ => None,
         };
-        let of_normed = ops::matmul(&joint, &self.layer.qkv, through.as_ref())?;
+        let of_normed = added_to(through, &joint, &self.layer.qkv)?;
         let below = ops::rms_norm_backward(&of_normed, &input, &self.layer.input_norm, epsilon, Some(&upper))?;
         Ok((Some(below), tensors))
     }
@@ -267,12 +272,22 @@ impl Context<'_> {
         (input, input_low): (&Tensor, &Tensor),
         (output, output_low): (&Tensor, &Tensor),
     ) -> Result<(Tensor, Tensor), LmError> {
-        let (mut a, mut b) = (Vec::new(), Vec::new());
-        for group in &self.batch.sums {
-            a.push(ops::outer(&group.of(output_low)?, &group.of(input)?)?);
-            b.push(ops::outer(&group.of(input_low)?, &group.of(output)?)?);
+        let a = self.products(output_low, input)?;
+        let b = self.products(input_low, output)?;
+        Ok((a, b.f_transpose(1, 2)?))
+    }
+
+    /// `leftᵀ · right` of the tokens of each sum, `[sums, left, right]`.
+    fn products(&self, left: &Tensor, right: &Tensor) -> Result<Tensor, LmError> {
+        let Batch { sums, sequences, .. } = self.batch;
+        if let Some(sequences) = sequences
+            && sums.len() > 1
+            && cuda::has_outer(sequences, left.size3()?.2, right.size3()?.2)
+        {
+            return cuda::outer(&left.f_squeeze_dim(0)?, &right.f_squeeze_dim(0)?, sequences);
         }
-        Ok((Tensor::f_cat(&a, 0)?, Tensor::f_cat(&b, 0)?.f_transpose(1, 2)?))
+        let products = sums.iter().map(|group| ops::outer(&group.of(left)?, &group.of(right)?));
+        Ok(Tensor::f_cat(&products.collect::<Result<Vec<_>, LmError>>()?, 0)?)
     }
 
     /// A and B gradients in float32, in the order of the targets.
@@ -305,12 +320,10 @@ impl Context<'_> {
     }
 }
 
-/// Joins parts `[B, L, width]` of groups to `[1, T, width]`.
-fn joined(parts: impl Iterator<Item = Result<Tensor, LmError>>) -> Result<Tensor, LmError> {
-    let flat = |part: Tensor| -> Result<Tensor, LmError> {
-        let width = part.size3()?.2;
-        Ok(part.f_reshape([1, -1, width])?)
-    };
-    let parts = parts.map(|part| flat(part?)).collect::<Result<Vec<_>, _>>()?;
-    Ok(Tensor::f_cat(&parts, 1)?)
+/// `x · weight`, and `rows` with it, which are used up.
+fn added_to(rows: Option<Tensor>, x: &Tensor, weight: &Tensor) -> Result<Tensor, LmError> {
+    match rows {
+        None => ops::matmul(x, weight, None),
+        Some(rows) => ops::matmul_onto(rows, x, weight),
+    }
 }

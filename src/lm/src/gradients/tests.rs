@@ -1,8 +1,10 @@
 use tch::{Kind, Tensor};
 
 use super::*;
+use crate::adapter::{LoraConfig, Target};
+use crate::checkpoint::Checkpoint;
 use crate::decoder::tests::{SHAPES, adapter, cpu, golden, largest_difference, real_model, tiny, wave};
-use crate::{checkpoint::Checkpoint, device::DtypeChoice};
+use crate::device::{Compute, DeviceChoice, DtypeChoice};
 
 const BLOCK: usize = 32;
 
@@ -264,6 +266,49 @@ fn micro_batches_hold_every_example_once() {
         for batch in &batches {
             let longest = batch.iter().map(|&index| lengths[index]).max().unwrap();
             assert!(batch.len() == 1 || batch.len() * longest <= tokens, "{tokens}: {batch:?}");
+        }
+    }
+}
+
+/// Where there is a GPU: its kernels are others, which no CPU runs.
+#[test]
+fn a_gpu_gives_the_gradients_of_the_cpu() {
+    let Ok(compute) = Compute::resolve(DeviceChoice::Cuda, DtypeChoice::Bf16) else { return };
+    // Every example twice: lengths that several have, and lengths that one has.
+    let examples: Vec<Example> = examples().into_iter().chain(examples().into_iter().take(3)).collect();
+    // Of ranks whose rows begin at 16 bytes, and of others.
+    for (name, rank) in SHAPES.into_iter().flat_map(|name| [(name, 3), (name, 8)]) {
+        let plain = tiny(name);
+        let checkpoint = Checkpoint::open(&golden(name)).unwrap();
+        let gpu = Decoder::load(&checkpoint, compute).unwrap();
+        let config = LoraConfig { rank, alpha: 6.0, targets: Target::ALL.to_vec(), dropout: 0.0 };
+        let mut lora = Lora::new(config, &plain.config, tch::Device::Cpu, 5).unwrap();
+        for (index, (_, tensor)) in lora.tensors.iter_mut().enumerate() {
+            *tensor = wave(index, &tensor.size()) * 0.2;
+        }
+        let plain_bf16 = Decoder::load(&checkpoint, cpu(DtypeChoice::Bf16)).unwrap();
+        let expected = example_gradients(&plain, &lora, &examples, BLOCK).unwrap();
+        let bf16 = example_gradients(&plain_bf16, &lora, &examples, BLOCK).unwrap();
+        for (_, tensor) in &mut lora.tensors {
+            *tensor = tensor.to_device(compute.device);
+        }
+        let found = example_gradients(&gpu, &lora, &examples, BLOCK).unwrap();
+        let sums = summed_gradients(&gpu, &lora, &examples, BLOCK).unwrap();
+        // As near as bf16 comes on the CPU, give or take other places of rounding.
+        let near = |found: &Tensor, bf16: &Tensor, expected: &Tensor, what: &str| {
+            let off = |found: &Tensor| (found.to_device(tch::Device::Cpu) - expected).norm().double_value(&[]);
+            let (found, bf16, size) = (off(found), off(bf16), expected.norm().double_value(&[]));
+            assert!(
+                found < 2.0 * bf16 + 0.01 * size + 1e-5,
+                "{name}, rank {rank}, {what}: {found}, CPU {bf16}, of {size}"
+            );
+        };
+        near(&found.losses, &bf16.losses, &expected.losses, "losses");
+        for (index, (tensor, _)) in lora.tensors.iter().enumerate() {
+            let of = |all: &ExampleGradients| all.gradients[index].shallow_clone();
+            near(&of(&found), &of(&bf16), &of(&expected), tensor);
+            let sum = |all: &ExampleGradients| of(all).sum_dim_intlist(0i64, false, Kind::Float);
+            near(&sums[index], &sum(&bf16), &sum(&expected), tensor);
         }
     }
 }

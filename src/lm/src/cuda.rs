@@ -1,0 +1,199 @@
+//! Operations that libtorch has for CUDA alone, in one kernel each where plain operations would pass over memory many times
+//! or be started for each sequence.
+
+use std::ffi::{CStr, c_char, c_void};
+use std::ptr;
+
+use tch::{Device, Kind, TchError, Tensor};
+
+use crate::checkpoint::DecoderConfig;
+use crate::{LmError, device};
+
+/// Generation of GPUs (compute capability, major) from which on flash attention has kernels.
+const AMPERE: i32 = 8;
+/// Widest head that they take.
+const WIDEST: i64 = 256;
+/// Sequences whose products are computed in one call are fewer than this.
+const MOST_PRODUCTS: i64 = 1024;
+/// Numbers of bfloat16 in the 16 bytes that rows must begin at.
+const ALIGNED: i64 = 8;
+
+unsafe extern "C" {
+    fn doppel_causal_attention(
+        q: *const c_void,
+        k: *const c_void,
+        v: *const c_void,
+        offsets: *const c_void,
+        longest: i64,
+        found: *mut *mut c_void,
+    ) -> *mut c_char;
+
+    fn doppel_rms_norm_backward(
+        gradient: *const c_void,
+        x: *const c_void,
+        inverse: *const c_void,
+        weight: *const c_void,
+        found: *mut *mut c_void,
+    ) -> *mut c_char;
+}
+
+/// Whether [`Attention`] can be had for heads of this width.
+pub(crate) fn has_attention(device: Device, kind: Kind, width: i64) -> bool {
+    device.is_cuda()
+        && kind == Kind::BFloat16
+        && width % ALIGNED == 0
+        && width <= WIDEST
+        && device::cuda_generation().is_some_and(|generation| generation >= AMPERE)
+}
+
+/// Sequences that stand one behind the other.
+pub(crate) struct Sequences {
+    /// `[sequences + 1]` i32: where each begins, and the end.
+    offsets: Tensor,
+    /// Length of the longest.
+    longest: i64,
+}
+
+impl Sequences {
+    /// Sequences of these lengths.
+    pub(crate) fn new(lengths: impl Iterator<Item = i64>, device: Device) -> Result<Self, LmError> {
+        let (mut offsets, mut end, mut longest) = (vec![0i32], 0i64, 0);
+        for length in lengths {
+            end += length;
+            longest = longest.max(length);
+            let place = i32::try_from(end).map_err(|_| LmError::Usage("a micro-batch of 2³¹ tokens or more".into()))?;
+            offsets.push(place);
+        }
+        Ok(Self { offsets: Tensor::f_from_slice(&offsets)?.f_to_device(device)?, longest })
+    }
+
+    fn count(&self) -> i64 {
+        self.offsets.size()[0] - 1
+    }
+}
+
+/// Causal attention of sequences that stand one behind the other, and what its gradient needs.
+pub(crate) struct Attention {
+    /// Queries, keys and values, `[1, tokens, (heads + 2 · key-value heads) · head_dim]`.
+    joint: Tensor,
+    heads: [i64; 2],
+    /// `[tokens, heads, head_dim]`
+    output: Tensor,
+    /// Log of each row's sum of exponentials.
+    normaliser: Tensor,
+    /// Of dropout, which there is none of; the backward pass asks for it all the same.
+    dropout: [Tensor; 2],
+}
+
+impl Attention {
+    /// Of joined heads `[1, tokens, (heads + 2 · key-value heads) · head_dim]`.
+    pub(crate) fn forward(joint: Tensor, config: &DecoderConfig, sequences: &Sequences) -> Result<Self, LmError> {
+        let heads = [config.heads, config.kv_heads];
+        let [q, k, v] = apart(&joint, heads)?;
+        let (offsets, longest) = (raw(&sequences.offsets), sequences.longest);
+        let mut found = [ptr::null_mut(); 4];
+        // SAFETY: all are live tensors; the function fills `found` with new ones or returns a text.
+        let [output, normaliser, one, other] = unsafe {
+            let failure = doppel_causal_attention(raw(&q), raw(&k), raw(&v), offsets, longest, found.as_mut_ptr());
+            taken(failure, found)?
+        };
+        Ok(Self { joint, heads, output, normaliser, dropout: [one, other] })
+    }
+
+    /// `[1, tokens, heads · head_dim]`
+    pub(crate) fn output(&self) -> Result<Tensor, LmError> {
+        Ok(self.output.f_flatten(1, 2)?.f_unsqueeze(0)?)
+    }
+
+    /// Gradient of the joined heads, of which the output's gradient is `gradient` `[1, tokens, heads · head_dim]`.
+    pub(crate) fn backward(self, gradient: &Tensor, sequences: &Sequences) -> Result<Tensor, LmError> {
+        let Self { joint, heads, output, normaliser, dropout: [one, other] } = self;
+        let [q, k, v] = apart(&joint, heads)?;
+        let (of_q, of_k, of_v) = Tensor::f_internal_flash_attention_backward(
+            &gradient.f_reshape(output.size())?,
+            &q,
+            &k,
+            &v,
+            &output,
+            &normaliser,
+            &sequences.offsets,
+            &sequences.offsets,
+            sequences.longest,
+            sequences.longest,
+            0.0,
+            true,
+            &one,
+            &other,
+            None,
+            None,
+            None,
+        )?;
+        Ok(Tensor::f_cat(&[of_q, of_k, of_v], 1)?.f_reshape(joint.size())?)
+    }
+}
+
+/// Queries, keys and values, `[tokens, heads, head_dim]` each, of joined heads `[1, tokens, row]`.
+fn apart(joint: &Tensor, [heads, kv_heads]: [i64; 2]) -> Result<[Tensor; 3], LmError> {
+    let all = joint.f_squeeze_dim(0)?.f_unflatten(1, [heads + 2 * kv_heads, -1])?;
+    let part = |first: i64, count: i64| all.f_narrow(1, first, count);
+    Ok([part(0, heads)?, part(heads, kv_heads)?, part(heads + kv_heads, kv_heads)?])
+}
+
+/// Whether [`outer`] can be had for rows of these widths.
+pub(crate) fn has_outer(sequences: &Sequences, left: i64, right: i64) -> bool {
+    sequences.count() < MOST_PRODUCTS && left % ALIGNED == 0 && right % ALIGNED == 0
+}
+
+/// `leftᵀ · right` of each sequence's rows `[tokens, left]` and `[tokens, right]`: `[sequences, left, right]`.
+pub(crate) fn outer(left: &Tensor, right: &Tensor, sequences: &Sequences) -> Result<Tensor, LmError> {
+    let ends = sequences.offsets.f_narrow(0, 1, sequences.count())?;
+    Ok(left.f_transpose(0, 1)?.f_internal_grouped_mm(right, Some(&ends), None, None)?)
+}
+
+/// RMSNorm of the last dimension in one kernel.
+pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor, LmError> {
+    Ok(normed(x, weight, epsilon)?.0)
+}
+
+/// Its gradient with respect to `x`.
+pub(crate) fn rms_norm_backward(
+    gradient: &Tensor,
+    x: &Tensor,
+    weight: &Tensor,
+    epsilon: f64,
+) -> Result<Tensor, LmError> {
+    let inverse = normed(x, weight, epsilon)?.1;
+    let mut found = [ptr::null_mut()];
+    // SAFETY: all are live tensors; the function fills `found` with a new one or returns a text.
+    let [gradient] = unsafe {
+        let failure = doppel_rms_norm_backward(raw(gradient), raw(x), raw(&inverse), raw(weight), found.as_mut_ptr());
+        taken(failure, found)?
+    };
+    Ok(gradient)
+}
+
+/// The norm, and 1/√(mean x² + ε) of each row.
+fn normed(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<(Tensor, Tensor), LmError> {
+    Ok(x.f_internal_fused_rms_norm(weight.size(), Some(weight), epsilon)?)
+}
+
+fn raw(tensor: &Tensor) -> *const c_void {
+    tensor.as_ptr().cast()
+}
+
+/// The tensors that a call made, or what it complains of.
+///
+/// # Safety
+/// `failure` is null, and then `found` are new tensors, or a text of `malloc`.
+unsafe fn taken<const N: usize>(failure: *mut c_char, found: [*mut c_void; N]) -> Result<[Tensor; N], TchError> {
+    if failure.is_null() {
+        // SAFETY: the caller says so.
+        return Ok(found.map(|tensor| unsafe { Tensor::from_ptr(tensor.cast()) }));
+    }
+    // SAFETY: the caller says so.
+    unsafe {
+        let text = CStr::from_ptr(failure).to_string_lossy().into_owned();
+        libc::free(failure.cast());
+        Err(TchError::Torch(text))
+    }
+}
