@@ -76,10 +76,13 @@ fn sample(args: &Args, checkpoint: &Checkpoint, decoder: &Decoder) -> Outcome {
         max_new_tokens: NEW_TOKENS,
         stop: decoder.config.eos.clone(),
     };
-    let requests = (0..args.count as u64).map(|index| Request { index, prompt: prompt.clone(), seed: index });
+    let requests = |count: usize| (0..count as u64).map(|index| Request { index, prompt: prompt.clone(), seed: index });
+    // Libraries set themselves up, and memory is taken once.
+    let short = Sampling { max_new_tokens: 4, ..sampling.clone() };
+    generate(decoder, &short, requests(args.batch), args.batch, |_| Ok(()))?;
     let mut tokens = 0;
     let clock = Clock::start();
-    generate(decoder, &sampling, requests, args.batch, |completion| {
+    generate(decoder, &sampling, requests(args.count), args.batch, |completion| {
         tokens += completion.tokens.len();
         Ok(())
     })?;

@@ -10,6 +10,7 @@
 
 mod cache;
 pub(crate) mod native;
+mod on_device;
 mod pool;
 mod room;
 mod sampler;
@@ -63,6 +64,11 @@ pub struct Completion {
     /// Mean log-probability of the sampled ids (the stop id too) under the model's own distribution: before penalty,
     /// temperature and truncation. 0 where nothing was sampled.
     pub mean_logprob: f32,
+}
+
+/// Sequences to sample at a time where nobody says.
+pub fn usual_batch(decoder: &Decoder) -> usize {
+    room::usual(decoder.compute.device)
 }
 
 /// Samples every request with at most `batch` sequences at a time, calling `done` as each finishes.
@@ -176,6 +182,13 @@ struct Sequence {
     seen: HashSet<i64>,
 }
 
+/// A sequence on its way from its slot and back, and whether its last token ended it, by a stop id or not.
+struct Moved {
+    slot: usize,
+    sequence: Sequence,
+    ended: Option<bool>,
+}
+
 impl Run<'_> {
     /// Gives free slots to waiting requests, and samples each one's first token.
     fn fill(
@@ -183,21 +196,55 @@ impl Run<'_> {
         requests: &mut impl Iterator<Item = Result<Request, LmError>>,
         done: &mut impl FnMut(Completion) -> Result<(), LmError>,
     ) -> Result<(), LmError> {
-        for slot in 0..self.live.len() {
-            while self.live[slot].is_none() {
-                let Some(request) = requests.next().transpose()? else { return Ok(()) };
-                let mut sequence = Sequence::new(&request, self.sampling);
-                if self.sampling.max_new_tokens == 0 {
-                    done(sequence.finish(false))?;
-                    continue;
-                }
-                let room = request.prompt.len() + self.sampling.max_new_tokens;
-                let logits = self.slots.start(slot, &request.prompt, room)?;
-                let ended = sequence.advance(&rows(&logits)?, self.sampling);
-                self.place(slot, sequence, ended, done)?;
+        loop {
+            let free = (0..self.live.len()).filter(|&slot| self.live[slot].is_none());
+            let mut started = Vec::new();
+            for slot in free {
+                let Some(request) = self.next(requests, done)? else { break };
+                started.push((slot, request));
+            }
+            if started.is_empty() {
+                return Ok(());
+            }
+            for alike in started.chunk_by(|(_, one), (_, other)| one.prompt == other.prompt) {
+                self.start(alike, done)?;
             }
         }
-        Ok(())
+    }
+
+    /// The next request that wants a token at all.
+    fn next(
+        &self,
+        requests: &mut impl Iterator<Item = Result<Request, LmError>>,
+        done: &mut impl FnMut(Completion) -> Result<(), LmError>,
+    ) -> Result<Option<Request>, LmError> {
+        loop {
+            let request = requests.next().transpose()?;
+            match request {
+                Some(request) if self.sampling.max_new_tokens == 0 => {
+                    done(Sequence::new(&request, self.sampling).finish(false))?;
+                }
+                found => return Ok(found),
+            }
+        }
+    }
+
+    /// Puts requests of one prompt into their slots.
+    fn start(
+        &mut self,
+        requests: &[(usize, Request)],
+        done: &mut impl FnMut(Completion) -> Result<(), LmError>,
+    ) -> Result<(), LmError> {
+        let slots: Vec<usize> = requests.iter().map(|(slot, _)| *slot).collect();
+        let prompt = &requests[0].1.prompt;
+        let logits = self.slots.start(&slots, prompt, prompt.len() + self.sampling.max_new_tokens)?;
+        let logits = logits.f_expand([slots.len() as i64, -1], false)?;
+        let moved = requests.iter().map(|(slot, request)| Moved {
+            slot: *slot,
+            sequence: Sequence::new(request, self.sampling),
+            ended: None,
+        });
+        self.advance(moved.collect(), &logits, done)
     }
 
     /// One token for every live sequence.
@@ -206,16 +253,29 @@ impl Run<'_> {
         let feed: Vec<(usize, i64)> =
             self.live.iter().enumerate().filter_map(|(slot, live)| Some((slot, last(live)?))).collect();
         let logits = self.slots.step(&feed)?;
-        let width = self.decoder.config.vocab_size as usize;
-        let values = rows(&logits)?;
-        let mut moved: Vec<(usize, Sequence, Option<bool>)> = Vec::with_capacity(feed.len());
-        for (slot, _) in &feed {
-            if let Some(sequence) = self.live[*slot].take() {
-                moved.push((*slot, sequence, None));
+        let take = |&(slot, _): &(usize, i64)| Some(Moved { slot, sequence: self.live[slot].take()?, ended: None });
+        let moved = feed.iter().filter_map(take).collect();
+        self.advance(moved, &logits, done)
+    }
+
+    /// Samples a token for each from its row of `logits`, and puts those back that go on.
+    fn advance(
+        &mut self,
+        mut moved: Vec<Moved>,
+        logits: &Tensor,
+        done: &mut impl FnMut(Completion) -> Result<(), LmError>,
+    ) -> Result<(), LmError> {
+        if on_device::chooses(logits.device(), self.sampling) {
+            let mut samplers: Vec<_> = moved.iter_mut().map(|one| &mut one.sequence.sampler).collect();
+            let chosen = on_device::choose(logits, &mut samplers, self.sampling)?;
+            for (one, (token, logprob)) in moved.iter_mut().zip(chosen) {
+                one.ended = one.sequence.append(token, logprob, self.sampling);
             }
+        } else {
+            let width = self.decoder.config.vocab_size as usize;
+            advance_all(&mut moved, &rows(logits)?, width, self.sampling);
         }
-        advance_all(&mut moved, &values, width, self.sampling);
-        for (slot, sequence, ended) in moved {
+        for Moved { slot, sequence, ended } in moved {
             self.place(slot, sequence, ended, done)?;
         }
         Ok(())
@@ -248,6 +308,11 @@ impl Sequence {
     /// Samples one token from its logits; `Some(stopped)` when that ends the sequence.
     fn advance(&mut self, logits: &[f32], sampling: &Sampling) -> Option<bool> {
         let (token, logprob) = self.sampler.choose(logits, sampling, &self.seen);
+        self.append(token, logprob, sampling)
+    }
+
+    /// Takes the token that was sampled; `Some(stopped)` when that ends the sequence.
+    fn append(&mut self, token: i64, logprob: f32, sampling: &Sampling) -> Option<bool> {
         self.logprobs += f64::from(logprob);
         if sampling.stop.contains(&token) {
             return Some(true);
@@ -267,12 +332,12 @@ impl Sequence {
 }
 
 /// Samples for all sequences, on two or more threads where there are enough to pay for them.
-fn advance_all(moved: &mut [(usize, Sequence, Option<bool>)], values: &[f32], width: usize, sampling: &Sampling) {
+fn advance_all(moved: &mut [Moved], values: &[f32], width: usize, sampling: &Sampling) {
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get()).min(16);
     let share = moved.len().div_ceil(threads).max(4);
-    let advance = |part: &mut [(usize, Sequence, Option<bool>)], rows: &[f32]| {
-        for ((_, sequence, ended), row) in part.iter_mut().zip(rows.chunks_exact(width)) {
-            *ended = sequence.advance(row, sampling);
+    let advance = |part: &mut [Moved], rows: &[f32]| {
+        for (one, row) in part.iter_mut().zip(rows.chunks_exact(width)) {
+            one.ended = one.sequence.advance(row, sampling);
         }
     };
     if moved.len() <= share {

@@ -68,10 +68,11 @@ pub struct Args {
     /// What stands before an instruction, as in training: nothing, the chat template's user turn, or all of it.
     #[arg(long, value_enum, default_value_t = TemplateName::None)]
     pub template: TemplateName,
-    /// Sequences sampled at a time, fewer where their caches would not fit into memory. Does not change the samples on a
-    /// CPU with AVX-512; elsewhere, sums are rounded in other places, and a sample may take another turn.
-    #[arg(long, default_value_t = 32)]
-    pub batch_size: usize,
+    /// Sequences sampled at a time, fewer where their caches would not fit into memory; by default 32 on CPU and 512 on a
+    /// GPU. Does not change the samples on a CPU with AVX-512; elsewhere, sums are rounded in other places, and a sample may
+    /// take another turn.
+    #[arg(long)]
+    pub batch_size: Option<usize>,
     /// Precision of weights and activations.
     #[arg(long, value_enum, default_value_t = DtypeName::Auto)]
     pub dtype: DtypeName,
@@ -219,7 +220,7 @@ impl Args {
             (1..=i32::MAX as usize).contains(&self.max_new_tokens),
             format!("--max-new-tokens {}: expected at least 1", self.max_new_tokens),
         );
-        check(self.batch_size >= 1, "--batch-size 0: expected at least 1".into());
+        check(self.batch_size != Some(0), "--batch-size 0: expected at least 1".into());
         findings
     }
 }

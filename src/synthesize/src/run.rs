@@ -10,7 +10,7 @@ use lm::adapter::Lora;
 use lm::checkpoint::Checkpoint;
 use lm::decoder::Decoder;
 use lm::device::Compute;
-use lm::generate::{Completion, Request, Sampling, generate};
+use lm::generate::{Completion, Request, Sampling, generate, usual_batch};
 use lm::template::Prompt;
 use lm::tokenizer::Tokenizer;
 use serde_json::json;
@@ -221,10 +221,11 @@ impl Sampler {
     /// Draws the samples `range`, handing each to `done` as it finishes.
     fn draw(
         &self,
-        batch: usize,
+        batch: Option<usize>,
         range: Range<u64>,
         mut done: impl FnMut(u64, Sample) -> Result<(), LmError>,
     ) -> Result<(), LmError> {
+        let batch = batch.unwrap_or_else(|| usual_batch(&self.decoder));
         // A slot that no sample can fill would still take memory.
         let batch = usize::try_from(range.end - range.start).map_or(batch, |count| batch.min(count));
         let request = |index| Request { index, prompt: self.prompt.prefix.clone(), seed: plan::seed(self.seed, index) };

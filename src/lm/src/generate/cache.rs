@@ -2,13 +2,12 @@
 
 use tch::{Kind, Tensor};
 
-use super::room::{STRIDE, tiles};
+use super::room::{READ, STRIDE, tiles};
 use crate::LmError;
 use crate::decoder::layer::{join_heads, split_heads};
-use crate::decoder::rope::rotate;
+use crate::decoder::rope::Angles;
 use crate::decoder::{Decoder, Layer};
-use crate::ops;
-use crate::ops::{rms_norm, swiglu};
+use crate::ops::{self, rms_norm, swiglu};
 
 /// Cached keys and values of `[layer]`, each `[rows, capacity, kv_heads, head_dim]`.
 struct Tile {
@@ -49,21 +48,19 @@ impl<'a> Slots<'a> {
         self.rows * self.tiles.len()
     }
 
-    /// Puts `prompt` into `slot`, with room for `room` tokens in all; logits `[1, vocab]` of its last position.
-    pub(super) fn start(&mut self, slot: usize, prompt: &[i64], room: usize) -> Result<Tensor, LmError> {
+    /// Puts `prompt` into `slots` (in rising order), with room for `room` tokens in all; logits `[1, vocab]` f32 of its last
+    /// position.
+    pub(super) fn start(&mut self, slots: &[usize], prompt: &[i64], room: usize) -> Result<Tensor, LmError> {
         if self.prompt.as_ref().is_none_or(|known| known.tokens != prompt) {
             self.prompt = Some(Prompt::compute(self.decoder, prompt)?);
         }
-        let (tile, row) = (slot / self.rows, (slot % self.rows) as i64);
-        let tile = &mut self.tiles[tile];
-        tile.reserve(self.decoder, room)?;
         let Some(known) = &self.prompt else { return Err(LmError::Usage("an empty prompt".into())) };
-        let length = prompt.len() as i64;
-        let both = tile.keys.iter().zip(&known.keys).chain(tile.values.iter().zip(&known.values));
-        for (cache, new) in both {
-            cache.f_narrow(0, row, 1)?.f_narrow(1, 0, length)?.f_copy_(new)?;
+        for slots in slots.chunk_by(|one, other| one / self.rows == other / self.rows) {
+            let tile = &mut self.tiles[slots[0] / self.rows];
+            let rows: Vec<usize> = slots.iter().map(|slot| slot % self.rows).collect();
+            tile.reserve(self.decoder, room)?;
+            tile.start(&rows, known)?;
         }
-        tile.filled[row as usize] = length;
         Ok(known.logits.shallow_clone())
     }
 
@@ -111,6 +108,22 @@ impl Tile {
         Ok(())
     }
 
+    /// Copies what was computed of a prompt into some rows.
+    fn start(&mut self, rows: &[usize], prompt: &Prompt) -> Result<(), LmError> {
+        let length = prompt.tokens.len() as i64;
+        let indices: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+        let indices = Tensor::f_from_slice(&indices)?.f_to_device(prompt.logits.device())?;
+        let both = self.keys.iter().zip(&prompt.keys).chain(self.values.iter().zip(&prompt.values));
+        for (cache, new) in both {
+            let new = new.f_expand([rows.len() as i64, -1, -1, -1], false)?;
+            let _ = cache.f_narrow(1, 0, length)?.f_index_copy_(0, &indices, &new)?;
+        }
+        for &row in rows {
+            self.filled[row] = length;
+        }
+        Ok(())
+    }
+
     fn step(&mut self, decoder: &Decoder, fed: &[(usize, i64)]) -> Result<Tensor, LmError> {
         let device = decoder.compute.device;
         let rows = self.filled.len();
@@ -123,65 +136,72 @@ impl Tile {
         for (row, _) in fed {
             self.filled[*row] = positions[*row] + 1;
         }
-        let longest = self.filled.iter().copied().max().unwrap_or(1) as usize;
-        let reach = longest.next_multiple_of(STRIDE).min(self.capacity) as i64;
         let tensor = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
-        let place = Place {
-            rows: Tensor::f_arange(rows as i64, (Kind::Int64, device))?,
-            positions: tensor(&positions)?,
+        let cells: Vec<i64> =
+            positions.iter().enumerate().map(|(row, position)| (row * self.capacity) as i64 + position).collect();
+        let longest = self.filled.iter().copied().max().unwrap_or(1) as usize;
+        let reach = longest.next_multiple_of(READ).min(self.capacity) as i64;
+        let step = Step {
+            cells: tensor(&cells)?,
+            angles: decoder.rope.at(&tensor(&positions)?)?,
             reach,
             blocked: blocked(decoder, &tensor(&positions)?, reach)?,
         };
-        let angles = decoder.rope.at(&place.positions)?;
         let mut hidden = decoder.embed(&tensor(&tokens)?)?;
         for (index, layer) in decoder.layers.iter().enumerate() {
-            hidden = self.layer(decoder, layer, index, &hidden, &place, &angles)?;
+            hidden = self.layer(decoder, layer, index, hidden, &step)?;
         }
-        let picked = tensor(&fed.iter().map(|(row, _)| *row as i64).collect::<Vec<_>>())?;
         let normed = rms_norm(&hidden, &decoder.norm, decoder.config.rms_norm_eps)?;
         let logits = normed.f_linear(&decoder.output, None::<&Tensor>)?;
-        Ok(logits.f_index_select(0, &picked)?.f_to_kind(Kind::Float)?)
+        if fed.len() < rows {
+            let picked = tensor(&fed.iter().map(|(row, _)| *row as i64).collect::<Vec<_>>())?;
+            return Ok(logits.f_index_select(0, &picked)?.f_to_kind(Kind::Float)?);
+        }
+        Ok(logits.f_to_kind(Kind::Float)?)
     }
 
+    /// `[rows, hidden]` → the same shape; the input is used up.
     fn layer(
         &mut self,
         decoder: &Decoder,
         layer: &Layer,
         index: usize,
-        hidden: &Tensor,
-        place: &Place,
-        angles: &crate::decoder::rope::Angles,
+        hidden: Tensor,
+        step: &Step,
     ) -> Result<Tensor, LmError> {
         let config = &decoder.config;
         let (heads, kv_heads, width) = (config.heads, config.kv_heads, config.head_dim);
         let rows = self.filled.len() as i64;
-        let normed = rms_norm(hidden, &layer.input_norm, config.rms_norm_eps)?;
+        let normed = rms_norm(&hidden, &layer.input_norm, config.rms_norm_eps)?;
         let qkv = normed.f_linear(&layer.qkv, layer.qkv_bias.as_ref())?;
-        let all = qkv.f_reshape([rows, heads + 2 * kv_heads, width])?;
-        let turned = rotate(&all.f_narrow(1, 0, heads + kv_heads)?, angles)?;
-        let (keys, values) = (&mut self.keys[index], &mut self.values[index]);
-        let at = [Some(&place.rows), Some(&place.positions)];
-        let _ = keys.f_index_put_(&at, &turned.f_narrow(1, heads, kv_heads)?, false)?;
-        let _ = values.f_index_put_(&at, &all.f_narrow(1, heads + kv_heads, kv_heads)?, false)?;
+        let turned = ops::rotate(qkv.f_unsqueeze(0)?, config, &step.angles)?;
+        let all = turned.f_view([rows, heads + 2 * kv_heads, width])?;
+        let (keys, values) = (&self.keys[index], &self.values[index]);
+        for (cache, first) in [(keys, heads), (values, heads + kv_heads)] {
+            let new = all.f_narrow(1, first, kv_heads)?;
+            let _ = cache.f_flatten(0, 1)?.f_index_copy_(0, &step.cells, &new)?;
+        }
         // The query heads of a group stand where positions usually do: their keys are read once and never repeated.
-        let q = turned.f_narrow(1, 0, heads)?.f_reshape([rows, kv_heads, heads / kv_heads, width])?;
-        let k = keys.f_narrow(1, 0, place.reach)?.f_transpose(1, 2)?;
-        let v = values.f_narrow(1, 0, place.reach)?.f_transpose(1, 2)?;
+        let q = all.f_narrow(1, 0, heads)?.f_reshape([rows, kv_heads, heads / kv_heads, width])?;
+        let k = keys.f_narrow(1, 0, step.reach)?.f_transpose(1, 2)?;
+        let v = values.f_narrow(1, 0, step.reach)?.f_transpose(1, 2)?;
         let attended =
-            Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(&place.blocked), 0.0, false, None, false)?;
-        let middle = hidden.f_add(&attended.f_reshape([rows, heads * width])?.f_linear(&layer.o, None::<&Tensor>)?)?;
+            Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(&step.blocked), 0.0, false, None, false)?;
+        let middle = ops::linear_onto(hidden, &attended.f_reshape([rows, heads * width])?, &layer.o)?;
         let normed = rms_norm(&middle, &layer.post_norm, config.rms_norm_eps)?;
         let inner = swiglu(&normed.f_linear(&layer.gate_up, None::<&Tensor>)?)?;
-        Ok(middle.f_add(&inner.f_linear(&layer.down, None::<&Tensor>)?)?)
+        ops::linear_onto(middle, &inner, &layer.down)
     }
 }
 
-/// Where the tokens of a step go.
-struct Place {
-    rows: Tensor,
-    positions: Tensor,
+/// What all layers of a step share.
+struct Step {
+    /// `[rows]`: where each token's keys and values go, among all positions of all rows.
+    cells: Tensor,
+    angles: Angles,
+    /// Positions of the cache that attention reads.
     reach: i64,
-    /// What attention adds to its scores: 0 or -inf, `[rows, kv_heads, group, reach]`.
+    /// What it adds to its scores: 0 or -inf, `[rows, kv_heads, group, reach]`.
     blocked: Tensor,
 }
 

@@ -44,9 +44,14 @@ impl Sampler {
         (token as i64, logits[token] - raw.best - raw.total.ln())
     }
 
+    /// The next draw, in [0, 1).
+    pub(super) fn uniform(&mut self) -> f64 {
+        (self.stream.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
     /// A token of `scores` · `inverse`, whose mass is `mass`.
     fn draw(&mut self, scores: &[f32], mass: &Mass, inverse: f32, sampling: &Sampling) -> usize {
-        let uniform = (self.stream.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        let uniform = self.uniform();
         let untruncated = sampling.top_k == 0 && sampling.top_p >= 1.0;
         let mut reach = if untruncated { f32::INFINITY } else { REACH };
         loop {

@@ -1,6 +1,7 @@
 use super::*;
+use crate::checkpoint::Checkpoint;
 use crate::decoder::tests::{SHAPES, cpu, golden, json, real_model, tiny};
-use crate::{checkpoint::Checkpoint, device::DtypeChoice};
+use crate::device::{Compute, DeviceChoice, DtypeChoice};
 
 fn sampling(temperature: f64, max_new_tokens: usize) -> Sampling {
     Sampling { temperature, top_p: 0.95, top_k: 0, repetition_penalty: 1.0, max_new_tokens, stop: vec![] }
@@ -87,6 +88,31 @@ fn libtorch_gives_what_the_cpu_kernels_give() {
                 assert!((found.mean_logprob - expected.mean_logprob).abs() < 1e-4);
             }
             assert_eq!(found.len(), expected.len());
+        }
+    }
+}
+
+/// Where there is a GPU: its kernels are others, which no CPU runs.
+#[test]
+fn a_gpu_samples_from_what_the_cpu_computes() {
+    let Ok(compute) = Compute::resolve(DeviceChoice::Cuda, DtypeChoice::Bf16) else { return };
+    for name in SHAPES {
+        let plain = tiny(name);
+        let gpu = Decoder::load(&Checkpoint::open(&golden(name)).unwrap(), compute).unwrap();
+        for temperature in [0.0, 0.7, 1.0] {
+            let found = run(&gpu, &sampling(temperature, 60), requests(40), 16);
+            assert_eq!(found.len(), 40);
+            for completion in found {
+                let mut ids = requests(40).nth(completion.index as usize).unwrap().prompt;
+                let first = ids.len() as i64;
+                ids.extend(&completion.tokens);
+                let logits = plain.logits(&Tensor::from_slice(&ids).unsqueeze(0)).unwrap().squeeze_dim(0);
+                let count = completion.tokens.len() as i64;
+                let logprobs = logits.narrow(0, first - 1, count).log_softmax(-1, Kind::Float);
+                let chosen = logprobs.gather(1, &Tensor::from_slice(&completion.tokens).unsqueeze(1), false);
+                let off = f64::from(completion.mean_logprob) - chosen.mean(Kind::Double).double_value(&[]);
+                assert!(off.abs() < 0.05, "{name}, {temperature}, {}: {off}", completion.index);
+            }
         }
     }
 }
