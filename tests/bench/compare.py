@@ -160,15 +160,15 @@ def works(args, texts, python):
         )
 
 
-# Examples of a logical batch, their longest length, and the tokens of doppel's micro-batch, for models of Llama's shapes.
-LLAMA = {"tiny": (64, 128, 2048), "7b": (512, 1024, 16384), "13b": (512, 128, 8192)}
+# Examples of a logical batch, their longest length, and sequences to sample at a time, for models of Llama's shapes.
+LLAMA = {"tiny": (64, 128, 64), "7b": (128, 1024, 512), "13b": (256, 128, 256)}
 
 
 def llama_works(args, texts, python):
     """Models of Llama's shapes and random weights: what a GPU is measured with."""
     device = ["--device", args.device]
     for shape in args.shapes.split(","):
-        count, length, tokens = LLAMA[shape]
+        count, length, sequences = LLAMA[shape]
         folder = args.models / shape
         if not folder.exists():
             source = f"{args.cache}/models/smollm2-135m-instruct"
@@ -176,7 +176,7 @@ def llama_works(args, texts, python):
         flags = ["--model", folder, "--texts", texts, "--count", count, "--length", length]
         yield Work(
             f"train {shape} to {length} tokens, bf16",
-            [args.train, *flags, "--tokens", tokens],
+            [args.train, *flags],
             "Opacus + PEFT",
             [*python, "train", *device, *flags],
             batch=4,
@@ -186,11 +186,11 @@ def llama_works(args, texts, python):
         )
         yield Work(
             f"sample {shape}, bf16",
-            [args.lm, "sample", folder, "--count", 4 * count, "--batch", count],
+            [args.lm, "sample", folder, "--count", 4 * sequences, "--batch", sequences],
             "transformers.generate",
-            [*python, "sample", *device, "--model", folder, "--count", count],
-            batch=count // 2,
-            largest=count,
+            [*python, "sample", *device, "--model", folder, "--count", sequences],
+            batch=sequences,
+            largest=sequences,
             dtype="bf16",
         )
 

@@ -49,7 +49,7 @@ def model(args):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     width, inner, layers, heads = SHAPES[args.shape]
-    tokenizer = AutoTokenizer.from_pretrained(args.model, gguf_file="model.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(args.model, **gguf_file(args.model))
     config = LlamaConfig(
         hidden_size=width,
         intermediate_size=inner,
@@ -82,7 +82,11 @@ def matmul(args):
     import torch
 
     rates = []
-    for rows, inner, columns in [(2048, 2048, 2048), (4096, 1024, 4096), (1024, 4096, 4096)]:
+    shapes = [(2048, 2048, 2048), (4096, 1024, 4096), (1024, 4096, 4096)]
+    if args.device == "cuda":
+        # Smaller ones are over before they fill it.
+        shapes = [(8192, 8192, 8192), (8192, 4096, 16384)]
+    for rows, inner, columns in shapes:
         left = torch.randn(rows, inner, device=args.device).to(numbers(args))
         right = torch.randn(inner, columns, device=args.device).to(numbers(args))
         for _ in range(12):
@@ -94,6 +98,11 @@ def matmul(args):
     report(max(rates), 1, "GFLOP/s")
 
 
+def gguf_file(folder):
+    """How transformers is told that a folder holds a GGUF file, if it does."""
+    return {"gguf_file": "model.gguf"} if Path(folder, "model.gguf").exists() else {}
+
+
 def load_decoder(args):
     return load_model(args.model, numbers(args), args.device)
 
@@ -102,7 +111,7 @@ def load_model(folder, dtype, device="cpu"):
     """A decoder of a folder, which may hold a GGUF file, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = {"gguf_file": "model.gguf"} if Path(folder, "model.gguf").exists() else {}
+    gguf = gguf_file(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf)
     return model.to(device), tokenizer
@@ -164,12 +173,12 @@ def sample(args):
     model.eval()
     prompt = tokenizer("<|im_start|>user\n", return_tensors="pt")["input_ids"].repeat(args.batch, 1).to(args.device)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    tokens, begun = 0, time.perf_counter()
+    sampling = {"do_sample": True, "top_p": 0.95, "top_k": 0, "eos_token_id": end, "pad_token_id": end}
     with torch.inference_mode():
+        model.generate(prompt, max_new_tokens=4, **sampling)
+        tokens, begun = 0, time.perf_counter()
         for _ in range(max(1, args.count // args.batch)):
-            out = model.generate(
-                prompt, do_sample=True, top_p=0.95, top_k=0, max_new_tokens=96, eos_token_id=end, pad_token_id=end
-            )
+            out = model.generate(prompt, max_new_tokens=96, **sampling)
             tokens += int((out[:, prompt.shape[1] :] != end).sum())
     report(tokens, time.perf_counter() - begun, "tokens/s")
 
