@@ -97,6 +97,10 @@ pub fn results(folder: &Path) -> BTreeMap<String, Vec<String>> {
     });
     for file in files(&folder.join("release")) {
         let path = relative(folder, &file);
+        // What a write that was killed left under the name of its attempt is no object.
+        if path.contains('#') {
+            continue;
+        }
         if path.contains("/adapter/") || path.ends_with("centroids.safetensors") {
             let bytes = std::fs::read(&file).expect("a file is readable");
             found.insert(path, vec![bytes.iter().map(|byte| format!("{byte:02x}")).collect()]);
