@@ -123,12 +123,7 @@ impl Rows {
         // The first whose sum is beyond the share: one that weighs nothing is never it.
         let tokens = shares.f_mul(&total)?.f_searchsorted(&self.sums, false, true, "right", None::<&Tensor>)?;
         let tokens = tokens.f_clamp_max(width - 1)?;
-        let weight = self.weights.f_gather(1, &tokens, false)?;
-        // A token is of the nucleus where those before it do not make it up; of equals the lower id comes first.
-        let equal = self.weights.f_eq_tensor(&weight)?.f_logical_and(&self.ids.f_lt_tensor(&tokens)?)?;
-        let before = self.weights.f_mul(&self.weights.f_gt_tensor(&weight)?.f_logical_or(&equal)?)?;
-        let before = before.f_sum_dim_intlist(1i64, true, Kind::Float)?;
-        let is_kept = before.f_lt_tensor(&total.f_mul_scalar(self.top_p)?)?;
+        let is_kept = self.is_of_nucleus(&tokens, &total)?;
         let logprobs = self.logits.f_gather(1, &tokens, false)?.f_sub(&self.normaliser)?;
         // One transfer for all; ids are far below the 2⁵³ that float64 holds exactly.
         let double = |column: &Tensor| column.f_to_kind(Kind::Double);
@@ -141,6 +136,20 @@ impl Rows {
             is_kept: column(2).map(|&kept| kept != 0.0).collect(),
         })
     }
+
+    /// Whether the tokens before it do not make up the nucleus; of equals the lower id comes first. `[rows, 1]`.
+    ///
+    /// What is not a number counts as kept: the log-probability tells.
+    fn is_of_nucleus(&self, tokens: &Tensor, total: &Tensor) -> Result<Tensor, LmError> {
+        if self.top_p >= 1.0 {
+            return Ok(tokens.f_ones_like()?);
+        }
+        let weight = self.weights.f_gather(1, tokens, false)?;
+        let equal = self.weights.f_eq_tensor(&weight)?.f_logical_and(&self.ids.f_lt_tensor(tokens)?)?;
+        let before = self.weights.f_mul(&self.weights.f_gt_tensor(&weight)?.f_logical_or(&equal)?)?;
+        let before = before.f_sum_dim_intlist(1i64, true, Kind::Float)?;
+        Ok(before.f_ge_tensor(&total.f_mul_scalar(self.top_p)?)?.f_logical_not()?)
+    }
 }
 
 #[cfg(test)]
@@ -148,6 +157,10 @@ mod tests {
     use std::collections::HashMap;
 
     use super::*;
+
+    fn sampling(temperature: f64, top_p: f64) -> Sampling {
+        Sampling { temperature, top_p, top_k: 0, repetition_penalty: 1.0, max_new_tokens: 1, stop: vec![] }
+    }
 
     /// Coarse logits, many of them equal, so that the nucleus ends among equals.
     fn logits(rows: i64) -> Tensor {
@@ -203,15 +216,18 @@ mod tests {
     }
 
     #[test]
+    fn logits_that_are_no_numbers_are_chosen_from_and_show() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let logits = Tensor::from_slice(&[1.0, bad, 0.5]).unsqueeze(0);
+            let sampling = sampling(1.0, 0.9);
+            let (token, logprob) = choose(&logits, &mut [&mut Sampler::new(1)], &sampling).unwrap()[0];
+            assert!((0..3).contains(&token) && logprob.is_nan(), "{token}, {logprob}");
+        }
+    }
+
+    #[test]
     fn a_choice_does_not_depend_on_its_company() {
-        let sampling = Sampling {
-            temperature: 1.0,
-            top_p: 0.6,
-            top_k: 0,
-            repetition_penalty: 1.0,
-            max_new_tokens: 1,
-            stop: vec![],
-        };
+        let sampling = sampling(1.0, 0.6);
         let all = |seeds: &[u64]| {
             let mut samplers: Vec<Sampler> = seeds.iter().copied().map(Sampler::new).collect();
             let mut samplers: Vec<&mut Sampler> = samplers.iter_mut().collect();
