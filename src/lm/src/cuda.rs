@@ -61,7 +61,8 @@ impl Sequences {
         for length in lengths {
             end += length;
             longest = longest.max(length);
-            let place = i32::try_from(end).map_err(|_| LmError::Usage("a micro-batch of 2³¹ tokens or more".into()))?;
+            let place = i32::try_from(end)
+                .map_err(|_| LmError::Usage("2³¹ tokens or more\nhelp: lower --micro-batch-tokens".into()))?;
             offsets.push(place);
         }
         Ok(Self { offsets: Tensor::f_from_slice(&offsets)?.f_to_device(device)?, longest })

@@ -16,6 +16,7 @@ use crate::adapter::{Lora, Target};
 use crate::checkpoint::{Checkpoint, DecoderConfig};
 use crate::device::{self, Compute};
 use crate::generate::native::Packed;
+use crate::ops::Frozen;
 
 pub(crate) use layer::{Adapters, Layer};
 
@@ -29,7 +30,7 @@ pub struct Decoder {
     pub(crate) layers: Vec<Layer>,
     pub(crate) norm: Tensor,
     /// `[vocab, hidden]`; the embedding itself where they are tied.
-    pub(crate) output: Tensor,
+    pub(crate) output: Frozen,
     pub(crate) rope: rope::Rope,
     /// Bytes that were free on the device when the weights were there; `None` on CPU.
     spare: Option<usize>,
@@ -53,6 +54,7 @@ impl Decoder {
                 true => embedding.shallow_clone(),
                 false => checkpoint.tensor("lm_head.weight", &wide, compute)?,
             };
+            let output = output.into();
             let rope = rope::Rope::new(&config, compute)?;
             let spare = compute.device.is_cuda().then(device::free_cuda_memory).flatten();
             if let Some(bytes) = spare {
@@ -82,6 +84,9 @@ impl Decoder {
                     let merged = weight.f_to_kind(Kind::Float)?.f_add(&delta)?;
                     weight.f_copy_(&merged)?;
                 }
+                // What was packed is not of these weights any more.
+                layer.qkv = layer.qkv.shallow_clone().into();
+                layer.o = layer.o.shallow_clone().into();
             }
             Ok(())
         })

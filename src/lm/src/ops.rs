@@ -3,6 +3,9 @@
 //! Each has one definition in libtorch's operations, which runs on every device; on CPU a kernel of our own does the same
 //! in one pass ([`crate::kernels`]), and so it is with products ([`crate::products`]) and attention ([`crate::attention`]). None of them is differentiable: the gradients are here too.
 
+use std::ops::Deref;
+use std::sync::OnceLock;
+
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
@@ -14,7 +17,7 @@ use crate::decoder::layer::{self, join_heads, split_heads};
 use crate::decoder::rope::{self, Angles};
 use crate::device::Compute;
 use crate::kernels::{self, Element, Heads};
-use crate::products::{self, Factor, Plus, View, Weight};
+use crate::products::{self, Factor, Multiplier, Packed, Plus, View, Weight};
 
 /// Runs the block with `E` as the element type of `$tensor`, where our kernels can compute on it; else `$otherwise`.
 macro_rules! on_cpu {
@@ -33,43 +36,109 @@ macro_rules! on_cpu {
     };
 }
 
+/// A weight of products, `[outputs, inputs]` or `[inputs, outputs]`.
+pub(crate) trait Factored {
+    /// The weight.
+    fn tensor(&self) -> &Tensor;
+
+    /// It packed for `x · weightᵀ` where `turned`, else for `x · weight`; `None` where that is to be done on the way.
+    fn packed<E: Factor>(&self, turned: bool) -> Result<Option<&Packed>, LmError>;
+}
+
+impl Factored for Tensor {
+    fn tensor(&self) -> &Tensor {
+        self
+    }
+
+    fn packed<E: Factor>(&self, _: bool) -> Result<Option<&Packed>, LmError> {
+        Ok(None)
+    }
+}
+
+/// A weight that does not change, packed when it is first multiplied by.
+pub(crate) struct Frozen {
+    tensor: Tensor,
+    plain: OnceLock<Option<Packed>>,
+    turned: OnceLock<Option<Packed>>,
+}
+
+impl From<Tensor> for Frozen {
+    fn from(tensor: Tensor) -> Self {
+        Self { tensor, plain: OnceLock::new(), turned: OnceLock::new() }
+    }
+}
+
+impl Deref for Frozen {
+    type Target = Tensor;
+
+    fn deref(&self) -> &Tensor {
+        &self.tensor
+    }
+}
+
+impl Factored for Frozen {
+    fn tensor(&self) -> &Tensor {
+        self
+    }
+
+    fn packed<E: Factor>(&self, turned: bool) -> Result<Option<&Packed>, LmError> {
+        let place = if turned { &self.turned } else { &self.plain };
+        if let Some(packed) = place.get() {
+            return Ok(packed.as_ref());
+        }
+        let weight = self.tensor.f_contiguous()?;
+        let view = view::<E>(&weight)?;
+        // Whoever else wants it meanwhile waits.
+        let pack = || Packed::new(if turned { Weight::Outputs(view) } else { Weight::Inputs(view) });
+        Ok(place.get_or_init(pack).as_ref())
+    }
+}
+
 /// `x · weightᵀ + bias + rows` of x `[…, inputs]`, a weight `[outputs, inputs]` and rows `[…, outputs]`.
 pub(crate) fn linear(
     x: &Tensor,
-    weight: &Tensor,
+    weight: &impl Factored,
     bias: Option<&Tensor>,
     rows: Option<&Tensor>,
 ) -> Result<Tensor, LmError> {
     on_cpu!(x, E => {
-        if multiplies::<E>(weight.size2()?.1) {
-            return product::<E>(x, Weight::Outputs(view(&weight.f_contiguous()?)?), bias, rows);
+        if multiplies::<E>(weight.tensor().size2()?.1) {
+            if let Some(packed) = weight.packed::<E>(true)? {
+                return product::<E>(x, Multiplier::Packed(packed), bias, rows);
+            }
+            let weight = weight.tensor().f_contiguous()?;
+            return product::<E>(x, Multiplier::Plain(Weight::Outputs(view(&weight)?)), bias, rows);
         }
     }, {});
-    added(x.f_linear(weight, bias)?, rows)
+    added(x.f_linear(weight.tensor(), bias)?, rows)
 }
 
 /// `x · weight + rows` of x `[…, inputs]`, a weight `[inputs, outputs]` and rows `[…, outputs]`.
-pub(crate) fn matmul(x: &Tensor, weight: &Tensor, rows: Option<&Tensor>) -> Result<Tensor, LmError> {
+pub(crate) fn matmul(x: &Tensor, weight: &impl Factored, rows: Option<&Tensor>) -> Result<Tensor, LmError> {
     on_cpu!(x, E => {
-        if multiplies::<E>(weight.size2()?.0) {
-            return product::<E>(x, Weight::Inputs(view(&weight.f_contiguous()?)?), None, rows);
+        if multiplies::<E>(weight.tensor().size2()?.0) {
+            if let Some(packed) = weight.packed::<E>(false)? {
+                return product::<E>(x, Multiplier::Packed(packed), None, rows);
+            }
+            let weight = weight.tensor().f_contiguous()?;
+            return product::<E>(x, Multiplier::Plain(Weight::Inputs(view(&weight)?)), None, rows);
         }
     }, {});
-    added(x.f_matmul(weight)?, rows)
+    added(x.f_matmul(weight.tensor())?, rows)
 }
 
 /// `x · weightᵀ + rows`, as [`linear`]; the rows are used up.
-pub(crate) fn linear_onto(rows: Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor, LmError> {
+pub(crate) fn linear_onto(rows: Tensor, x: &Tensor, weight: &impl Factored) -> Result<Tensor, LmError> {
     match rows.device().is_cuda() {
-        true => product_onto(rows, x, &weight.f_transpose(0, 1)?),
+        true => product_onto(rows, x, &weight.tensor().f_transpose(0, 1)?),
         false => linear(x, weight, None, Some(&rows)),
     }
 }
 
 /// `x · weight + rows`, as [`matmul`]; the rows are used up.
-pub(crate) fn matmul_onto(rows: Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor, LmError> {
+pub(crate) fn matmul_onto(rows: Tensor, x: &Tensor, weight: &impl Factored) -> Result<Tensor, LmError> {
     match rows.device().is_cuda() {
-        true => product_onto(rows, x, weight),
+        true => product_onto(rows, x, weight.tensor()),
         false => matmul(x, weight, Some(&rows)),
     }
 }
@@ -95,7 +164,7 @@ pub(crate) fn outer(left: &Tensor, right: &Tensor) -> Result<Tensor, LmError> {
             let outs = values_mut::<E>(&mut out)?.chunks_exact_mut(rows as usize * width);
             for ((left, right), out) in lefts.zip(rights).zip(outs) {
                 let weight = Weight::Inputs(View::new(right, width, 0..length, 0..width));
-                products::product(left, weight, Plus::NOTHING, out);
+                products::product(left, Multiplier::Plain(weight), Plus::NOTHING, out);
             }
             return Ok(out);
         }
@@ -133,7 +202,7 @@ fn view<E: Element>(matrix: &Tensor) -> Result<View<'_, E>, LmError> {
 
 fn product<E: Factor>(
     x: &Tensor,
-    weight: Weight<'_, E>,
+    weight: Multiplier<'_, E>,
     bias: Option<&Tensor>,
     rows: Option<&Tensor>,
 ) -> Result<Tensor, LmError> {
@@ -571,6 +640,12 @@ mod tests {
                     close(linear(&x, &weight, Some(&bias), Some(&plus)).unwrap(), all);
                     let turned = weight.tr().contiguous();
                     close(matmul(&x, &turned, Some(&plus)).unwrap(), &plain + wide(&plus));
+                    // Packed before or on the way, not a bit differs.
+                    let frozen = |weight: &Tensor| Frozen::from(weight.shallow_clone());
+                    let packed = linear(&x, &frozen(&weight), Some(&bias), Some(&plus)).unwrap();
+                    assert_eq!(packed, linear(&x, &weight, Some(&bias), Some(&plus)).unwrap());
+                    let packed = matmul(&x, &frozen(&turned), Some(&plus)).unwrap();
+                    assert_eq!(packed, matmul(&x, &turned, Some(&plus)).unwrap());
                 }
             }
         }

@@ -4,16 +4,18 @@
 //! order of the inputs, so that it does not matter how rows are dealt into tiles: a row of a product is bit for bit the
 //! same whatever rows are beside it.
 //!
-//! [`product`] packs a weight as it goes, which costs no memory, and nearly no time where there are hundreds of rows, as in
-//! training and embedding. [`Matrix`] is packed once, for sampling. One thread: whoever calls has split the work already
+//! [`product`] takes a weight that was packed before, or packs it as it goes, which costs no memory and a twentieth of the
+//! time where there are hundreds of rows, as in training and embedding. [`Matrix`] is packed once, for sampling. One thread: whoever calls has split the work already
 //! (see [`crate::workers`]).
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::LmError;
+use crate::device::physical_memory;
 use crate::kernels::Element;
 
 /// Outputs that one tile computes: four vectors of sixteen.
@@ -473,9 +475,81 @@ impl<E> Weight<'_, E> {
     }
 }
 
+/// What rows are multiplied by: a weight that is packed on the way, or one that was before.
+#[derive(Clone, Copy)]
+pub(crate) enum Multiplier<'a, E> {
+    Plain(Weight<'a, E>),
+    Packed(&'a Packed),
+}
+
+impl<E: Factor> Multiplier<'_, E> {
+    fn inputs(&self) -> usize {
+        match self {
+            Self::Plain(weight) => weight.inputs(),
+            Self::Packed(packed) => packed.inputs,
+        }
+    }
+
+    pub(crate) fn outputs(&self) -> usize {
+        match self {
+            Self::Plain(weight) => weight.outputs(),
+            Self::Packed(packed) => packed.outputs,
+        }
+    }
+}
+
+/// Bytes that all of a process's [`Packed`] take.
+static PACKED_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+/// A weight that was packed once, for [`product`]: by parts of [`DEPTH`] inputs, as [`pack`] leaves each.
+pub(crate) struct Packed {
+    /// Groups of elements.
+    words: Vec<u32>,
+    kind: Kind,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl Packed {
+    /// Packs a weight; `None` where all that is packed would take more than an eighth of the machine's memory.
+    pub(crate) fn new<E: Factor>(weight: Weight<'_, E>) -> Option<Self> {
+        let (inputs, outputs) = (weight.inputs(), weight.outputs());
+        let count = outputs.div_ceil(COLUMNS) * COLUMNS * inputs / E::GROUP;
+        let bytes = count * size_of::<u32>();
+        let most = physical_memory()? / 8;
+        let fits = |used: usize| used.checked_add(bytes).filter(|&sum| sum <= most);
+        PACKED_BYTES.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).ok()?;
+        let mut packed = Self { words: vec![0; count], kind: E::KIND, inputs, outputs };
+        // SAFETY: a word is a group of elements, whatever its bits are.
+        let (_, panels, _) = unsafe { packed.words.align_to_mut::<E>() };
+        let mut rest = panels;
+        for inner in parts(inputs, DEPTH) {
+            let (part, behind) = rest.split_at_mut(outputs.div_ceil(COLUMNS) * COLUMNS * inner.len());
+            pack(weight.part(inner, 0..outputs), part);
+            rest = behind;
+        }
+        Some(packed)
+    }
+
+    /// The panels of one of the parts of inputs, and of outputs from a panel's first on.
+    fn panels<E: Factor>(&self, inputs: Range<usize>, outputs: Range<usize>) -> &[E] {
+        assert!(self.kind == E::KIND && inputs.start.is_multiple_of(DEPTH) && outputs.start.is_multiple_of(COLUMNS));
+        // SAFETY: a word is a group of elements, whatever its bits are.
+        let (_, panels, _) = unsafe { self.words.align_to::<E>() };
+        let first = inputs.start * self.outputs.next_multiple_of(COLUMNS) + outputs.start * inputs.len();
+        &panels[first..first + outputs.len().next_multiple_of(COLUMNS) * inputs.len()]
+    }
+}
+
+impl Drop for Packed {
+    fn drop(&mut self) {
+        PACKED_BYTES.fetch_sub(self.words.len() * size_of::<u32>(), Ordering::Relaxed);
+    }
+}
+
 /// `out[row] = Σ x[row][input] · weight[input] + plus`, each sum rounded once: rows of `x` are as wide as the weight has
 /// inputs, those of `out` and what is added to them as it has outputs. The inputs must be whole groups ([`Factor::GROUP`]).
-pub(crate) fn product<E: Factor>(x: &[E], weight: Weight<'_, E>, plus: Plus<'_, E>, out: &mut [E]) {
+pub(crate) fn product<E: Factor>(x: &[E], weight: Multiplier<'_, E>, plus: Plus<'_, E>, out: &mut [E]) {
     let (inputs, outputs) = (weight.inputs(), weight.outputs());
     if out.is_empty() {
         return;
@@ -489,7 +563,9 @@ pub(crate) fn product<E: Factor>(x: &[E], weight: Weight<'_, E>, plus: Plus<'_, 
     let most = (PACKED / size_of::<E>() / size).max(1);
     let together = panels.div_ceil(panels.div_ceil(most));
     let mut room = ROOM.take();
-    room.resize(room.len().max(together * size / E::GROUP), 0);
+    if let Multiplier::Plain(_) = weight {
+        room.resize(room.len().max(together * size / E::GROUP), 0);
+    }
     // SAFETY: a word is a group of elements, whatever its bits are.
     let (_, packed, _) = unsafe { room.align_to_mut::<E>() };
     // Sums wait for the rest of the inputs, if there is one.
@@ -498,10 +574,16 @@ pub(crate) fn product<E: Factor>(x: &[E], weight: Weight<'_, E>, plus: Plus<'_, 
     let mut sums = vec![0f32; waiting * BLOCK * COLUMNS];
     for inner in parts(inputs, DEPTH) {
         for columns in parts(outputs, together * COLUMNS) {
-            pack(weight.part(inner.clone(), columns.clone()), packed);
+            let panels = match weight {
+                Multiplier::Packed(packed) => packed.panels(inner.clone(), columns.clone()),
+                Multiplier::Plain(weight) => {
+                    pack(weight.part(inner.clone(), columns.clone()), packed);
+                    &*packed
+                }
+            };
             for (block, here) in parts(rows, BLOCK).enumerate() {
                 let x = x.part(here.clone(), inner.clone());
-                for (first, panel) in columns.clone().step_by(COLUMNS).zip(packed.chunks_exact(inner.len() * COLUMNS)) {
+                for (first, panel) in columns.clone().step_by(COLUMNS).zip(panels.chunks_exact(inner.len() * COLUMNS)) {
                     let at = (first / COLUMNS * blocks + block) * BLOCK * COLUMNS;
                     let (fresh, columns) = (inner.start == 0, COLUMNS.min(columns.end - first));
                     let rows = here.start * outputs..here.end * outputs;

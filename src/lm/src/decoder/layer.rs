@@ -5,19 +5,20 @@ use tch::{Kind, Tensor};
 use super::rope::{Angles, rotate};
 use crate::adapter::{Lora, Target};
 use crate::checkpoint::{Checkpoint, DecoderConfig};
+use crate::ops::Frozen;
 use crate::{LmError, device::Compute};
 
 /// Frozen weights of one layer. Projections are `[out, in]`.
 pub(crate) struct Layer {
     pub(crate) input_norm: Tensor,
     /// Rows of q, then k, then v.
-    pub(crate) qkv: Tensor,
+    pub(crate) qkv: Frozen,
     pub(crate) qkv_bias: Option<Tensor>,
-    pub(crate) o: Tensor,
+    pub(crate) o: Frozen,
     pub(crate) post_norm: Tensor,
     /// Rows of gate, then up.
-    pub(crate) gate_up: Tensor,
-    pub(crate) down: Tensor,
+    pub(crate) gate_up: Frozen,
+    pub(crate) down: Frozen,
 }
 
 /// LoRA factors of one layer, in the compute kind, joined as the weights are: the three that share an input are one
@@ -80,12 +81,13 @@ impl Layer {
                 ("self_attn.q_proj.weight", queries),
                 ("self_attn.k_proj.weight", keys),
                 ("self_attn.v_proj.weight", keys),
-            ])?,
+            ])?
+            .into(),
             qkv_bias,
-            o: tensor("self_attn.o_proj.weight", &[hidden, queries])?,
+            o: tensor("self_attn.o_proj.weight", &[hidden, queries])?.into(),
             post_norm: tensor("post_attention_layernorm.weight", &[hidden])?,
-            gate_up: joined(&[("mlp.gate_proj.weight", inner), ("mlp.up_proj.weight", inner)])?,
-            down: tensor("mlp.down_proj.weight", &[hidden, inner])?,
+            gate_up: joined(&[("mlp.gate_proj.weight", inner), ("mlp.up_proj.weight", inner)])?.into(),
+            down: tensor("mlp.down_proj.weight", &[hidden, inner])?.into(),
         })
     }
 

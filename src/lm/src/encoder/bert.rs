@@ -6,8 +6,10 @@ use serde_json::Value;
 use tch::Tensor;
 
 use super::{Batch, size};
+use crate::LmError;
 use crate::checkpoint::Weights;
-use crate::{LmError, device::Compute, ops};
+use crate::device::Compute;
+use crate::ops::{self, Frozen};
 
 /// What `config.json` says.
 pub(super) struct BertConfig {
@@ -74,7 +76,7 @@ struct Layer {
 }
 
 struct Linear {
-    weight: Tensor,
+    weight: Frozen,
     bias: Tensor,
 }
 
@@ -117,7 +119,7 @@ impl Loader<'_> {
             weights.push(self.tensor(&format!("{name}.weight"), &[outputs, inputs])?);
             biases.push(self.tensor(&format!("{name}.bias"), &[outputs])?);
         }
-        Ok(Linear { weight: Tensor::f_cat(&weights, 0)?, bias: Tensor::f_cat(&biases, 0)? })
+        Ok(Linear { weight: Tensor::f_cat(&weights, 0)?.into(), bias: Tensor::f_cat(&biases, 0)? })
     }
 
     fn norm(&self, name: &str, width: i64) -> Result<LayerNorm, LmError> {

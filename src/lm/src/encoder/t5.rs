@@ -7,9 +7,11 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::{Batch, Group, size};
+use crate::LmError;
 use crate::checkpoint::Weights;
 use crate::decoder::layer::join_heads;
-use crate::{LmError, device::Compute, ops};
+use crate::device::Compute;
+use crate::ops::{self, Frozen};
 
 /// What `config.json` says.
 pub(super) struct T5Config {
@@ -79,12 +81,12 @@ pub(super) struct T5 {
 struct Layer {
     attention_norm: RmsNorm,
     /// Query, key and value in one product.
-    attention: Tensor,
-    output: Tensor,
+    attention: Frozen,
+    output: Frozen,
     norm: RmsNorm,
     /// One matrix, or the activated one and the linear one where gated.
-    up: Vec<Tensor>,
-    down: Tensor,
+    up: Vec<Frozen>,
+    down: Frozen,
     activation: Activation,
 }
 
@@ -119,14 +121,14 @@ impl T5 {
                 projections.push(tensor(&attention(part), &[heads_width, width])?);
             }
             let up: &[&str] = if config.gated { &["wi_0", "wi_1"] } else { &["wi"] };
-            let up = up.iter().map(|part| tensor(&feed_forward(part), &[config.inner_size, width]));
+            let up = up.iter().map(|part| Ok(tensor(&feed_forward(part), &[config.inner_size, width])?.into()));
             layers.push(Layer {
                 attention_norm: norm(&format!("encoder.block.{index}.layer.0.layer_norm.weight"))?,
-                attention: Tensor::f_cat(&projections, 0)?,
-                output: tensor(&attention("o"), &[width, heads_width])?,
+                attention: Tensor::f_cat(&projections, 0)?.into(),
+                output: tensor(&attention("o"), &[width, heads_width])?.into(),
                 norm: norm(&format!("encoder.block.{index}.layer.1.layer_norm.weight"))?,
-                up: up.collect::<Result<_, _>>()?,
-                down: tensor(&feed_forward("wo"), &[width, config.inner_size])?,
+                up: up.collect::<Result<_, LmError>>()?,
+                down: tensor(&feed_forward("wo"), &[width, config.inner_size])?.into(),
                 activation: config.activation,
             });
         }

@@ -11,10 +11,11 @@ use super::dropout::{Masks, Site};
 use crate::LmError;
 use crate::adapter::{Lora, Target};
 use crate::checkpoint::DecoderConfig;
+use crate::cuda;
 use crate::decoder::layer::rows_of;
 use crate::decoder::rope::Angles;
 use crate::decoder::{Adapters, Decoder, Layer};
-use crate::{cuda, ops};
+use crate::ops::{self, Frozen};
 
 /// Padded tokens × layers above which, on CPU, a layer keeps its input alone and its inside is computed again on the way
 /// back: a third more products for an eighth of the memory. 2¹⁸ keeps SmolLM2 at 8,192 tokens under 4 GB.
@@ -321,7 +322,7 @@ impl Context<'_> {
 }
 
 /// `x · weight`, and `rows` with it, which are used up.
-fn added_to(rows: Option<Tensor>, x: &Tensor, weight: &Tensor) -> Result<Tensor, LmError> {
+fn added_to(rows: Option<Tensor>, x: &Tensor, weight: &Frozen) -> Result<Tensor, LmError> {
     match rows {
         None => ops::matmul(x, weight, None),
         Some(rows) => ops::matmul_onto(rows, x, weight),

@@ -71,6 +71,20 @@ fn gradients_are_those_of_autograd_one_example_at_a_time() {
 }
 
 #[test]
+fn a_merged_adapter_is_in_the_gradients_that_follow() {
+    let (mut used, mut unused) = (tiny("smollm2"), tiny("smollm2"));
+    let lora = adapter(&used, 0.0);
+    // Packs the weights, of which nothing may be left.
+    example_gradients(&used, &lora, &examples(), BLOCK).unwrap();
+    used.merge(&lora).unwrap();
+    unused.merge(&lora).unwrap();
+    let found = example_gradients(&used, &lora, &examples(), BLOCK).unwrap();
+    let expected = example_gradients(&unused, &lora, &examples(), BLOCK).unwrap();
+    assert_eq!(found.losses, expected.losses);
+    assert_eq!(found.gradients, expected.gradients);
+}
+
+#[test]
 fn summed_gradients_are_the_sum_of_all() {
     let decoder = tiny("llama3");
     let lora = adapter(&decoder, 0.2);
