@@ -114,8 +114,10 @@ kernels! {
     fn softmax_backward / softmax_backward_body<E: Element>(
         gradient: &mut [f32], weights: &mut [E], width: usize, scale: f32, visible: &[usize],
     );
-    /// The highest of `scores` · `inverse`, and the sum of exp(score · `inverse` − that).
-    fn mass / mass_body<E: Element>(scores: &[E], inverse: f32, out: &mut [f32; 2]);
+    /// The highest of `scores` · `inverse`, and of each [`PART`] of them the sum of exp(score · `inverse` − that).
+    fn mass / mass_body<E: Element>(scores: &[E], inverse: f32, best: &mut f32, parts: &mut [f32]);
+    /// The sum of exp(score · `inverse` − `best`) over the scores for which score · `inverse` is above `floor`.
+    fn mass_above / mass_above_body<E: Element>(scores: &[E], inverse: f32, floor: f32, best: f32, out: &mut f32);
     /// Turns the first `turned` heads of each row in place; rows are positions 0, 1, … `length` - 1, again and again.
     fn rotate / rotate_body<E: Element>(rows: &mut [E], heads: Heads, cos: &[E], sin: &[E]);
     /// Rounds rows of sums, each `stride` wide, into rows as wide as `width`, at `columns`.
@@ -321,10 +323,39 @@ fn softmax_backward_body<E: Element>(
     }
 }
 
+/// Scores of which [`mass`] gives one sum.
+pub(crate) const PART: usize = 256;
+
 #[inline(always)]
-fn mass_body<E: Element>(scores: &[E], inverse: f32, out: &mut [f32; 2]) {
-    let best = largest(scores) * inverse;
-    *out = [best, sum([scores], |[score]| exp(score.wide() * inverse - best))];
+fn mass_body<E: Element>(scores: &[E], inverse: f32, best: &mut f32, parts: &mut [f32]) {
+    let highest = largest(scores) * inverse;
+    for (scores, part) in scores.chunks(PART).zip(parts) {
+        *part = sum([scores], |[score]| exp(score.wide() * inverse - highest));
+    }
+    *best = highest;
+}
+
+#[inline(always)]
+fn mass_above_body<E: Element>(scores: &[E], inverse: f32, floor: f32, best: f32, out: &mut f32) {
+    let weight = |score: &E| {
+        let score = score.wide() * inverse;
+        if score > floor { exp(score - best) } else { 0.0 }
+    };
+    let (blocks, rest) = scores.as_chunks::<LANES>();
+    let mut total = [0f32; LANES];
+    for block in blocks {
+        // Most blocks have none; the comparison of a whole block, not stopping at the first, is a few instructions.
+        if block.iter().fold(false, |any, score| any | (score.wide() * inverse > floor)) {
+            let mut weights = [0f32; LANES];
+            for (at, score) in weights.iter_mut().zip(block) {
+                *at = weight(score);
+            }
+            for (total, weight) in total.iter_mut().zip(weights) {
+                *total += weight;
+            }
+        }
+    }
+    *out = reduced(total, |a, b| a + b) + rest.iter().map(weight).sum::<f32>();
 }
 
 /// The largest of a row.
@@ -436,9 +467,9 @@ mod tests {
             softmax(&mut scores, &mut weights, width, 1.0, &[seen, seen]);
             assert!(weights[..seen].iter().all(|weight| weight.is_nan()), "{at}");
             assert!(weights[width..][..seen].iter().all(|weight| (weight * seen as f32 - 1.0).abs() < 1e-6), "{at}");
-            let mut found = [0.0; 2];
-            mass(&row, 1.0, &mut found);
-            assert!(found[1].is_nan(), "{at}");
+            let (mut best, mut parts) = (0.0, [0.0]);
+            mass(&row, 1.0, &mut best, &mut parts);
+            assert!(parts[0].is_nan(), "{at}");
             let mut losses = [0.0];
             cross_entropy(&mut row.clone(), seen, &[1], &mut losses);
             assert!(losses[0].is_nan(), "{at}");

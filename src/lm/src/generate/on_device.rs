@@ -1,27 +1,19 @@
 //! Choosing one token of every row of logits where these are, without moving the logits.
 //!
-//! Neither is the vocabulary sorted nor the nucleus found: a token of the whole distribution is drawn, and drawn again for as
-//! long as it is none of the nucleus, which one sum over the row tells. What is kept is then distributed as the nucleus is,
-//! and a draw is kept with probability top-p at least.
+//! As [`super::sampler`] does where most of the mass is kept, for all rows at once: draws until a token is of the nucleus.
 
 use tch::{Device, Kind, Tensor};
 
 use super::Sampling;
-use super::sampler::Sampler;
+use super::sampler::{Sampler, draws_until_kept};
 use crate::LmError;
 
-/// Below this top-p most draws would be in vain.
-const LEAST_TOP_P: f64 = 0.5;
 /// Most logits that are looked at together; of each, some 30 bytes are held.
 const CHUNK: i64 = 1 << 26;
 
 /// Whether this is how to choose from logits on `device`.
 pub(super) fn chooses(device: Device, sampling: &Sampling) -> bool {
-    device.is_cuda()
-        && sampling.temperature > 0.0
-        && sampling.top_k == 0
-        && sampling.repetition_penalty == 1.0
-        && sampling.top_p >= LEAST_TOP_P
+    device.is_cuda() && sampling.temperature > 0.0 && sampling.repetition_penalty == 1.0 && draws_until_kept(sampling)
 }
 
 /// `(token, its log-probability in the model's own distribution)` of each row of `logits` `[rows, vocab]` f32, each by its

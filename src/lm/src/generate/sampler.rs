@@ -1,8 +1,10 @@
 //! Choosing one token from a row of logits.
 //!
-//! Order as in transformers: repetition penalty, temperature, top-k, top-p. The vocabulary is never sorted: tokens within a
-//! few nats of the best one are gathered, those that are kept are selected from them, and only where their mass does not
-//! reach top-p is the net thrown wider.
+//! Order as in transformers: repetition penalty, temperature, top-k, top-p. The vocabulary is never sorted. Where most of
+//! the mass is kept, a token of the whole distribution is drawn, and drawn again for as long as it is none of the nucleus,
+//! which the mass of the tokens above it tells: what is kept is then distributed as the nucleus is. Otherwise the tokens
+//! within a few nats of the best one are gathered, those that are kept are selected from them, and only where there are
+//! too few is the net thrown wider.
 
 use std::collections::HashSet;
 
@@ -12,10 +14,17 @@ use rand_core::{RngCore, SeedableRng};
 use super::Sampling;
 use crate::kernels;
 
+/// Below this top-p most draws of the whole distribution would be in vain.
+const LEAST_TOP_P: f64 = 0.5;
 /// How far below the best token, in nats, the first net reaches; what lies beyond is one token in 10⁴ of the mass each.
 const REACH: f32 = 9.0;
 
-/// One sequence's own source of choices: one 53-bit draw for each token.
+/// Whether to draw until a token is of the nucleus: a draw is with probability top-p at least.
+pub(super) fn draws_until_kept(sampling: &Sampling) -> bool {
+    sampling.top_k == 0 && sampling.top_p >= LEAST_TOP_P
+}
+
+/// One sequence's own source of choices, of 53 bits each.
 pub(super) struct Sampler {
     stream: ChaCha8Rng,
 }
@@ -27,42 +36,137 @@ impl Sampler {
 
     /// `(token, its log-probability in the model's own distribution)`.
     pub(super) fn choose(&mut self, logits: &[f32], sampling: &Sampling, seen: &HashSet<i64>) -> (i64, f32) {
-        let raw = Mass::of(logits, 1.0);
+        let own = Row::new(logits, 1.0);
         let penalise = || penalise(logits, sampling.repetition_penalty as f32, seen);
         let penalised = (sampling.repetition_penalty != 1.0 && !seen.is_empty()).then(penalise);
         let scores = penalised.as_deref().unwrap_or(logits);
-        let token = match sampling.temperature == 0.0 {
-            true => best(scores),
-            false => {
-                let inverse = (1.0 / sampling.temperature) as f32;
-                // Without temperature and penalty, what is drawn from is the model's own distribution.
-                let own = penalised.is_none() && inverse == 1.0;
-                let mass = if own { raw } else { Mass::of(scores, inverse) };
-                self.draw(scores, &mass, inverse, sampling)
-            }
+        let token = match sampling.temperature {
+            0.0 => best(scores),
+            // What is drawn from is the model's own distribution.
+            1.0 if penalised.is_none() => self.draw(&own, sampling),
+            temperature => self.draw(&Row::new(scores, (1.0 / temperature) as f32), sampling),
         };
-        (token as i64, logits[token] - raw.best - raw.total.ln())
+        (token as i64, (f64::from(logits[token] - own.best) - own.total.ln()) as f32)
     }
 
-    /// The next draw, in [0, 1).
+    /// The next choice, in [0, 1).
     pub(super) fn uniform(&mut self) -> f64 {
         (self.stream.next_u64() >> 11) as f64 / (1u64 << 53) as f64
     }
 
-    /// A token of `scores` · `inverse`, whose mass is `mass`.
-    fn draw(&mut self, scores: &[f32], mass: &Mass, inverse: f32, sampling: &Sampling) -> usize {
-        let uniform = self.uniform();
-        let untruncated = sampling.top_k == 0 && sampling.top_p >= 1.0;
-        let mut reach = if untruncated { f32::INFINITY } else { REACH };
+    /// A token of what `sampling` keeps of a row.
+    fn draw(&mut self, row: &Row<'_>, sampling: &Sampling) -> usize {
+        if !draws_until_kept(sampling) {
+            return row.of_kept(self.uniform(), sampling);
+        }
         loop {
-            let mut near = gather(scores, inverse, mass.best - reach);
-            let complete = near.len() == scores.len() || reach.is_infinite();
-            if let Some(kept) = truncate(&mut near, mass, sampling, complete) {
-                return pick(&near[..kept], mass.best, uniform);
+            let token = row.of_all(self.uniform());
+            if row.is_of_nucleus(token, sampling.top_p) {
+                return token;
+            }
+        }
+    }
+}
+
+/// A distribution: the softmax of `scores` · `inverse`.
+struct Row<'a> {
+    scores: &'a [f32],
+    /// 1 / temperature.
+    inverse: f32,
+    /// The highest of the scores, times `inverse`.
+    best: f32,
+    /// What the tokens of each [`kernels::PART`] weigh, the best one 1.
+    parts: Vec<f32>,
+    /// What all tokens weigh.
+    total: f64,
+}
+
+impl<'a> Row<'a> {
+    fn new(scores: &'a [f32], inverse: f32) -> Self {
+        let mut parts = vec![0.0; scores.len().div_ceil(kernels::PART)];
+        let mut best = 0.0;
+        kernels::mass(scores, inverse, &mut best, &mut parts);
+        let total = parts.iter().copied().map(f64::from).sum();
+        Self { scores, inverse, best, parts, total }
+    }
+
+    /// What a token weighs.
+    fn weight(&self, token: usize) -> f64 {
+        f64::from(kernels::exp(self.scores[token] * self.inverse - self.best))
+    }
+
+    /// The token at share `uniform` of the whole mass.
+    fn of_all(&self, uniform: f64) -> usize {
+        let (part, left) = at_share(self.parts.iter().copied().map(f64::from), uniform * self.total);
+        let first = part * kernels::PART;
+        let tokens = first..self.scores.len().min(first + kernels::PART);
+        first + at_share(tokens.map(|token| self.weight(token)), left).0
+    }
+
+    /// Whether the tokens before one, of equals those of lower ids, do not make up the nucleus.
+    ///
+    /// What is not a number counts as kept: the log-probability tells.
+    fn is_of_nucleus(&self, token: usize, top_p: f64) -> bool {
+        let own = self.scores[token] * self.inverse;
+        let (lower, higher) = self.scores.split_at(token);
+        let above = |scores: &[f32], floor: f32| {
+            let mut mass = 0.0;
+            kernels::mass_above(scores, self.inverse, floor, self.best, &mut mass);
+            f64::from(mass)
+        };
+        let reached = above(lower, own.next_down()) + above(higher, own) >= top_p * self.total;
+        top_p >= 1.0 || !reached
+    }
+
+    /// The token at share `uniform` of what is kept.
+    fn of_kept(&self, uniform: f64, sampling: &Sampling) -> usize {
+        let mut reach = REACH;
+        loop {
+            let mut near = gather(self.scores, self.inverse, self.best - reach);
+            let complete = near.len() == self.scores.len() || reach.is_infinite();
+            if let Some(kept) = self.truncate(&mut near, sampling, complete) {
+                let kept = &near[..kept];
+                let each = kept.iter().map(|one| weight(std::slice::from_ref(one), self.best));
+                let place = at_share(each, uniform * weight(kept, self.best)).0;
+                return kept.get(place).map_or(0, |(_, id)| *id);
             }
             reach = if reach > 4.0 * REACH { f32::INFINITY } else { 2.0 * reach };
         }
     }
+
+    /// Moves the candidates that are kept to the front, in no order, and counts them; `None` where a wider net is needed to
+    /// know.
+    fn truncate(&self, near: &mut [Scored], sampling: &Sampling, complete: bool) -> Option<usize> {
+        let (mut count, mut total) = (near.len(), self.total);
+        if sampling.top_k > 0 {
+            if near.len() < sampling.top_k && !complete {
+                return None;
+            }
+            count = count.min(sampling.top_k);
+            highest(near, count);
+            total = weight(&near[..count], self.best);
+        }
+        if sampling.top_p >= 1.0 {
+            return Some(count);
+        }
+        let kept = nucleus(&mut near[..count], sampling.top_p * total, self.best);
+        kept.or((complete || sampling.top_k > 0).then_some(count))
+    }
+}
+
+/// The place of the first whose sum with those before it is beyond `share`, or of the last; and what of the share those
+/// before it left.
+fn at_share(weights: impl Iterator<Item = f64>, share: f64) -> (usize, f64) {
+    let (mut place, mut left) = (0, share);
+    let mut weights = weights.peekable();
+    while let Some(weight) = weights.next() {
+        if left < weight || weights.peek().is_none() {
+            break;
+        }
+        left -= weight;
+        place += 1;
+    }
+    (place, left)
 }
 
 /// A candidate: its score divided by the temperature, and its id.
@@ -79,25 +183,6 @@ fn gather(scores: &[f32], inverse: f32, floor: f32) -> Vec<Scored> {
         }
     }
     near
-}
-
-/// Moves the candidates that are kept to the front, in no order, and counts them; `None` where a wider net is needed to
-/// know.
-fn truncate(near: &mut [Scored], mass: &Mass, sampling: &Sampling, complete: bool) -> Option<usize> {
-    let (mut count, mut total) = (near.len(), f64::from(mass.total));
-    if sampling.top_k > 0 {
-        if near.len() < sampling.top_k && !complete {
-            return None;
-        }
-        count = count.min(sampling.top_k);
-        highest(near, count);
-        total = weight(&near[..count], mass.best);
-    }
-    if sampling.top_p >= 1.0 {
-        return Some(count);
-    }
-    let kept = nucleus(&mut near[..count], sampling.top_p * total, mass.best);
-    kept.or((complete || sampling.top_k > 0).then_some(count))
 }
 
 /// The fewest candidates whose weights reach `wanted`, moved to the front and counted; `None` where all do not reach it.
@@ -135,18 +220,6 @@ fn weight(scored: &[Scored], best: f32) -> f64 {
     scored.iter().map(|(score, _)| f64::from(kernels::exp(score - best))).sum()
 }
 
-/// The candidate at share `uniform` of the mass.
-fn pick(kept: &[Scored], best: f32, uniform: f64) -> usize {
-    let mut left = uniform * weight(kept, best);
-    for one in kept {
-        left -= weight(std::slice::from_ref(one), best);
-        if left < 0.0 {
-            return one.1;
-        }
-    }
-    kept.last().map_or(0, |(_, id)| *id)
-}
-
 /// The highest score's id; of equals the lowest.
 fn best(scores: &[f32]) -> usize {
     let mut best = 0;
@@ -167,21 +240,6 @@ fn penalise(logits: &[f32], penalty: f32, seen: &HashSet<i64>) -> Vec<f32> {
         }
     }
     scores
-}
-
-/// The highest score of a row and the sum of exp(score − best).
-#[derive(Clone, Copy)]
-struct Mass {
-    best: f32,
-    total: f32,
-}
-
-impl Mass {
-    fn of(scores: &[f32], inverse: f32) -> Self {
-        let mut out = [0.0; 2];
-        kernels::mass(scores, inverse, &mut out);
-        Self { best: out[0], total: out[1] }
-    }
 }
 
 #[cfg(test)]
@@ -221,30 +279,45 @@ mod tests {
 
     #[test]
     fn draws_follow_the_truncated_distribution() {
-        for sampling in [
-            sampling(1.0, 0.95, 0),
-            sampling(2.0, 0.5, 0),
-            sampling(5.0, 0.99, 0),
-            sampling(1.0, 1.0, 7),
-            sampling(3.0, 0.8, 50),
-            sampling(1.0, 1.0, 0),
-            sampling(100.0, 0.999, 0),
-        ] {
-            let scores = logits(1003);
-            let expected = reference(&scores, &sampling);
-            let mut sampler = Sampler::new(11);
-            let draws = 20_000;
-            let mut counts = vec![0u32; scores.len()];
-            for _ in 0..draws {
-                counts[sampler.choose(&scores, &sampling, &HashSet::new()).0 as usize] += 1;
+        // Coarse ones too, many of them equal, so that the nucleus ends among equals.
+        let coarse: Vec<f32> = logits(1003).iter().map(|score| (score / 3.0).floor()).collect();
+        for scores in [logits(1003), coarse] {
+            for sampling in [
+                sampling(1.0, 0.95, 0),
+                sampling(2.0, 0.5, 0),
+                sampling(2.0, 0.3, 0),
+                sampling(5.0, 0.99, 0),
+                sampling(1.0, 1.0, 7),
+                sampling(3.0, 0.8, 50),
+                sampling(1.0, 1.0, 0),
+                sampling(100.0, 0.999, 0),
+                sampling(100.0, 0.3, 0),
+            ] {
+                let expected = reference(&scores, &sampling);
+                let mut sampler = Sampler::new(11);
+                let draws = 20_000;
+                let mut counts = vec![0u32; scores.len()];
+                for _ in 0..draws {
+                    counts[sampler.choose(&scores, &sampling, &HashSet::new()).0 as usize] += 1;
+                }
+                let inside: u32 = expected.iter().map(|(id, _)| counts[*id]).sum();
+                assert_eq!(inside, draws, "{sampling:?}: a token outside the nucleus was drawn");
+                for (id, share) in expected {
+                    // Six standard deviations: a false alarm once in 10⁸ cells.
+                    let tolerance = 6.0 * (share * (1.0 - share) / f64::from(draws)).sqrt() + 1e-4;
+                    let found = f64::from(counts[id]) / f64::from(draws);
+                    assert!((found - share).abs() < tolerance, "{sampling:?}: token {id}: {found}, expected {share}");
+                }
             }
-            let inside: u32 = expected.iter().map(|(id, _)| counts[*id]).sum();
-            assert_eq!(inside, draws, "{sampling:?}: a token outside the nucleus was drawn");
-            for (id, share) in expected {
-                // Six standard deviations: a false alarm once in 10⁸ cells.
-                let tolerance = 6.0 * (share * (1.0 - share) / f64::from(draws)).sqrt() + 1e-4;
-                let found = f64::from(counts[id]) / f64::from(draws);
-                assert!((found - share).abs() < tolerance, "{sampling:?}: token {id}: {found}, expected {share}");
+        }
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_are_chosen_from_and_show() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            for sampling in [sampling(1.0, 0.9, 0), sampling(1.0, 0.3, 0), sampling(1.0, 1.0, 2)] {
+                let (token, logprob) = Sampler::new(1).choose(&[1.0, bad, 0.5], &sampling, &HashSet::new());
+                assert!((0..3).contains(&token) && logprob.is_nan(), "{token}, {logprob}");
             }
         }
     }
