@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use crate::kernels;
-use crate::products::{COLUMNS, Factor, Plus, Sums, View, Weight, multiply, pack, turn};
+use crate::products::{COLUMNS, Factor, Plus, Sums, View, Weight, multiply, pack, turn, turn_panel};
 
 /// How the heads of a row stand beside each other: queries, keys, values. Query heads that share a key-value head are
 /// neighbours.
@@ -243,7 +243,7 @@ impl<E: Factor> Work<E> {
         let out = &mut out[block.rows.start * width..block.rows.end * width];
         for (panel, first) in panels.chunks_exact(length * COLUMNS).zip(columns.clone().step_by(COLUMNS)) {
             let sums = Sums::Rounded { so_far: None, plus: Plus::NOTHING, out, width, first };
-            multiply(weights, (&panel[..seen * COLUMNS], COLUMNS.min(columns.end - first)), sums);
+            multiply(weights, (panel, COLUMNS.min(columns.end - first)), sums);
         }
     }
 
@@ -253,7 +253,7 @@ impl<E: Factor> Work<E> {
         pack(Weight::Inputs(rows), &mut self.packed);
         let panels = self.packed.chunks_exact(rows.rows() * COLUMNS);
         for (panel, turned) in panels.zip(self.turned.chunks_exact_mut(COLUMNS * stride)) {
-            turn(panel, rows.rows() / E::GROUP, COLUMNS, turned);
+            turn_panel(panel, rows.rows(), turned);
         }
         let turned = View::new(&self.turned, stride, 0..rows.width(), 0..rows.rows());
         let weights = View::new(&self.weights, block.seen, 0..block.rows.len(), 0..block.seen);

@@ -1,7 +1,7 @@
 //! Batched sampling with a KV cache: finished sequences leave, new ones take their places.
 //!
 //! A sequence depends on its prompt, its seed and the sampling parameters, never on its company. Its random numbers are
-//! its own, and on a CPU with AVX-512 its logits are computed by [`native`], which sums every row in the same order
+//! its own, and on a CPU with AVX2 its logits are computed by [`native`], which sums every row in the same order
 //! whatever rows are beside it: on one machine a sequence is the same bit for bit for every batch size and number of
 //! threads. Elsewhere, on CUDA above all, [`cache`] computes with libtorch: there, the shape of the batch (which follows
 //! the batch size and what memory there is) and a row's place in it may show in the last bits of a logit. Independence of

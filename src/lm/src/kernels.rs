@@ -46,41 +46,45 @@ impl Element for bf16 {
 
 /// Declares functions that are compiled for AVX-512 and for AVX2 too, and chosen by what the CPU has.
 macro_rules! kernels {
-    ($($(#[$doc:meta])* fn $name:ident / $body:ident <E: Element>($($argument:ident: $type:ty),* $(,)?);)*) => {$(
+    ($($(#[$doc:meta])* fn $name:ident / $body:ident $(<$E:ident: $bound:ident>)? (
+        $($argument:ident: $type:ty),* $(,)?
+    );)*) => {$(
         $(#[$doc])*
-        pub(crate) fn $name<E: Element>($($argument: $type),*) {
+        pub(crate) fn $name $(<$E: $bound>)? ($($argument: $type),*) {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-                fn sixteen<E: Element>($($argument: $type),*) {
-                    $body::<E>($($argument),*)
+                fn sixteen $(<$E: $bound>)? ($($argument: $type),*) {
+                    $body $(::<$E>)? ($($argument),*)
                 }
                 #[target_feature(enable = "avx2,fma")]
-                fn eight<E: Element>($($argument: $type),*) {
-                    $body::<E>($($argument),*)
+                fn eight $(<$E: $bound>)? ($($argument: $type),*) {
+                    $body $(::<$E>)? ($($argument),*)
                 }
                 // SAFETY: the CPU has the instructions that the function was compiled for.
                 unsafe {
-                    if has_avx512() {
-                        return sixteen::<E>($($argument),*);
+                    if $crate::kernels::has_avx512() {
+                        return sixteen $(::<$E>)? ($($argument),*);
                     }
-                    if has_avx2() {
-                        return eight::<E>($($argument),*);
+                    if $crate::kernels::has_avx2() {
+                        return eight $(::<$E>)? ($($argument),*);
                     }
                 }
             }
-            $body::<E>($($argument),*)
+            $body $(::<$E>)? ($($argument),*)
         }
     )*};
 }
 
+pub(crate) use kernels;
+
 #[cfg(target_arch = "x86_64")]
-fn has_avx2() -> bool {
+pub(crate) fn has_avx2() -> bool {
     std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma")
 }
 
 #[cfg(target_arch = "x86_64")]
-fn has_avx512() -> bool {
+pub(crate) fn has_avx512() -> bool {
     std::is_x86_feature_detected!("avx512f")
         && std::is_x86_feature_detected!("avx512bw")
         && std::is_x86_feature_detected!("avx512dq")

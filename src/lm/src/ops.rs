@@ -191,7 +191,7 @@ pub(crate) fn multiplies_all(compute: Compute, inputs: impl IntoIterator<Item = 
 
 /// Whether our products can have so many inputs.
 fn multiplies<E: Factor>(inputs: i64) -> bool {
-    E::is_supported() && inputs > 0 && (inputs as usize).is_multiple_of(E::GROUP)
+    products::is_supported() && inputs > 0 && (inputs as usize).is_multiple_of(E::GROUP)
 }
 
 /// The rows of a contiguous matrix.

@@ -1,27 +1,34 @@
-//! Matrix products on CPU, in AVX-512, with weights packed as the instructions want them.
+//! Matrix products on CPU, with weights packed as the instructions want them.
 //!
-//! A tile is six rows by 64 outputs, kept in registers while the inputs pass by. Every row of a tile is summed alone and in
-//! order of the inputs, so that it does not matter how rows are dealt into tiles: a row of a product is bit for bit the
-//! same whatever rows are beside it.
+//! A tile is six rows by 64 outputs with AVX-512, by 16 elsewhere, kept in registers while the inputs pass by. Every row of a
+//! tile is summed alone and in order of the inputs, so that it does not matter how rows are dealt into tiles: a row of a
+//! product is bit for bit the same whatever rows are beside it.
 //!
 //! [`product`] takes a weight that was packed before, or packs it as it goes, which costs no memory and a twentieth of the
-//! time where there are hundreds of rows, as in training and embedding. [`Matrix`] is packed once, for sampling. One thread: whoever calls has split the work already
-//! (see [`crate::workers`]).
+//! time where there are hundreds of rows, as in training and embedding. [`Matrix`] is packed once, for sampling. One
+//! thread: whoever calls has split the work already (see [`crate::workers`]).
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
 
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use half::bf16;
 use tch::{Device, Kind, Tensor};
 
 use crate::LmError;
 use crate::device::physical_memory;
 use crate::kernels::Element;
+#[cfg(target_arch = "x86_64")]
+use avx512::Avx512;
 
-/// Outputs that one tile computes: four vectors of sixteen.
+/// Outputs of a panel. With AVX-512 one tile computes them: four vectors of sixteen.
 pub(crate) const COLUMNS: usize = 64;
-/// Rows that one tile computes: with its columns, 24 of the 32 vector registers. Where half of the columns are wanted, a
-/// tile has twice the rows.
+/// Rows that one tile computes: with its columns, 24 of the 32 vector registers of AVX-512, or 12 of the 16 of AVX2. Where
+/// half of the columns are wanted, a tile of AVX-512 has twice the rows.
 const ROWS: usize = 6;
 /// Rows that are multiplied by the packed panels together, so that they stay in the second cache.
 const BLOCK: usize = 16 * ROWS;
@@ -58,31 +65,37 @@ pub(crate) enum Sums<'a, E> {
     Rounded { so_far: Option<&'a [f32]>, plus: Plus<'a, E>, out: &'a mut [E], width: usize, first: usize },
 }
 
+/// Whether this CPU has the instructions that products need at least.
+pub(crate) fn is_supported() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
+    // What multiplies and adds in one instruction on every one of these CPUs is a call elsewhere.
+    #[cfg(not(target_arch = "x86_64"))]
+    cfg!(all(target_arch = "aarch64", target_endian = "little"))
+}
+
 /// An element that products can be computed in.
 pub(crate) trait Factor: Element {
     /// Neighbouring inputs that one instruction multiplies and adds: 32 bits of them.
     const GROUP: usize;
-    /// Whether this CPU has the instructions.
-    fn is_supported() -> bool;
-    /// `Σ x[row][i] · panel[i][column]` for `R` rows and the first `C` · 16 columns, added to where the sums `start` if that
-    /// is somewhere, to their `end`.
+    /// Outputs whose weights stand together in a panel, which is whole strips of them: as many as a tile has.
+    fn strip() -> usize;
+    /// The largest tile for at most so many rows, of which the first `columns` are wanted, and its rows.
+    fn tile(rows: usize, columns: usize) -> (usize, Tile<Self>);
+    /// Puts `GROUP` rows of `columns` elements between each other: the first of each, then the second of each.
     ///
     /// # Safety
-    /// [`Self::is_supported`]; `x` has `R` rows of `groups · GROUP` elements; `panel` holds `groups · GROUP · COLUMNS`;
-    /// `start` and `end` have `R` rows, of `COLUMNS` or of as many as are wanted.
-    unsafe fn tile<const R: usize, const C: usize>(
-        x: Rows<*const Self>,
-        panel: *const Self,
-        groups: usize,
-        start: Option<Rows<*const f32>>,
-        end: End<Self>,
-    );
-    /// Puts `GROUP` rows of at most [`COLUMNS`] elements between each other: the first of each, then the second of each.
-    ///
-    /// # Safety
-    /// [`Self::is_supported`]; there are `GROUP` rows of `columns` elements, and `out` has room for them.
+    /// [`is_supported`]; there are these rows, and `out` has room for them.
     unsafe fn interleave(rows: Rows<*const Self>, columns: usize, out: *mut Self);
 }
+
+/// `Σ x[row][i] · strip[i][column]` of some rows, over as many groups of inputs as is said, added to where the sums start if
+/// that is somewhere, to their end.
+///
+/// # Safety
+/// [`is_supported`]; there are rows of so many groups, and a strip of them; start and end have these rows, as wide as the
+/// strip or as what is wanted.
+type Tile<E> = unsafe fn(Rows<*const E>, *const E, usize, Option<Rows<*const f32>>, End<E>);
 
 /// Where the first of some rows is, and how many elements on the next one begins.
 #[derive(Clone, Copy)]
@@ -99,315 +112,57 @@ pub(crate) enum End<E> {
     Rounded { out: Rows<*mut E>, columns: usize, bias: Option<*const E>, plus: Option<*const E> },
 }
 
-#[cfg(target_arch = "x86_64")]
-mod instructions {
-    use std::arch::x86_64::*;
+/// Implements [`Factor`] by the widest instructions that the CPU has.
+macro_rules! factor {
+    ($element:ty, $group:literal) => {
+        impl Factor for $element {
+            const GROUP: usize = $group;
 
-    use half::bf16;
-
-    use super::{COLUMNS, End, Factor, Rows};
-
-    /// Implements [`Factor`] by a module of the element's own instructions, which need the CPU's `features`.
-    macro_rules! factor {
-        ($element:ty, $group:literal, $lanes:ident, $features:literal, $supported:expr) => {
-            impl Factor for $element {
-                const GROUP: usize = $group;
-
-                fn is_supported() -> bool {
-                    $supported
+            fn strip() -> usize {
+                #[cfg(target_arch = "x86_64")]
+                if <Self as Avx512>::is_supported() {
+                    return COLUMNS;
                 }
+                portable::WIDTH
+            }
 
-                unsafe fn tile<const R: usize, const C: usize>(
-                    x: Rows<*const Self>,
-                    panel: *const Self,
-                    groups: usize,
-                    start: Option<Rows<*const f32>>,
-                    end: End<Self>,
-                ) {
-                    #[target_feature(enable = $features)]
-                    unsafe fn tile<const R: usize, const C: usize>(
-                        x: Rows<*const $element>,
-                        panel: *const $element,
-                        groups: usize,
-                        start: Option<Rows<*const f32>>,
-                        end: End<$element>,
-                    ) {
-                        // SAFETY: the pointers are good for these offsets by the contract of `Factor::tile`.
-                        unsafe {
-                            let mut sums = match start {
-                                None => [[_mm512_setzero_ps(); C]; R],
-                                Some(rows) => std::array::from_fn(|row| {
-                                    let first = rows.first.add(row * rows.stride);
-                                    std::array::from_fn(|part| _mm512_loadu_ps(first.add(16 * part)))
-                                }),
-                            };
-                            for group in 0..groups {
-                                let weights = panel.add(group * $group * COLUMNS);
-                                let weights: [_; C] =
-                                    std::array::from_fn(|part| $lanes::load(weights.add(16 * $group * part)));
-                                for (row, sums) in sums.iter_mut().enumerate() {
-                                    let inputs = $lanes::repeat(x.first.add(row * x.stride + group * $group));
-                                    for (sum, weights) in sums.iter_mut().zip(weights) {
-                                        *sum = $lanes::multiply_add(inputs, weights, *sum);
-                                    }
-                                }
-                            }
-                            for (row, sums) in sums.into_iter().enumerate() {
-                                for (part, sum) in sums.into_iter().enumerate() {
-                                    let at = 16 * part;
-                                    match end {
-                                        End::Kept(rows) => {
-                                            _mm512_storeu_ps(rows.first.add(row * rows.stride + at), sum);
-                                        }
-                                        End::Rounded { out, columns, bias, plus } if at < columns => {
-                                            let (first, left) = (row * out.stride + at, columns - at);
-                                            let sum = match bias {
-                                                Some(bias) => _mm512_add_ps(sum, $lanes::widen(bias.add(at), left)),
-                                                None => sum,
-                                            };
-                                            let sum = match plus {
-                                                Some(plus) => _mm512_add_ps(sum, $lanes::widen(plus.add(first), left)),
-                                                None => sum,
-                                            };
-                                            $lanes::round(sum, out.first.add(first), left);
-                                        }
-                                        End::Rounded { .. } => {}
-                                    }
-                                }
-                            }
-                        }
-                    }
-                    // SAFETY: the caller keeps the contract, of which the CPU's instructions are part.
-                    unsafe { tile::<R, C>(x, panel, groups, start, end) }
+            fn tile(rows: usize, columns: usize) -> (usize, Tile<Self>) {
+                #[cfg(target_arch = "x86_64")]
+                if <Self as Avx512>::is_supported() {
+                    return avx512::tile(rows, columns);
                 }
+                portable::tile::<Self, $group>(rows)
+            }
 
-                unsafe fn interleave(rows: Rows<*const Self>, columns: usize, out: *mut Self) {
+            unsafe fn interleave(rows: Rows<*const Self>, columns: usize, out: *mut Self) {
+                #[cfg(target_arch = "x86_64")]
+                if <Self as Avx512>::is_supported() {
                     // SAFETY: the caller keeps the contract.
-                    unsafe { $lanes::interleave(rows, columns, out) }
+                    return unsafe { <Self as Avx512>::interleave(rows, columns, out) };
                 }
-            }
-        };
-    }
-
-    factor!(
-        bf16,
-        2,
-        pairs,
-        "avx512f,avx512bw,avx512vl,avx512bf16",
-        std::is_x86_feature_detected!("avx512bf16") && f32::is_supported()
-    );
-    factor!(
-        f32,
-        1,
-        singles,
-        "avx512f",
-        std::is_x86_feature_detected!("avx512f")
-            && std::is_x86_feature_detected!("avx512bw")
-            && std::is_x86_feature_detected!("avx512dq")
-            && std::is_x86_feature_detected!("avx512vl")
-            && std::is_x86_feature_detected!("fma")
-    );
-
-    /// The first lanes, at most `left`.
-    fn mask(left: usize) -> __mmask16 {
-        ((1u32 << left.min(16)) - 1) as __mmask16
-    }
-
-    /// Pairs of bf16. Each function needs the features above, and memory for what it reads or writes: sixteen pairs, one
-    /// pair, or `left` elements but at most sixteen.
-    mod pairs {
-        use super::*;
-
-        #[target_feature(enable = "avx512f,avx512bf16")]
-        pub(super) unsafe fn load(pairs: *const bf16) -> __m512bh {
-            // SAFETY: the caller's memory; a vector of bf16 and one of words are the same bits.
-            unsafe { std::mem::transmute(_mm512_loadu_si512(pairs.cast())) }
-        }
-
-        #[target_feature(enable = "avx512f,avx512bf16")]
-        pub(super) unsafe fn repeat(pair: *const bf16) -> __m512bh {
-            // SAFETY: as above.
-            unsafe { std::mem::transmute(_mm512_set1_epi32(pair.cast::<i32>().read_unaligned())) }
-        }
-
-        #[target_feature(enable = "avx512f,avx512bf16")]
-        pub(super) fn multiply_add(inputs: __m512bh, weights: __m512bh, sum: __m512) -> __m512 {
-            _mm512_dpbf16_ps(sum, inputs, weights)
-        }
-
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-        pub(super) unsafe fn widen(values: *const bf16, left: usize) -> __m512 {
-            // SAFETY: the caller's memory: lanes that are masked are not read.
-            let values = unsafe { _mm256_maskz_loadu_epi16(mask(left), values.cast()) };
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(values)))
-        }
-
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-        pub(super) unsafe fn round(sum: __m512, out: *mut bf16, left: usize) {
-            // SAFETY: a vector of bf16 and one of words are the same bits.
-            let values: __m256i = unsafe { std::mem::transmute(_mm512_cvtneps_pbh(sum)) };
-            // SAFETY: the caller's memory: lanes that are masked are not written.
-            match left {
-                // Masked stores take several times as long.
-                16.. => unsafe { _mm256_storeu_si256(out.cast(), values) },
-                _ => unsafe { _mm256_mask_storeu_epi16(out.cast(), mask(left), values) },
+                // SAFETY: as above.
+                unsafe { portable::interleave::<Self, $group>(rows, columns, out) }
             }
         }
-
-        #[target_feature(enable = "avx512f,avx512bw")]
-        pub(super) unsafe fn interleave(rows: Rows<*const bf16>, columns: usize, out: *mut bf16) {
-            // SAFETY: 32 elements of 16 bits.
-            let low: __m512i = unsafe { std::mem::transmute(LOW) };
-            let high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-            for first in (0..columns).step_by(32) {
-                let left = columns - first;
-                let some = (u32::MAX) >> (32 - left.min(32));
-                // What comes some pairs later, line by line: rows are taken a few lines at a time, which the processor would
-                // not guess.
-                for row in [AHEAD, AHEAD + 1] {
-                    _mm_prefetch::<_MM_HINT_T0>(rows.first.wrapping_add(row * rows.stride + first).cast());
-                }
-                // SAFETY: the caller's memory: lanes that are masked are not read or written.
-                unsafe {
-                    let (one, two) = (rows.first.add(first).cast(), rows.first.add(rows.stride + first).cast());
-                    let (one, two) = (_mm512_maskz_loadu_epi16(some, one), _mm512_maskz_loadu_epi16(some, two));
-                    let out = out.add(2 * first).cast::<i32>();
-                    _mm512_mask_storeu_epi32(out, mask(left), _mm512_permutex2var_epi16(one, low, two));
-                    if left > 16 {
-                        let out = out.add(16);
-                        _mm512_mask_storeu_epi32(out, mask(left - 16), _mm512_permutex2var_epi16(one, high, two));
-                    }
-                }
-            }
-        }
-
-        /// Rows from those that are interleaved to those that are fetched.
-        const AHEAD: usize = 8;
-
-        /// The first sixteen of two vectors, in turn.
-        const LOW: [i16; 32] = {
-            let mut low = [0; 32];
-            let mut at = 0;
-            while at < 32 {
-                low[at] = (at / 2 + 32 * (at % 2)) as i16;
-                at += 1;
-            }
-            low
-        };
-    }
-
-    /// The same of single float32.
-    mod singles {
-        use super::*;
-
-        #[target_feature(enable = "avx512f")]
-        pub(super) unsafe fn load(values: *const f32) -> __m512 {
-            // SAFETY: the caller's memory.
-            unsafe { _mm512_loadu_ps(values) }
-        }
-
-        #[target_feature(enable = "avx512f")]
-        pub(super) unsafe fn repeat(value: *const f32) -> __m512 {
-            // SAFETY: the caller's memory.
-            _mm512_set1_ps(unsafe { *value })
-        }
-
-        #[target_feature(enable = "avx512f")]
-        pub(super) fn multiply_add(inputs: __m512, weights: __m512, sum: __m512) -> __m512 {
-            _mm512_fmadd_ps(inputs, weights, sum)
-        }
-
-        #[target_feature(enable = "avx512f")]
-        pub(super) unsafe fn widen(values: *const f32, left: usize) -> __m512 {
-            // SAFETY: the caller's memory: lanes that are masked are not read.
-            unsafe { _mm512_maskz_loadu_ps(mask(left), values) }
-        }
-
-        #[target_feature(enable = "avx512f")]
-        pub(super) unsafe fn round(sum: __m512, out: *mut f32, left: usize) {
-            // SAFETY: the caller's memory: lanes that are masked are not written.
-            unsafe { _mm512_mask_storeu_ps(out, mask(left), sum) }
-        }
-
-        pub(super) unsafe fn interleave(rows: Rows<*const f32>, columns: usize, out: *mut f32) {
-            // SAFETY: the caller's memory.
-            unsafe { std::ptr::copy_nonoverlapping(rows.first, out, columns) }
-        }
-    }
-
-    /// `packed[word][row] = rows[row][word]` for at most [`COLUMNS`] rows of `words`; of `packed`, whose rows are
-    /// [`COLUMNS`] wide, what no row fills stays as it is.
-    ///
-    /// # Safety
-    /// The CPU has the instructions; there are `count` rows of `words`, and `packed` has `words · COLUMNS`.
-    #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn transpose(rows: Rows<*const i32>, count: usize, words: usize, packed: *mut i32) {
-        // One round puts the first half of the rows between those of the second, word by word, and the words' first half
-        // into every other row: after four rounds, words and rows have changed places.
-        let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        let second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        for top in (0..count).step_by(16) {
-            for left in (0..words).step_by(16) {
-                let (height, width) = (mask(count - top), mask(words - left));
-                // The next sixteen rows, line after line: the processor would not guess the way that squares are read.
-                for line in 0..16 {
-                    let ahead = rows.first.wrapping_add((top + 16) * rows.stride + 16 * (left + line));
-                    _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
-                }
-                // SAFETY: rows that are not there are not read, and what no row fills is not written.
-                unsafe {
-                    let mut square: [__m512i; 16] = std::array::from_fn(|row| match top + row < count {
-                        true => _mm512_maskz_loadu_epi32(width, rows.first.add((top + row) * rows.stride + left)),
-                        false => _mm512_setzero_si512(),
-                    });
-                    for _ in 0..4 {
-                        square = std::array::from_fn(|row| {
-                            let half = if row % 2 == 0 { first } else { second };
-                            _mm512_permutex2var_epi32(square[row / 2], half, square[row / 2 + 8])
-                        });
-                    }
-                    for (word, values) in square.iter().enumerate().take(words - left) {
-                        _mm512_mask_storeu_epi32(packed.add((left + word) * COLUMNS + top), height, *values);
-                    }
-                }
-            }
-        }
-    }
+    };
 }
 
-#[cfg(not(target_arch = "x86_64"))]
-mod instructions {
-    use half::bf16;
+factor!(bf16, 2);
+factor!(f32, 1);
 
-    use super::*;
-
-    macro_rules! plain {
-        ($element:ty) => {
-            impl Factor for $element {
-                const GROUP: usize = 1;
-
-                fn is_supported() -> bool {
-                    false
-                }
-
-                unsafe fn tile<const R: usize, const C: usize>(
-                    _: Rows<*const Self>,
-                    _: *const Self,
-                    _: usize,
-                    _: Option<Rows<*const f32>>,
-                    _: End<Self>,
-                ) {
-                }
-
-                unsafe fn interleave(_: Rows<*const Self>, _: usize, _: *mut Self) {}
-            }
-        };
+/// `out[word][row] = rows[row][word]` of `count` rows of `words`; rows of `out` are `width` apart, and what no row fills stays
+/// as it is.
+///
+/// # Safety
+/// [`is_supported`]; there are these rows, and `out` has `words` of at least `count`.
+unsafe fn transpose(rows: Rows<*const i32>, count: usize, words: usize, out: *mut i32, width: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if <f32 as Avx512>::is_supported() {
+        // SAFETY: the caller keeps the contract.
+        return unsafe { avx512::transpose(rows, count, words, out, width) };
     }
-
-    plain!(bf16);
-    plain!(f32);
-
-    pub(super) unsafe fn transpose(_: Rows<*const i32>, _: usize, _: usize, _: *mut i32) {}
+    // SAFETY: as above.
+    unsafe { portable::transpose(rows, count, words, out, width) }
 }
 
 /// Rows of equally many elements in memory.
@@ -608,22 +363,25 @@ fn parts(count: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
     (0..count).step_by(size).map(move |first| first..count.min(first + size))
 }
 
-/// The products of rows with a panel of as many inputs, of which the first `columns` are wanted.
+/// The products of rows with a whole panel, of as many inputs as they have or more, of which the first `columns` are wanted.
 pub(crate) fn multiply<E: Factor>(x: View<'_, E>, (panel, columns): (&[E], usize), mut sums: Sums<'_, E>) {
     if x.rows == 0 {
         return;
     }
-    assert!(E::is_supported() && x.width.is_multiple_of(E::GROUP) && panel.len() >= x.width * COLUMNS);
+    let (inputs, strip) = (panel.len() / COLUMNS, E::strip());
+    assert!(is_supported() && x.width.is_multiple_of(E::GROUP) && inputs >= x.width);
     assert!(columns <= COLUMNS && sums.holds(x.rows, columns));
-    let pick = if columns <= COLUMNS / 2 { tile::<E, 2> } else { tile::<E, 4> };
-    let mut row = 0;
-    while row < x.rows {
-        let values = Rows { first: x.values[row * x.stride..].as_ptr(), stride: x.stride };
-        let (start, end) = sums.of_tile(row, columns);
-        let (rows, tile) = pick(x.rows - row);
-        // SAFETY: instructions and lengths were checked above and by the view; a tile's rows end before its last.
-        unsafe { tile(values, panel.as_ptr(), x.width / E::GROUP, start, end) };
-        row += rows;
+    for (first, weights) in (0..columns).step_by(strip).zip(panel.chunks_exact(strip * inputs)) {
+        let wanted = strip.min(columns - first);
+        let mut row = 0;
+        while row < x.rows {
+            let values = Rows { first: x.values[row * x.stride..].as_ptr(), stride: x.stride };
+            let (start, end) = sums.of_tile(row, first, wanted);
+            let (rows, tile) = E::tile(x.rows - row, wanted);
+            // SAFETY: instructions and lengths were checked above and by the view; a tile's rows end before its last.
+            unsafe { tile(values, weights.as_ptr(), x.width / E::GROUP, start, end) };
+            row += rows;
+        }
     }
 }
 
@@ -643,54 +401,39 @@ impl<E: Factor> Sums<'_, E> {
         }
     }
 
-    /// Where the tile that begins with `row` starts and ends.
-    fn of_tile(&mut self, row: usize, columns: usize) -> (Option<Rows<*const f32>>, End<E>) {
+    /// Where the tile that begins with `row` and, within the panel, with `column` starts and ends.
+    fn of_tile(&mut self, row: usize, column: usize, columns: usize) -> (Option<Rows<*const f32>>, End<E>) {
         match self {
             Self::Kept { rows, stride, fresh } => {
-                let sums = Rows { first: rows[row * *stride..].as_mut_ptr(), stride: *stride };
+                let sums = Rows { first: rows[row * *stride + column..].as_mut_ptr(), stride: *stride };
                 let start = Rows { first: sums.first.cast_const(), stride: *stride };
                 ((!*fresh).then_some(start), End::Kept(sums))
             }
             Self::Rounded { so_far, plus, out, width, first } => {
-                let at = row * *width + *first;
-                let start = so_far.map(|sums| Rows { first: sums[row * COLUMNS..].as_ptr(), stride: COLUMNS });
+                let first = *first + column;
+                let at = row * *width + first;
+                let start = so_far.map(|sums| Rows { first: sums[row * COLUMNS + column..].as_ptr(), stride: COLUMNS });
                 let out = Rows { first: out[at..].as_mut_ptr(), stride: *width };
-                let bias = plus.bias.map(|bias| bias[*first..].as_ptr());
+                let bias = plus.bias.map(|bias| bias[first..].as_ptr());
                 (start, End::Rounded { out, columns, bias, plus: plus.rows.map(|rows| rows[at..].as_ptr()) })
             }
         }
     }
 }
 
-/// [`Factor::tile`].
-type Tile<E> = unsafe fn(Rows<*const E>, *const E, usize, Option<Rows<*const f32>>, End<E>);
-
-/// The largest tile of `C` vectors for at most so many rows, and its rows.
-fn tile<E: Factor, const C: usize>(rows: usize) -> (usize, Tile<E>) {
-    match rows {
-        1 => (1, E::tile::<1, C>),
-        2 => (2, E::tile::<2, C>),
-        3 => (3, E::tile::<3, C>),
-        4 => (4, E::tile::<4, C>),
-        5 => (5, E::tile::<5, C>),
-        12.. if C == 2 => (12, E::tile::<12, C>),
-        _ => (ROWS, E::tile::<ROWS, C>),
-    }
-}
-
-/// Packs a weight: panel, group of inputs, output, input within the group. Where the last panel has fewer than [`COLUMNS`]
-/// outputs, the rest stays as it is.
+/// Packs a weight: panel, strip ([`Factor::strip`]), group of inputs, output, input within the group. Where the last panel has
+/// fewer than [`COLUMNS`] outputs, the rest stays as it is.
 pub(crate) fn pack<E: Factor>(weight: Weight<'_, E>, packed: &mut [E]) {
-    let inputs = weight.inputs();
-    assert!(E::is_supported() && inputs.is_multiple_of(E::GROUP));
+    let (inputs, strip) = (weight.inputs(), E::strip());
+    assert!(is_supported() && inputs.is_multiple_of(E::GROUP));
     assert!(packed.len() >= weight.outputs().div_ceil(COLUMNS) * COLUMNS * inputs);
     match weight {
         Weight::Inputs(view) => {
             for (number, first) in (0..inputs).step_by(E::GROUP).enumerate() {
-                for (panel, columns) in parts(view.width, COLUMNS).enumerate() {
+                for (index, columns) in parts(view.width, strip).enumerate() {
                     let at = first * view.stride + columns.start;
                     let rows = Rows { first: view.values[at..].as_ptr(), stride: view.stride };
-                    let out = &mut packed[(panel * inputs + number * E::GROUP) * COLUMNS..];
+                    let out = &mut packed[(index * inputs + number * E::GROUP) * strip..];
                     // SAFETY: instructions and room were checked above, and the rows by the view.
                     unsafe { E::interleave(rows, columns.len(), out.as_mut_ptr()) };
                 }
@@ -698,30 +441,39 @@ pub(crate) fn pack<E: Factor>(weight: Weight<'_, E>, packed: &mut [E]) {
         }
         Weight::Outputs(view) => {
             assert!(view.stride.is_multiple_of(E::GROUP));
-            let panels = packed.chunks_exact_mut(inputs * COLUMNS);
-            for (rows, packed) in parts(view.rows, COLUMNS).zip(panels) {
+            for (rows, packed) in parts(view.rows, strip).zip(packed.chunks_exact_mut(inputs * strip)) {
                 let first = view.values[rows.start * view.stride..].as_ptr().cast();
                 let words = Rows { first, stride: view.stride / E::GROUP };
                 // SAFETY: instructions and room were checked above, and the rows by the view; a group is one word.
                 unsafe {
-                    instructions::transpose(words, rows.len(), inputs / E::GROUP, packed.as_mut_ptr().cast());
+                    transpose(words, rows.len(), inputs / E::GROUP, packed.as_mut_ptr().cast(), strip);
                 }
             }
         }
     }
 }
 
+/// Turns a panel of `inputs` back: for each of its outputs, which become rows of [`COLUMNS`] groups, its inputs; what they do
+/// not fill stays as it is.
+pub(crate) fn turn_panel<E: Factor>(panel: &[E], inputs: usize, out: &mut [E]) {
+    let strip = E::strip();
+    let outs = out.chunks_mut(strip * COLUMNS * E::GROUP);
+    for (rows, out) in panel[..inputs * COLUMNS].chunks_exact(inputs * strip).zip(outs) {
+        turn(rows, inputs / E::GROUP, strip, out);
+    }
+}
+
 /// Turns at most [`COLUMNS`] rows of `words` groups of elements: the first of each, then the second of each, in rows of
-/// [`COLUMNS`], of which the last may stay as they are.
+/// [`COLUMNS`] groups, of which the last may stay as they are.
 pub(crate) fn turn<E: Factor>(rows: &[E], count: usize, words: usize, out: &mut [E]) {
-    assert!(E::is_supported() && count <= COLUMNS);
+    assert!(is_supported() && count <= COLUMNS);
     assert!(rows.len() >= count * words * E::GROUP && out.len() >= words * COLUMNS * E::GROUP);
     let words_of = Rows { first: rows.as_ptr().cast(), stride: words };
     // SAFETY: instructions, rows and room were checked above; a group is one word.
-    unsafe { instructions::transpose(words_of, count, words, out.as_mut_ptr().cast()) };
+    unsafe { transpose(words_of, count, words, out.as_mut_ptr().cast(), COLUMNS) };
 }
 
-/// A weight in panels of [`COLUMNS`] outputs: panel, group of inputs, output, input within the group.
+/// A weight in panels of [`COLUMNS`] outputs, as [`pack`] leaves them.
 pub(crate) struct Matrix<E> {
     panels: Vec<E>,
     pub(crate) inputs: usize,
@@ -734,7 +486,7 @@ impl<E: Factor> Matrix<E> {
     pub(crate) fn pack(weight: &Tensor) -> Result<Self, LmError> {
         let (outputs, inputs) = weight.size2()?;
         let (outputs, inputs) = (outputs as usize, inputs as usize);
-        assert!(E::is_supported() && inputs > 0 && inputs.is_multiple_of(E::GROUP));
+        assert!(is_supported() && inputs > 0 && inputs.is_multiple_of(E::GROUP));
         let mut values = vec![E::narrow(0.0); outputs * inputs];
         copy(weight, &mut values)?;
         let mut panels = vec![E::narrow(0.0); outputs.div_ceil(COLUMNS) * COLUMNS * inputs];
@@ -765,14 +517,12 @@ pub(crate) fn copy<E: Element>(tensor: &Tensor, values: &mut [E]) -> Result<(), 
 
 #[cfg(test)]
 mod tests {
-    use half::bf16;
-
     use super::*;
     use crate::decoder::tests::wave;
 
     /// Against libtorch in float64, for every count of rows up to two tiles and one, and sizes that fill no panel.
     fn check<E: Factor>(tolerance: f64) {
-        if !E::is_supported() {
+        if !is_supported() {
             return;
         }
         for (inputs, outputs) in [(6, 5), (64, 64), (34, 130)] {
@@ -798,5 +548,90 @@ mod tests {
     fn products_are_right() {
         check::<f32>(1e-5);
         check::<bf16>(1e-5);
+    }
+
+    fn values<E: Factor>(seed: usize, count: usize) -> Vec<E> {
+        let values = Vec::<f32>::try_from(wave(seed, &[count as i64])).unwrap();
+        values.into_iter().map(E::narrow).collect()
+    }
+
+    /// Tiles of the widest instructions and of any CPU's over one strip, with everything to begin from and to be added: what
+    /// they keep and what they round.
+    fn tiles<E: Factor + portable::Split<G>, const G: usize>(rows: usize, columns: usize) -> [Vec<f32>; 2] {
+        const GROUPS: usize = 9;
+        let x = values::<E>(1, rows * 40);
+        let weight = values::<E>(2, GROUPS * G * COLUMNS);
+        let start: Vec<f32> = values(3, rows * COLUMNS);
+        let (bias, plus) = (values::<E>(4, COLUMNS), values::<E>(5, rows * 70));
+        let run = |strip: usize, tile: fn(usize, usize) -> (usize, Tile<E>)| {
+            let mut panel = vec![E::narrow(0.0); weight.len()];
+            for (at, value) in weight.iter().enumerate() {
+                let (group, column, part) = (at / G / COLUMNS, at / G % COLUMNS, at % G);
+                panel[((column / strip * GROUPS + group) * strip + column % strip) * G + part] = *value;
+            }
+            let (mut kept, mut rounded) = (vec![0f32; rows * COLUMNS], vec![E::narrow(0.0); rows * 70]);
+            for (first, weights) in (0..columns).step_by(strip).zip(panel.chunks_exact(GROUPS * G * strip)) {
+                let wanted = strip.min(columns - first);
+                let mut row = 0;
+                while row < rows {
+                    let (height, tile) = tile(rows - row, wanted);
+                    let x = Rows { first: x[row * 40..].as_ptr(), stride: 40 };
+                    let start = Rows { first: start[row * COLUMNS + first..].as_ptr(), stride: COLUMNS };
+                    let kept = Rows { first: kept[row * COLUMNS + first..].as_mut_ptr(), stride: COLUMNS };
+                    let at = row * 70 + first;
+                    let out = Rows { first: rounded[at..].as_mut_ptr(), stride: 70 };
+                    let (bias, plus) = (Some(bias[first..].as_ptr()), Some(plus[at..].as_ptr()));
+                    let end = End::Rounded { out, columns: wanted, bias, plus };
+                    // SAFETY: the instructions are there (the caller asked), and so are the rows of what is given.
+                    unsafe {
+                        tile(x, weights.as_ptr(), GROUPS, None, End::Kept(kept));
+                        tile(x, weights.as_ptr(), GROUPS, Some(start), end);
+                    }
+                    row += height;
+                }
+            }
+            for row in rounded.chunks(70) {
+                assert!(row[columns..].iter().all(|value| value.wide() == 0.0), "beyond what was wanted");
+            }
+            let kept = kept.chunks(COLUMNS).flat_map(|row| row[..columns].to_vec());
+            kept.chain(rounded.into_iter().map(E::wide)).collect()
+        };
+        [run(E::strip(), E::tile), run(portable::WIDTH, |rows, _| portable::tile::<E, G>(rows))]
+    }
+
+    #[test]
+    fn tiles_are_the_same_on_any_cpu() {
+        if !is_supported() {
+            return;
+        }
+        for (rows, columns) in [(1, 64), (4, 53), (17, 64), (29, 21), (12, 32)] {
+            let [found, expected] = tiles::<f32, 1>(rows, columns);
+            // The order of sums is the same, and so is every bit.
+            assert_eq!(found, expected);
+            let [found, expected] = tiles::<bf16, 2>(rows, columns);
+            let close = |(found, expected): (&f32, &f32)| (found - expected).abs() <= expected.abs() / 128.0 + 1e-5;
+            assert!(found.iter().zip(&expected).all(close), "{rows} × {columns}: {found:?}, expected {expected:?}");
+        }
+    }
+
+    #[test]
+    fn rows_and_words_change_places() {
+        if !is_supported() {
+            return;
+        }
+        for (count, words) in [(64, 16), (5, 7), (1, 1), (33, 18), (4, 4)] {
+            let rows: Vec<i32> = (0..count * 20).collect();
+            let (mut found, mut portable) = (vec![-1; words * COLUMNS], vec![-1; words * COLUMNS]);
+            let of = Rows { first: rows.as_ptr(), stride: 20 };
+            // SAFETY: the instructions are there, and so are the rows and the room.
+            unsafe {
+                transpose(of, count as usize, words, found.as_mut_ptr(), COLUMNS);
+                portable::transpose(of, count as usize, words, portable.as_mut_ptr(), COLUMNS);
+            }
+            let place = |at: usize| (at / COLUMNS, (at % COLUMNS) as i32);
+            let expected = |(word, row): (usize, i32)| if row < count { row * 20 + word as i32 } else { -1 };
+            let expected: Vec<i32> = (0..words * COLUMNS).map(|at| expected(place(at))).collect();
+            assert_eq!((&found, &portable), (&expected, &expected), "{count} × {words}");
+        }
     }
 }

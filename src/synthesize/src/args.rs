@@ -9,7 +9,7 @@ use stage::Failure;
 ///
 /// Reads a base model and the adapter that train released; appends the samples to `synthetic` in the release zone,
 /// without any private root. Sample number n has its own seed, made of the run's public --seed and n, whichever shard
-/// draws it and at whichever attempt. On a CPU with AVX-512 the sample then is the same bit for bit, on one machine, for
+/// draws it and at whichever attempt. On a CPU with AVX2 the sample then is the same bit for bit, on one machine, for
 /// every number of shards and batch size; on CUDA and on other CPUs, to rounding. An instruction may come out empty; it
 /// is kept, as the model's answer to its own distribution, and counted like any other.
 ///
@@ -69,7 +69,7 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = TemplateName::None)]
     pub template: TemplateName,
     /// Sequences sampled at a time, fewer where their caches would not fit into memory; by default 32 on CPU and 512 on a
-    /// GPU. Does not change the samples on a CPU with AVX-512; elsewhere, sums are rounded in other places, and a sample may
+    /// GPU. Does not change the samples on a CPU with AVX2; elsewhere, sums are rounded in other places, and a sample may
     /// take another turn.
     #[arg(long)]
     pub batch_size: Option<usize>,

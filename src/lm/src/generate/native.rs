@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 use crate::LmError;
 use crate::checkpoint::DecoderConfig;
 use crate::decoder::Decoder;
-use crate::products::{Factor, Matrix, copy};
+use crate::products::{Factor, Matrix, copy, is_supported};
 use attention::{BLOCK, attend, put_key};
 use elementwise::{add, angles, gated, narrow, norm, turn};
 
@@ -63,10 +63,10 @@ impl Packed {
         let config = &decoder.config;
         let even = (config.hidden_size | config.intermediate_size) % 2 == 0;
         match (decoder.compute.device, decoder.compute.kind) {
-            (Device::Cpu, Kind::BFloat16) if bf16::is_supported() && even => {
+            (Device::Cpu, Kind::BFloat16) if is_supported() && even => {
                 Ok(Some(Self::Bf16(Arc::new(Model::pack(decoder)?))))
             }
-            (Device::Cpu, Kind::Float) if f32::is_supported() => Ok(Some(Self::F32(Arc::new(Model::pack(decoder)?)))),
+            (Device::Cpu, Kind::Float) if is_supported() => Ok(Some(Self::F32(Arc::new(Model::pack(decoder)?)))),
             _ => Ok(None),
         }
     }

@@ -59,7 +59,7 @@ fn the_cache_changes_nothing() {
     }
 }
 
-/// The way of GPUs, and of CPUs without AVX-512: the batch size, and how many sequences fit into memory.
+/// The way of GPUs, and of CPUs without AVX2: the batch size, and how many sequences fit into memory.
 fn run_by_libtorch(decoder: &Decoder, sampling: &Sampling, count: u64, sizes: (usize, usize)) -> Vec<Completion> {
     let mut found = Vec::new();
     let mut checked = requests(count).map(|request| check(decoder, sampling, request)).fuse();

@@ -1,0 +1,152 @@
+//! The same without instructions of one kind of CPU: loops over arrays that the compiler turns into vectors. On x86-64 they
+//! are compiled for AVX2 and FMA, which must be there.
+
+use half::bf16;
+
+use super::{End, ROWS, Rows, Tile};
+use crate::kernels::Element;
+
+/// Outputs of a tile: with [`ROWS`], twelve of AVX2's sixteen vector registers.
+pub(super) const WIDTH: usize = 16;
+
+/// An element of which `G` make 32 bits.
+pub(super) trait Split<const G: usize>: Element {
+    fn split(word: u32) -> [f32; G];
+}
+
+impl Split<1> for f32 {
+    #[inline(always)]
+    fn split(word: u32) -> [f32; 1] {
+        [f32::from_bits(word)]
+    }
+}
+
+impl Split<2> for bf16 {
+    #[inline(always)]
+    fn split(word: u32) -> [f32; 2] {
+        // Of little-endian bytes the first element is the lower half.
+        [f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000)]
+    }
+}
+
+/// [`super::Factor::tile`].
+pub(super) fn tile<E: Split<G>, const G: usize>(rows: usize) -> (usize, Tile<E>) {
+    match rows {
+        1 => (1, sums::<E, 1, G>),
+        2 => (2, sums::<E, 2, G>),
+        3 => (3, sums::<E, 3, G>),
+        4 => (4, sums::<E, 4, G>),
+        5 => (5, sums::<E, 5, G>),
+        _ => (ROWS, sums::<E, ROWS, G>),
+    }
+}
+
+/// A [`Tile`] of `R` rows.
+///
+/// # Safety
+/// As there; the CPU has the instructions.
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma"))]
+unsafe fn sums<E: Split<G>, const R: usize, const G: usize>(
+    x: Rows<*const E>,
+    strip: *const E,
+    groups: usize,
+    start: Option<Rows<*const f32>>,
+    end: End<E>,
+) {
+    // SAFETY: the pointers are good for these offsets by the caller's contract.
+    unsafe {
+        let mut sums = match start {
+            None => [[0f32; WIDTH]; R],
+            Some(rows) => {
+                std::array::from_fn(|row| rows.first.add(row * rows.stride).cast::<[f32; WIDTH]>().read_unaligned())
+            }
+        };
+        for group in 0..groups {
+            let weights = strip.add(G * WIDTH * group).cast::<[u32; WIDTH]>().read_unaligned();
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let inputs = E::split(x.first.add(row * x.stride + G * group).cast::<u32>().read_unaligned());
+                for (input, factor) in inputs.into_iter().enumerate() {
+                    for (sum, weight) in sums.iter_mut().zip(weights) {
+                        *sum = factor.mul_add(E::split(weight)[input], *sum);
+                    }
+                }
+            }
+        }
+        for (row, sums) in sums.into_iter().enumerate() {
+            put(sums, row, end);
+        }
+    }
+}
+
+/// Puts a row's sums where they go.
+///
+/// # Safety
+/// The row is one of the tile whose end this is.
+#[inline(always)]
+unsafe fn put<E: Element>(mut sums: [f32; WIDTH], row: usize, end: End<E>) {
+    // SAFETY: by the caller's contract; columns that are not wanted are not touched.
+    unsafe {
+        match end {
+            End::Kept(rows) => rows.first.add(row * rows.stride).cast::<[f32; WIDTH]>().write_unaligned(sums),
+            End::Rounded { out, columns, bias, plus } => {
+                let first = row * out.stride;
+                if let Some(bias) = bias {
+                    each(columns, |place| sums[place] += (*bias.add(place)).wide());
+                }
+                if let Some(plus) = plus {
+                    each(columns, |place| sums[place] += (*plus.add(first + place)).wide());
+                }
+                each(columns, |place| out.first.add(first + place).write(E::narrow(sums[place])));
+            }
+        }
+    }
+}
+
+/// Calls for the first `count` places of a row of sums.
+#[inline(always)]
+fn each(count: usize, call: impl FnMut(usize)) {
+    // Of a known number of calls the compiler makes vectors.
+    match count {
+        WIDTH.. => (0..WIDTH).for_each(call),
+        _ => (0..count).for_each(call),
+    }
+}
+
+/// [`super::Factor::interleave`].
+///
+/// # Safety
+/// As there; the CPU has the instructions.
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma"))]
+pub(super) unsafe fn interleave<E: Element, const G: usize>(rows: Rows<*const E>, columns: usize, out: *mut E) {
+    for column in 0..columns {
+        for row in 0..G {
+            // SAFETY: by the caller's contract.
+            unsafe { out.add(column * G + row).write(*rows.first.add(row * rows.stride + column)) };
+        }
+    }
+}
+
+/// Rows and words that change places together.
+const SQUARE: usize = 4;
+
+/// [`super::transpose`].
+///
+/// # Safety
+/// As there.
+pub(super) unsafe fn transpose(rows: Rows<*const i32>, count: usize, words: usize, out: *mut i32, width: usize) {
+    for top in (0..count).step_by(SQUARE) {
+        for left in (0..words).step_by(SQUARE) {
+            // SAFETY: by the caller's contract.
+            let turn = |row: usize, word: usize| unsafe {
+                *out.add(word * width + row) = *rows.first.add(row * rows.stride + word);
+            };
+            match top + SQUARE <= count && left + SQUARE <= words {
+                true => (0..SQUARE * SQUARE).for_each(|at| turn(top + at % SQUARE, left + at / SQUARE)),
+                false => {
+                    let rows = top..count.min(top + SQUARE);
+                    rows.for_each(|row| (left..words.min(left + SQUARE)).for_each(|word| turn(row, word)));
+                }
+            }
+        }
+    }
+}
