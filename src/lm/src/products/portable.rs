@@ -90,25 +90,35 @@ unsafe fn put<E: Element>(mut sums: [f32; WIDTH], row: usize, end: End<E>) {
             End::Kept(rows) => rows.first.add(row * rows.stride).cast::<[f32; WIDTH]>().write_unaligned(sums),
             End::Rounded { out, columns, bias, plus } => {
                 let first = row * out.stride;
-                if let Some(bias) = bias {
-                    each(columns, |place| sums[place] += (*bias.add(place)).wide());
+                let plus = plus.map(|plus| plus.add(first));
+                for added in [bias, plus].into_iter().flatten() {
+                    let added = load(added, columns);
+                    sums.iter_mut().zip(added).for_each(|(sum, added)| *sum += added.wide());
                 }
-                if let Some(plus) = plus {
-                    each(columns, |place| sums[place] += (*plus.add(first + place)).wide());
-                }
-                each(columns, |place| out.first.add(first + place).write(E::narrow(sums[place])));
+                store(sums.map(E::narrow), out.first.add(first), columns);
             }
         }
     }
 }
 
-/// Calls for the first `count` places of a row of sums.
+/// The first `count` of a row's elements.
 #[inline(always)]
-fn each(count: usize, call: impl FnMut(usize)) {
-    // Of a known number of calls the compiler makes vectors.
+unsafe fn load<E: Element>(from: *const E, count: usize) -> [E; WIDTH] {
+    // SAFETY: the caller's memory.
     match count {
-        WIDTH.. => (0..WIDTH).for_each(call),
-        _ => (0..count).for_each(call),
+        // Of a known number of elements the compiler makes vectors.
+        WIDTH.. => unsafe { from.cast::<[E; WIDTH]>().read_unaligned() },
+        _ => std::array::from_fn(|place| if place < count { unsafe { *from.add(place) } } else { E::narrow(0.0) }),
+    }
+}
+
+/// Writes the first `count` of a row's elements.
+#[inline(always)]
+unsafe fn store<E: Element>(values: [E; WIDTH], to: *mut E, count: usize) {
+    // SAFETY: the caller's memory.
+    match count {
+        WIDTH.. => unsafe { to.cast::<[E; WIDTH]>().write_unaligned(values) },
+        _ => values.iter().take(count).enumerate().for_each(|(place, value)| unsafe { to.add(place).write(*value) }),
     }
 }
 
@@ -118,9 +128,13 @@ fn each(count: usize, call: impl FnMut(usize)) {
 /// As there; the CPU has the instructions.
 #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma"))]
 pub(super) unsafe fn interleave<E: Element, const G: usize>(rows: Rows<*const E>, columns: usize, out: *mut E) {
+    if G == 1 {
+        // SAFETY: by the caller's contract.
+        return unsafe { std::ptr::copy_nonoverlapping(rows.first, out, columns) };
+    }
     for column in 0..columns {
         for row in 0..G {
-            // SAFETY: by the caller's contract.
+            // SAFETY: as above.
             unsafe { out.add(column * G + row).write(*rows.first.add(row * rows.stride + column)) };
         }
     }
