@@ -122,9 +122,5 @@ fn axes(lora: &Lora, count: usize) -> Vec<(String, usize, usize)> {
 }
 
 fn failure(error: LmError) -> Failure {
-    match error {
-        LmError::Usage(message) => Failure::Usage(message),
-        LmError::Malformed(message) => Failure::Input(message),
-        other => Failure::Bug(other.to_string()),
-    }
+    Failure::coded(error.exit_code(), error)
 }

@@ -3,7 +3,7 @@
 use clap::{Parser, ValueEnum};
 use lm::device::{DeviceChoice, DtypeChoice};
 use serde::Serialize;
-use stage::Failure;
+use stage::{Failure, Shard};
 
 /// Turn texts into vectors with a sentence encoder.
 ///
@@ -42,17 +42,17 @@ pub struct Args {
     #[arg(long, value_name = "PATH", conflicts_with = "corpus")]
     pub table: Option<String>,
     /// Which of N shards this is, as i/N with i from 0: shards share the rows out and may run side by side.
-    #[arg(long, value_name = "I/N", value_parser = parse_shard)]
+    #[arg(long, value_name = "I/N")]
     pub shard: Option<Shard>,
     /// Padded tokens per batch: bounds memory and changes results by rounding only.
     #[arg(long, value_name = "TOKENS", default_value_t = 4096)]
     pub batch_tokens: usize,
     /// Precision of the transformer; pooling and what follows are always float32.
-    #[arg(long, value_enum, default_value_t = DtypeName::Auto)]
-    pub dtype: DtypeName,
+    #[arg(long, value_enum, default_value_t = DtypeChoice::Auto)]
+    pub dtype: DtypeChoice,
     /// Where to compute.
-    #[arg(long, value_enum, default_value_t = DeviceName::Auto)]
-    pub device: DeviceName,
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
 }
 
 /// Which texts are embedded.
@@ -65,48 +65,6 @@ pub enum Of {
     Corpus,
 }
 
-/// Precision.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DtypeName {
-    /// bf16 where the machine has it, else f32.
-    Auto,
-    /// float32.
-    F32,
-    /// bfloat16.
-    Bf16,
-}
-
-/// Device.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DeviceName {
-    /// CUDA where there is one.
-    Auto,
-    /// CPU.
-    Cpu,
-    /// CUDA.
-    Cuda,
-}
-
-/// One of several parts of the work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shard {
-    /// From 0.
-    pub index: u32,
-    /// How many there are.
-    pub count: u32,
-}
-
-fn parse_shard(text: &str) -> Result<Shard, String> {
-    let parts = text.split_once('/').and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
-    match parts {
-        // As of synthesize, whose column `shard` is a 32-bit integer.
-        Some((index, count)) if index < count && count <= i32::MAX as u32 => Ok(Shard { index, count }),
-        _ => Err("expected I/N with I from 0 to N - 1, such as 0/8".into()),
-    }
-}
-
 /// What was asked for, checked: everything here changes the result and binds the run id. The encoder is an input, by
 /// its digest.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -116,7 +74,7 @@ pub struct Config {
     /// Path of the table below its root.
     pub table: String,
     /// Precision as asked for.
-    pub dtype: DtypeName,
+    pub dtype: DtypeChoice,
 }
 
 impl Args {
@@ -151,38 +109,9 @@ impl Args {
     }
 }
 
-impl From<DtypeName> for DtypeChoice {
-    fn from(name: DtypeName) -> Self {
-        match name {
-            DtypeName::Auto => Self::Auto,
-            DtypeName::F32 => Self::F32,
-            DtypeName::Bf16 => Self::Bf16,
-        }
-    }
-}
-
-impl From<DeviceName> for DeviceChoice {
-    fn from(name: DeviceName) -> Self {
-        match name {
-            DeviceName::Auto => Self::Auto,
-            DeviceName::Cpu => Self::Cpu,
-            DeviceName::Cuda => Self::Cuda,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_shard_is_one_of_several() {
-        assert_eq!(parse_shard("0/1"), Ok(Shard { index: 0, count: 1 }));
-        assert_eq!(parse_shard("7/8"), Ok(Shard { index: 7, count: 8 }));
-        for wrong in ["8/8", "1", "/", "a/b", "-1/2", "0/0", "", "0/4294967295"] {
-            assert!(parse_shard(wrong).is_err(), "{wrong}");
-        }
-    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -1,16 +1,14 @@
 //! The stage: claim, load, embed, settle.
 
-use std::path::Path;
-
 use lake::manifest::{self, Begin, Claim, Input, Manifest, RunHandle};
 use lake::{LocalFolder, Output, PrivateRoot, ReleaseRoot, Zone};
-use lm::LmError;
 use lm::device::Compute;
 use lm::encoder::Encoder;
 use serde_json::json;
-use stage::{Failure, Summary};
+use stage::{Failure, Shard, Summary};
 
 use crate::args::{Args, Config, Of};
+use crate::failure;
 use crate::table::{self, Kind, Meter, Work};
 
 /// Stage name of the vectors of public texts.
@@ -88,7 +86,7 @@ impl<Z: Zone> Stage<'_, Z> {
         };
         self.check_readable(config, version).await?;
         let folder = lake::fetch_folder(&args.encoder, &args.common.storage()).await?;
-        let compute = Compute::resolve(args.device.into(), args.dtype.into()).map_err(failure)?;
+        let compute = Compute::resolve(args.device, args.dtype).map_err(failure)?;
         let encoder = Encoder::load(folder.path(), compute).map_err(failure)?;
         let claim = self.claim(args, config, version, encoder.digest())?;
         let handle = match manifest::begin(self.zone, claim).await? {
@@ -135,7 +133,7 @@ impl<Z: Zone> Stage<'_, Z> {
     fn claim(&self, args: &Args, config: &Config, version: i64, digest: &str) -> Result<Claim, Failure> {
         let encoder = Input {
             name: "encoder".into(),
-            location: model_name(&args.encoder).into(),
+            location: stage::base_name(&args.encoder).into(),
             version: None,
             digest: Some(digest.into()),
         };
@@ -144,7 +142,7 @@ impl<Z: Zone> Stage<'_, Z> {
         Ok(Claim {
             run: args.common.run.clone(),
             stage: self.name.into(),
-            shard: args.shard.map(|shard| (shard.index, shard.count)),
+            shard: args.shard.map(Shard::pair),
             inputs: vec![texts, encoder],
             config: serde_json::to_value(config).map_err(|error| Failure::Bug(error.to_string()))?,
             seeds: Vec::new(),
@@ -162,8 +160,8 @@ impl<Z: Zone> Stage<'_, Z> {
             version: open.version,
             output: self.zone.table(&output),
             kind: self.kind,
-            shard: args.shard.map_or((0, 1), |shard| (shard.index, shard.count)),
-            transaction: transaction(&args.common.run, self.name, args),
+            shard: args.shard.unwrap_or(Shard::WHOLE),
+            transaction: stage::transaction(&args.common.run, self.name, args.shard),
             batch_tokens: args.batch_tokens,
         };
         table::embed(&work, &open.encoder, &meter).await?;
@@ -171,14 +169,6 @@ impl<Z: Zone> Stage<'_, Z> {
         let outputs = vec![Output { name: "embeddings".into(), path: output, version }];
         let facts = json!({ "dimension": open.encoder.dimension() });
         Ok(open.handle.finish(outputs, facts).await?)
-    }
-}
-
-/// Application transaction of this shard, such as `demo/embed/3-of-8`.
-fn transaction(run: &str, stage: &str, args: &Args) -> String {
-    match args.shard {
-        Some(shard) => format!("{run}/{stage}/{}-of-{}", shard.index, shard.count),
-        None => format!("{run}/{stage}"),
     }
 }
 
@@ -222,19 +212,5 @@ fn summary(args: &Args, manifest: &Manifest, already: bool) -> Summary {
             "stage": manifest.claim.stage, "run": run, "already_done": already, "zone": zone, "table": path,
             "version": version, "dimension": manifest.facts.get("dimension"),
         }),
-    }
-}
-
-/// A model's name without the machine's folders.
-fn model_name(url: &str) -> &str {
-    Path::new(url.trim_end_matches('/')).file_name().and_then(|name| name.to_str()).unwrap_or(url)
-}
-
-/// A model's failure by what the operator can do. No variant holds text of a record.
-pub(crate) fn failure(error: LmError) -> Failure {
-    match error {
-        LmError::Usage(message) => Failure::Usage(message),
-        LmError::Malformed(message) => Failure::Input(message),
-        other => Failure::Bug(other.to_string()),
     }
 }

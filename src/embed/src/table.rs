@@ -10,9 +10,9 @@ use arrow::datatypes::{DataType, SchemaRef};
 use futures::TryStreamExt;
 use lake::{AppTransaction, Table, schema};
 use lm::encoder::Encoder;
-use stage::{Failure, PrivateProgress, Progress};
+use stage::{Failure, PrivateProgress, Progress, Shard};
 
-use crate::run::failure;
+use crate::failure;
 
 /// Rows of one commit: large enough to find texts of one length, small enough to lose little when killed.
 const CHUNK_ROWS: usize = 2048;
@@ -55,7 +55,7 @@ pub struct Work {
     /// Whose texts.
     pub kind: Kind,
     /// `(index, count)`.
-    pub shard: (u32, u32),
+    pub shard: Shard,
     /// Application transaction of this shard.
     pub transaction: String,
     /// Padded tokens per batch.
@@ -124,17 +124,16 @@ struct Chunk {
     rows: usize,
     /// Empty for a chunk of another shard, whose rows are only counted.
     parts: Vec<RecordBatch>,
-    shard: (u64, u64),
+    shard: Shard,
 }
 
 impl Chunk {
     fn new(work: &Work) -> Self {
-        let (index, count) = work.shard;
-        Self { number: 0, rows: 0, parts: Vec::new(), shard: (index.into(), count.into()) }
+        Self { number: 0, rows: 0, parts: Vec::new(), shard: work.shard }
     }
 
     fn is_ours(&self) -> bool {
-        self.number % self.shard.1 == self.shard.0
+        self.number % u64::from(self.shard.count) == u64::from(self.shard.index)
     }
 
     fn push(&mut self, part: RecordBatch) {
@@ -155,7 +154,7 @@ impl Chunk {
         let rows = std::mem::take(&mut self.rows);
         let parts = std::mem::take(&mut self.parts);
         let ours = self.is_ours();
-        let version = (self.number / self.shard.1) as i64;
+        let version = (self.number / u64::from(self.shard.count)) as i64;
         self.number += 1;
         if !ours || rows == 0 {
             return Ok(());

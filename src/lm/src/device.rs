@@ -3,25 +3,29 @@
 use std::ffi::CStr;
 use std::sync::Once;
 
+use clap::ValueEnum;
+use serde::Serialize;
 use tch::{Cuda, Device, Kind};
 
 use crate::LmError;
 
-/// Device choice of a flag: `auto` takes CUDA when it is there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Device choice of a flag.
+#[derive(ValueEnum, Serialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
 pub enum DeviceChoice {
-    /// CUDA if available.
+    /// CUDA where there is one.
     Auto,
     /// CPU.
     Cpu,
-    /// First CUDA device.
+    /// CUDA.
     Cuda,
 }
 
-/// Precision choice of a flag: `auto` is bf16 on CUDA and on CPUs with native bf16 products, f32 elsewhere.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Precision choice of a flag.
+#[derive(ValueEnum, Serialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
 pub enum DtypeChoice {
-    /// See above.
+    /// bf16 where the machine has it, else f32.
     Auto,
     /// float32.
     F32,

@@ -37,6 +37,19 @@ pub enum LmError {
     Torch(String),
 }
 
+impl LmError {
+    /// The exit code of the stage contract, for `stage::Failure::coded`: this crate does not know stages.
+    ///
+    /// PRIVACY: no variant holds text of a record.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            LmError::Usage(_) => 2,
+            LmError::Malformed(_) => 3,
+            LmError::Torch(_) => 1,
+        }
+    }
+}
+
 /// How libtorch and CUDA say that there is no more memory.
 const OUT_OF_MEMORY: [&str; 4] = ["out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"];
 

@@ -3,23 +3,43 @@
 //! A chat template is a Jinja program that renders whole conversations. What it puts around a user's words is found by
 //! rendering a conversation whose user turn is a marker, and cutting there.
 
+use clap::ValueEnum;
 use minijinja::{Environment, Error, ErrorKind, context};
+use serde::Serialize;
 
 use crate::{LmError, checkpoint::DecoderConfig, tokenizer::Tokenizer};
 
 /// Stands for the user's words while a template is worked out; no template contains it.
 const MARKER: &str = "\u{E000}doppel\u{E001}";
 
-/// `None`: BOS/EOS only, unconditional as in the paper. `User`: the chat template opened at a user turn (for SmolLM2
-/// `<|im_start|>user\n` … `<|im_end|>`). `Chat`: the whole chat template incl. system prompt up to the user's turn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What stands around an instruction.
+// The variants' first paragraphs are the help of the flag.
+#[derive(ValueEnum, Serialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
 pub enum Template {
     /// Unconditional.
+    ///
+    /// BOS and EOS only, as in the paper.
     None,
-    /// User turn only.
+    /// The chat template's user turn.
+    ///
+    /// For SmolLM2 `<|im_start|>user\n` … `<|im_end|>`.
     User,
-    /// Whole chat template.
+    /// The whole chat template.
+    ///
+    /// Including the system prompt, up to the user's turn.
     Chat,
+}
+
+impl Template {
+    /// As on the command line, and in the manifests of train and synthesize.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::User => "user",
+            Self::Chat => "chat",
+        }
+    }
 }
 
 /// A template applied to one tokenizer: prompt ids, and the ids that end an instruction.

@@ -55,11 +55,16 @@ fn words(arg: &Arg, matches: &ArgMatches) -> Vec<String> {
         .collect()
 }
 
+/// The last component of a path or URL: what is told of a model is its name, without the machine's folders.
+pub fn base_name(place: &str) -> &str {
+    place.trim_end_matches('/').rsplit('/').next().unwrap_or_default()
+}
+
 /// A URL of a store as it is; of anything else, such as a path or a URL with a password in it, the last component.
 fn without_folders(place: &str) -> String {
     match lake::canonical_url(place) {
         Ok(url) if place.contains("://") && !url.starts_with("file:") => url,
-        _ => place.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_owned(),
+        _ => base_name(place).to_owned(),
     }
 }
 

@@ -27,13 +27,15 @@ pub mod failure;
 mod logging;
 mod outcome;
 pub mod progress;
+mod shard;
 pub mod shell;
 pub mod signals;
 pub mod telemetry;
 
-pub use command::{PLACE, command};
+pub use command::{PLACE, base_name, command};
 pub use common::{Common, Format};
 pub use failure::Failure;
 pub use outcome::{Summary, print, tells_already_done};
 pub use progress::{PrivateProgress, Progress};
+pub use shard::{Shard, transaction};
 pub use shell::{Shell, binary, main};

@@ -1,9 +1,10 @@
 //! Flags, and the configuration they mean.
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use lm::device::{DeviceChoice, DtypeChoice};
+use lm::template::Template;
 use serde::Serialize;
-use stage::Failure;
+use stage::{Failure, Shard};
 
 /// Sample synthetic instructions from a trained model.
 ///
@@ -38,7 +39,7 @@ pub struct Args {
     #[arg(long)]
     pub no_adapter: bool,
     /// Which of N shards this is, as i/N with i from 0: shards share the samples out and may run side by side.
-    #[arg(long, value_name = "I/N", value_parser = parse_shard)]
+    #[arg(long, value_name = "I/N")]
     pub shard: Option<Shard>,
     /// Number of samples of the whole run, over all shards.
     #[arg(long)]
@@ -66,73 +67,19 @@ pub struct Args {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// What stands before an instruction, as in training: nothing, the chat template's user turn, or all of it.
-    #[arg(long, value_enum, default_value_t = TemplateName::None)]
-    pub template: TemplateName,
+    #[arg(long, value_enum, default_value_t = Template::None)]
+    pub template: Template,
     /// Sequences sampled at a time, fewer where their caches would not fit into memory; by default 32 on CPU and 512 on a
     /// GPU. Does not change the samples on a CPU with AVX2; elsewhere, sums are rounded in other places, and a sample may
     /// take another turn.
     #[arg(long)]
     pub batch_size: Option<usize>,
     /// Precision of weights and activations.
-    #[arg(long, value_enum, default_value_t = DtypeName::Auto)]
-    pub dtype: DtypeName,
+    #[arg(long, value_enum, default_value_t = DtypeChoice::Auto)]
+    pub dtype: DtypeChoice,
     /// Where to compute.
-    #[arg(long, value_enum, default_value_t = DeviceName::Auto)]
-    pub device: DeviceName,
-}
-
-/// Prompt template.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TemplateName {
-    /// Unconditional.
-    None,
-    /// The chat template's user turn.
-    User,
-    /// The whole chat template.
-    Chat,
-}
-
-/// Precision.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DtypeName {
-    /// bf16 where the machine has it, else f32.
-    Auto,
-    /// float32.
-    F32,
-    /// bfloat16.
-    Bf16,
-}
-
-/// Device.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DeviceName {
-    /// CUDA where there is one.
-    Auto,
-    /// CPU.
-    Cpu,
-    /// CUDA.
-    Cuda,
-}
-
-/// One of several parts of the work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shard {
-    /// From 0.
-    pub index: u32,
-    /// How many there are.
-    pub count: u32,
-}
-
-fn parse_shard(text: &str) -> Result<Shard, String> {
-    let parts = text.split_once('/').and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
-    match parts {
-        // The column `shard` is a 32-bit integer.
-        Some((index, count)) if index < count && count <= i32::MAX as u32 => Ok(Shard { index, count }),
-        _ => Err("expected I/N with I from 0 to N - 1, such as 0/8".into()),
-    }
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
 }
 
 /// What was asked for, checked: everything here changes the result and binds the run id. Model and adapter are inputs,
@@ -157,9 +104,9 @@ pub struct Config {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub stop: Vec<String>,
     /// Prompt template.
-    pub template: TemplateName,
+    pub template: Template,
     /// Precision as asked for.
-    pub dtype: DtypeName,
+    pub dtype: DtypeChoice,
     /// Public seed.
     pub seed: u64,
 }
@@ -192,7 +139,7 @@ impl Args {
 
     /// The shard, the whole being the only one.
     pub fn effective_shard(&self) -> Shard {
-        self.shard.unwrap_or(Shard { index: 0, count: 1 })
+        self.shard.unwrap_or(Shard::WHOLE)
     }
 
     fn findings(&self) -> Vec<String> {
@@ -225,58 +172,9 @@ impl Args {
     }
 }
 
-impl TemplateName {
-    /// As on the command line, and in the manifests of this stage and of train.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::User => "user",
-            Self::Chat => "chat",
-        }
-    }
-}
-
-impl From<TemplateName> for lm::template::Template {
-    fn from(name: TemplateName) -> Self {
-        match name {
-            TemplateName::None => Self::None,
-            TemplateName::User => Self::User,
-            TemplateName::Chat => Self::Chat,
-        }
-    }
-}
-
-impl From<DtypeName> for DtypeChoice {
-    fn from(name: DtypeName) -> Self {
-        match name {
-            DtypeName::Auto => Self::Auto,
-            DtypeName::F32 => Self::F32,
-            DtypeName::Bf16 => Self::Bf16,
-        }
-    }
-}
-
-impl From<DeviceName> for DeviceChoice {
-    fn from(name: DeviceName) -> Self {
-        match name {
-            DeviceName::Auto => Self::Auto,
-            DeviceName::Cpu => Self::Cpu,
-            DeviceName::Cuda => Self::Cuda,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_shard_is_one_of_several() {
-        assert_eq!(parse_shard("31/32"), Ok(Shard { index: 31, count: 32 }));
-        for wrong in ["8/8", "1", "/", "a/b", "-1/2", "0/0", "", "0/4294967295"] {
-            assert!(parse_shard(wrong).is_err(), "{wrong}");
-        }
-    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use crate::args::Shard;
+use stage::Shard;
 
 /// Samples of one commit: large enough that a million samples make few files, small enough to lose little when killed.
 pub const CHUNK_ROWS: u64 = 256;

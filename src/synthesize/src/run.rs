@@ -1,7 +1,6 @@
 //! The stage: claim, load, sample, append, settle.
 
 use std::ops::Range;
-use std::path::Path;
 
 use lake::manifest::{self, Begin, Claim, Input, Manifest};
 use lake::{AppTransaction, LakeError, LocalFolder, Output, ReleaseRoot, Table, TemporaryFolder, Zone};
@@ -15,7 +14,7 @@ use lm::template::Prompt;
 use lm::tokenizer::Tokenizer;
 use serde_json::json;
 use stage::telemetry::{Fact, phase, tell};
-use stage::{Failure, Progress, Summary};
+use stage::{Failure, Progress, Shard, Summary};
 use tokio::sync::mpsc;
 
 use crate::args::{Args, Config};
@@ -81,7 +80,7 @@ impl Sources {
         let folder = lake::fetch_folder(&args.model, &args.common.storage()).await?;
         let checkpoint = Checkpoint::open(folder.path()).map_err(failure)?;
         let model_digest = checkpoint.digest().map_err(failure)?;
-        let model_name = model_name(&args.model).to_string();
+        let model_name = stage::base_name(&args.model).to_string();
         Ok(Self { checkpoint, model_name, model_digest, adapter, _folder: folder })
     }
 
@@ -97,7 +96,7 @@ impl Sources {
         Ok(Claim {
             run: args.common.run.clone(),
             stage: STAGE.into(),
-            shard: args.shard.map(|shard| (shard.index, shard.count)),
+            shard: args.shard.map(Shard::pair),
             inputs: std::iter::once(model).chain(adapter).collect(),
             config: serde_json::to_value(config).map_err(|error| Failure::Bug(error.to_string()))?,
             seeds: vec![config.seed],
@@ -109,13 +108,13 @@ impl Sources {
 
     fn load(&self, args: &Args, config: &Config) -> Result<Sampler, Failure> {
         let _span = phase("load model").entered();
-        let compute = Compute::resolve(args.device.into(), args.dtype.into()).map_err(failure)?;
+        let compute = Compute::resolve(args.device, args.dtype).map_err(failure)?;
         let tokenizer = self.checkpoint.tokenizer().map_err(failure)?;
         let mut decoder = Decoder::load(&self.checkpoint, compute).map_err(failure)?;
         if let Some(adapter) = &self.adapter {
             decoder.merge(&adapter.load(&decoder)?).map_err(failure)?;
         }
-        let prompt = Prompt::new(config.template.into(), &tokenizer, &decoder.config).map_err(failure)?;
+        let prompt = Prompt::new(config.template, &tokenizer, &decoder.config).map_err(failure)?;
         let longest = prompt.prefix.len() + config.max_new_tokens;
         if longest as u64 > decoder.config.max_positions as u64 {
             return Err(Failure::Usage(format!(
@@ -261,7 +260,7 @@ impl Sampler {
 async fn sample(args: &Args, config: &Config, sampler: Sampler, table: &Table) -> Result<u64, Failure> {
     let shard = args.effective_shard();
     let range = plan::range(config.count, shard);
-    let transaction = transaction(args);
+    let transaction = stage::transaction(&args.common.run, STAGE, args.shard);
     let mut chunks = Chunks::new(range.clone(), table.last_chunk(&transaction).await?);
     let remaining = chunks.remaining();
     let mut bytes = 0;
@@ -296,14 +295,6 @@ async fn sample(args: &Args, config: &Config, sampler: Sampler, table: &Table) -
     }
 }
 
-/// Application transaction of this shard, such as `demo/synthesize/3-of-8`.
-fn transaction(args: &Args) -> String {
-    match args.shard {
-        Some(shard) => format!("{}/{STAGE}/{}-of-{}", args.common.run, shard.index, shard.count),
-        None => format!("{}/{STAGE}", args.common.run),
-    }
-}
-
 fn summary(args: &Args, manifest: &Manifest, already: bool) -> Summary {
     let run = &args.common.run;
     let path = format!("runs/{run}/synthetic");
@@ -320,16 +311,7 @@ fn summary(args: &Args, manifest: &Manifest, already: bool) -> Summary {
     }
 }
 
-/// A model's name without the machine's folders.
-fn model_name(url: &str) -> &str {
-    Path::new(url.trim_end_matches('/')).file_name().and_then(|name| name.to_str()).unwrap_or(url)
-}
-
 /// A model's failure by what the operator can do.
 fn failure(error: LmError) -> Failure {
-    match error {
-        LmError::Usage(message) => Failure::Usage(message),
-        LmError::Malformed(message) => Failure::Input(message),
-        other => Failure::Bug(other.to_string()),
-    }
+    Failure::coded(error.exit_code(), error)
 }

@@ -3,6 +3,7 @@
 use clap::{ArgGroup, Parser, ValueEnum};
 use lm::adapter::{LoraConfig, Target};
 use lm::device::{DeviceChoice, DtypeChoice};
+use lm::template::Template;
 use privacy::event::Event;
 use privacy::training::TrainingMechanism;
 use serde::Serialize;
@@ -100,16 +101,16 @@ pub struct Args {
     #[arg(long, default_value_t = 1024)]
     pub block_length: usize,
     /// What stands before an instruction: nothing (as in the paper), the chat template's user turn, or all of it.
-    #[arg(long, value_enum, default_value_t = TemplateName::None)]
-    pub template: TemplateName,
+    #[arg(long, value_enum, default_value_t = Template::None)]
+    pub template: Template,
     /// Precision of weights and activations; the adapter and its gradients are always float32.
     ///
     /// A run goes on in the precision and on the kind of device it began with: name both where machines differ.
-    #[arg(long, value_enum, default_value_t = DtypeName::Auto)]
-    pub dtype: DtypeName,
+    #[arg(long, value_enum, default_value_t = DtypeChoice::Auto)]
+    pub dtype: DtypeChoice,
     /// Where to compute.
-    #[arg(long, value_enum, default_value_t = DeviceName::Auto)]
-    pub device: DeviceName,
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
     /// Padded tokens per micro-batch: bounds memory and does not change the result, to rounding. By default 2048 on CPU, and
     /// on a GPU 8192, or fewer where a large model leaves less room.
     #[arg(long)]
@@ -151,42 +152,6 @@ pub enum Schedule {
     Cosine,
 }
 
-/// Prompt template.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TemplateName {
-    /// Unconditional.
-    None,
-    /// The chat template's user turn.
-    User,
-    /// The whole chat template.
-    Chat,
-}
-
-/// Precision.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DtypeName {
-    /// bf16 where the machine has it, else f32.
-    Auto,
-    /// float32.
-    F32,
-    /// bfloat16.
-    Bf16,
-}
-
-/// Device.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DeviceName {
-    /// CUDA where there is one.
-    Auto,
-    /// CPU.
-    Cpu,
-    /// CUDA.
-    Cuda,
-}
-
 /// What was asked for, checked: everything here changes the result and binds the run id.
 #[derive(Clone, Debug, Serialize)]
 pub struct Config {
@@ -213,9 +178,9 @@ pub struct Config {
     /// Longest example, tokens.
     pub block_length: usize,
     /// Prompt template.
-    pub template: TemplateName,
+    pub template: Template,
     /// Precision as asked for.
-    pub dtype: DtypeName,
+    pub dtype: DtypeChoice,
     /// Public seed.
     pub seed: u64,
 }
@@ -418,36 +383,6 @@ impl Config {
                 Schedule::Linear => 1.0 - done,
                 Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
             }
-    }
-}
-
-impl From<TemplateName> for lm::template::Template {
-    fn from(name: TemplateName) -> Self {
-        match name {
-            TemplateName::None => Self::None,
-            TemplateName::User => Self::User,
-            TemplateName::Chat => Self::Chat,
-        }
-    }
-}
-
-impl From<DtypeName> for DtypeChoice {
-    fn from(name: DtypeName) -> Self {
-        match name {
-            DtypeName::Auto => Self::Auto,
-            DtypeName::F32 => Self::F32,
-            DtypeName::Bf16 => Self::Bf16,
-        }
-    }
-}
-
-impl From<DeviceName> for DeviceChoice {
-    fn from(name: DeviceName) -> Self {
-        match name {
-            DeviceName::Auto => Self::Auto,
-            DeviceName::Cpu => Self::Cpu,
-            DeviceName::Cuda => Self::Cuda,
-        }
     }
 }
 

@@ -14,7 +14,7 @@ use stage::Failure;
 use tch::{Kind, Tensor};
 
 use crate::adapter::Training;
-use crate::run::failure;
+use crate::failure;
 
 /// Where a run keeps its checkpoints.
 pub struct Checkpoints<'a> {
@@ -62,7 +62,7 @@ impl<'a> Checkpoints<'a> {
                 "{}: {found}\nhelp: remove the object to train from the start under the same reservation",
                 self.root.url_of(&path)
             )),
-            other => failure(&other),
+            other => failure(other),
         })
     }
 
@@ -91,7 +91,7 @@ fn encode(training: &Training, fingerprint: &str) -> Result<Bytes, Failure> {
     let bug = |error: String| Failure::Bug(format!("checkpoint: {error}"));
     let mut bodies = Vec::new();
     for (name, tensor) in groups(training) {
-        let bytes = to_bytes(tensor).map_err(|error| failure(&error))?;
+        let bytes = to_bytes(tensor).map_err(failure)?;
         let shape: Vec<usize> = tensor.size().iter().map(|&size| size as usize).collect();
         bodies.push((name, shape, bytes));
     }

@@ -86,7 +86,7 @@ impl Encoding<'_> {
     /// Prompt, instruction, end token; the instruction is cut so that the whole fits the block.
     fn examples(&self, texts: &[Private<&str>]) -> Result<Vec<Example>, Failure> {
         let texts: Vec<&str> = texts.iter().map(|text| *text.expose()).collect();
-        let ids = self.tokenizer.encode_batch(&texts, false).map_err(|error| crate::run::failure(&error))?;
+        let ids = self.tokenizer.encode_batch(&texts, false).map_err(crate::failure)?;
         Ok(ids.into_iter().map(|ids| self.example(ids)).collect())
     }
 

@@ -17,3 +17,8 @@ mod testing;
 
 pub use args::Args;
 pub use run::run;
+
+/// A model's failure by what the operator can do.
+fn failure(error: lm::LmError) -> stage::Failure {
+    stage::Failure::coded(error.exit_code(), error)
+}

@@ -24,7 +24,7 @@ pub async fn publish(
 /// differently, would differ by something private, so the first is the only one.
 pub(crate) async fn write<Z: Zone>(zone: &Z, run: &str, base_model: &str, lora: &Lora) -> Result<Output, Failure> {
     let folder = format!("runs/{run}/adapter");
-    let mut files = lora.to_peft(base_model).map_err(|error| crate::run::failure(&error))?;
+    let mut files = lora.to_peft(base_model).map_err(crate::failure)?;
     files.sort_by_key(|(name, _)| name.ends_with(".json"));
     for (name, body) in files {
         let path = format!("{folder}/{name}");

@@ -1,7 +1,5 @@
 //! The stage: load the model, claim, reserve, read, train, publish, settle.
 
-use std::path::Path;
-
 use lake::manifest::{self, Begin, Claim, Input, RunHandle};
 use lake::{LocalFolder, PrivateRoot, ReleaseRoot, Table, Zone};
 use ledger::{LedgerError, Request, Reservation};
@@ -23,6 +21,7 @@ use crate::adapter::{BaselineAdapter, PrivateAdapter, Training, Update, check_le
 use crate::args::{Args, Config, Mechanism};
 use crate::checkpoint::Checkpoints;
 use crate::corpus::{self, Encoding, Splits};
+use crate::failure;
 use crate::step::{Limits, sample, sum_gradients};
 use crate::{loss, publish};
 
@@ -70,7 +69,7 @@ async fn train_privately(
     for step in adapter.training().steps..mechanism.steps() {
         let sum = setting.sum_gradients(step, &adapter.training().lora)?;
         let gradient = mechanism.release(&setting.key, &setting.context, step, sum).map_err(accounting)?;
-        adapter.apply(&gradient, setting.update(step)).map_err(|error| failure(&error))?;
+        adapter.apply(&gradient, setting.update(step)).map_err(failure)?;
         progress.advance(1);
         setting.save(adapter.training()).await?;
     }
@@ -98,7 +97,7 @@ async fn train_baseline(
     progress.resume(adapter.training().steps);
     for step in adapter.training().steps..steps {
         let sum = setting.sum_gradients(step, &adapter.training().lora)?;
-        adapter.apply(&sum, expected_batch_size, setting.update(step)).map_err(|error| failure(&error))?;
+        adapter.apply(&sum, expected_batch_size, setting.update(step)).map_err(failure)?;
         progress.advance(1);
         setting.save(adapter.training()).await?;
     }
@@ -138,8 +137,8 @@ impl<'a> Base<'a> {
             )));
         }
         let folder = lake::fetch_folder(&args.model, &args.common.storage()).await?;
-        let checkpoint = Checkpoint::open(folder.path()).map_err(|error| failure(&error))?;
-        let model_digest = checkpoint.digest().map_err(|error| failure(&error))?;
+        let checkpoint = Checkpoint::open(folder.path()).map_err(failure)?;
+        let model_digest = checkpoint.digest().map_err(failure)?;
         Ok(Self { args, config, private, checkpoint, model_digest, corpus, corpus_version, _folder: folder })
     }
 
@@ -155,7 +154,7 @@ impl<'a> Base<'a> {
         }
         // Before the claim: a run id must not be bound to settings that cannot work.
         self.check_size(zone, &claim).await?;
-        let model = Model::load(self).map_err(|error| failure(&error))?;
+        let model = Model::load(self).map_err(failure)?;
         match manifest::begin(zone, claim).await? {
             Begin::Done(_) => Ok(None),
             Begin::Fresh(handle) | Begin::Resumed(handle) => Ok(Some((model, handle))),
@@ -184,7 +183,7 @@ impl<'a> Base<'a> {
             // PRIVACY: a digest of the corpus would let anyone confirm a guess of it, so the pin is the version alone.
             inputs: vec![
                 input("corpus", &format!("corpora/{}", self.config.corpus), Some(self.corpus_version), None),
-                input("model", model_name(&self.args.model), None, Some(&self.model_digest)),
+                input("model", stage::base_name(&self.args.model), None, Some(&self.model_digest)),
             ],
             config: serde_json::to_value(self.config).map_err(|error| Failure::Bug(error.to_string()))?,
             seeds: vec![self.config.seed],
@@ -222,10 +221,10 @@ struct Model {
 impl Model {
     fn load(base: &Base) -> Result<Self, LmError> {
         let (args, config, checkpoint) = (base.args, base.config, &base.checkpoint);
-        let compute = Compute::resolve(args.device.into(), args.dtype.into())?;
+        let compute = Compute::resolve(args.device, args.dtype)?;
         let tokenizer = checkpoint.tokenizer()?;
         let architecture = checkpoint.decoder_config()?;
-        let prompt = Prompt::new(config.template.into(), &tokenizer, &architecture)?;
+        let prompt = Prompt::new(config.template, &tokenizer, &architecture)?;
         check_block_length(config.block_length, prompt.prefix.len(), architecture.max_positions)?;
         let decoder = Decoder::load(checkpoint, compute)?;
         // The same mistakes would end the run after the reservation otherwise, some of them on certain records alone.
@@ -306,7 +305,7 @@ impl<'a> Setting<'a> {
 
     /// The state to go on from: that of the newest checkpoint, or the first, whose loss is recorded.
     async fn resume(&self) -> Result<Training, Failure> {
-        let fresh = new_lora(self.base.config, &self.model.decoder).map_err(|error| failure(&error))?;
+        let fresh = new_lora(self.base.config, &self.model.decoder).map_err(failure)?;
         let training = self.checkpoints.resume(Training::new(fresh)).await?;
         if training.steps == 0 {
             self.record_loss(&training).await?;
@@ -320,8 +319,7 @@ impl<'a> Setting<'a> {
         let units =
             sample(&config.mechanism, &self.key, &self.context, step, &self.splits.train).map_err(accounting)?;
         let limits = Limits { block_length: config.block_length, micro_batch_tokens: self.micro_batch_tokens() };
-        sum_gradients(&self.model.decoder, lora, &config.mechanism, &units, step, limits)
-            .map_err(|error| failure(&error))
+        sum_gradients(&self.model.decoder, lora, &config.mechanism, &units, step, limits).map_err(failure)
     }
 
     fn micro_batch_tokens(&self) -> usize {
@@ -347,15 +345,15 @@ impl<'a> Setting<'a> {
     /// Records the last loss, and refuses an adapter that did not learn.
     async fn conclude(&self, training: &Training) -> Result<(), Failure> {
         self.record_loss(training).await?;
-        check_learned(&self.model.initial, &training.lora, &self.base.config.mechanism).map_err(|error| failure(&error))
+        check_learned(&self.model.initial, &training.lora, &self.base.config.mechanism).map_err(failure)
     }
 
     /// Records the validation loss after `training`'s steps in the private root.
     async fn record_loss(&self, training: &Training) -> Result<(), Failure> {
         let Base { args, config, private, .. } = self.base;
         let units = &self.splits.validation;
-        let mean = loss::mean(&self.model.decoder, &training.lora, units, self.micro_batch_tokens())
-            .map_err(|error| failure(&error))?;
+        let mean =
+            loss::mean(&self.model.decoder, &training.lora, units, self.micro_batch_tokens()).map_err(failure)?;
         if let Some(mean) = mean {
             loss::record(private, &args.common.run, config.mechanism.stage(), training.steps, &mean).await?;
         }
@@ -405,20 +403,6 @@ fn corpus_version(claim: &Claim) -> Result<i64, Failure> {
 fn claimed_model(claim: &Claim) -> Result<&str, Failure> {
     let model = claim.inputs.iter().find(|input| input.name == "model").map(|input| input.location.as_str());
     model.ok_or_else(|| Failure::Input(format!("claim of run {}: no model is named", claim.run)))
-}
-
-/// A model's name without the machine's folders.
-fn model_name(url: &str) -> &str {
-    Path::new(url.trim_end_matches('/')).file_name().and_then(|name| name.to_str()).unwrap_or(url)
-}
-
-/// A model's failure by what the operator can do. No variant holds text of a record, nor a size.
-pub(crate) fn failure(error: &LmError) -> Failure {
-    match error {
-        LmError::Usage(message) => Failure::Usage(message.clone()),
-        LmError::Malformed(message) => Failure::Input(message.clone()),
-        other => Failure::Bug(other.to_string()),
-    }
 }
 
 fn refused(error: LedgerError) -> Failure {
