@@ -42,12 +42,14 @@ pub struct Reservation {
 ///
 /// The same run and stage with the same fingerprint gets the reservation it has: resuming pays nothing. With anything
 /// else it is refused, since one run id would then stand for two uses of noise. Where ε of everything spent with this
-/// request, by PLD at the budget's δ, exceeds the budget: [`LedgerError::OverBudget`] with the arithmetic.
+/// request, by PLD at the budget's δ, exceeds the budget: [`LedgerError::OverBudget`] with the arithmetic. All reservations of
+/// a ledger are for one privacy unit.
 pub async fn reserve(root: &PrivateRoot, request: &Request) -> Result<Reservation, LedgerError> {
     let sequence = chain::update(root, &request.corpus, |ledger| {
         if let Some(sequence) = standing(ledger, request)? {
             return Ok(Decision::Done(sequence));
         }
+        check_unit(ledger, &request.unit)?;
         afford(ledger, &request.run, &request.stage, &request.event)?;
         Ok(Decision::Append(entry(request), |sequence| sequence))
     })
@@ -55,16 +57,27 @@ pub async fn reserve(root: &PrivateRoot, request: &Request) -> Result<Reservatio
     Ok(Reservation { sequence, corpus: request.corpus.clone() })
 }
 
-/// Refuses early what [`reserve`] would refuse for want of budget; where (run, stage) has a reservation, nothing is missing.
+/// Refuses early what [`reserve`] would refuse for want of budget or for its privacy unit; where (run, stage) has a
+/// reservation, nothing is missing.
 ///
 /// It reads the ledger alone: a stage calls it before it binds its run id and takes the digests that a reservation needs.
-pub async fn check(root: &PrivateRoot, corpus: &str, run: &str, stage: &str, event: &Event) -> Result<(), LedgerError> {
+pub async fn check(
+    root: &PrivateRoot,
+    corpus: &str,
+    unit: &str,
+    (run, stage): (&str, &str),
+    event: &Event,
+) -> Result<(), LedgerError> {
     let (ledger, _) = chain::load(root, corpus).await?;
     let reserved = ledger.entries.iter().any(|entry| match &entry.body {
         Body::Reserve { run: other, stage: of, .. } => (other.as_str(), of.as_str()) == (run, stage),
         _ => false,
     });
-    if reserved { Ok(()) } else { afford(&ledger, run, stage, event) }
+    if reserved {
+        return Ok(());
+    }
+    check_unit(&ledger, unit)?;
+    afford(&ledger, run, stage, event)
 }
 
 /// Marks a reservation as used. Settling twice is fine.
@@ -160,6 +173,22 @@ fn standing(ledger: &Ledger, request: &Request) -> Result<Option<u64>, LedgerErr
         )));
     }
     Ok(None)
+}
+
+/// Refuses another privacy unit than that of what was spent before. ε of different units do not add up: what a mechanism
+/// tells of one record says nothing of what it tells of a user with many.
+fn check_unit(ledger: &Ledger, unit: &str) -> Result<(), LedgerError> {
+    let other = ledger.entries.iter().find_map(|entry| match &entry.body {
+        Body::Reserve { unit: other, .. } if other != unit => Some((entry.sequence, other)),
+        _ => None,
+    });
+    let Some((sequence, other)) = other else { return Ok(()) };
+    Err(LedgerError::Usage(format!(
+        "ledger of `{}`: the privacy unit of entry {sequence} is `{other}`, and that of the corpus is now `{unit}`; ε of \
+         different units do not add up\n\
+         help: partition under another corpus name, with a budget of its own that leaves room for what was spent",
+        ledger.corpus
+    )))
 }
 
 fn no_budget(corpus: &str) -> LedgerError {

@@ -11,6 +11,7 @@ use crate::entry::Seal;
 use crate::*;
 
 const CORPUS: &str = "chats";
+const UNIT: &str = "conversation_id";
 const DELTA: f64 = 5e-7;
 
 pub(crate) struct Fixture {
@@ -59,7 +60,7 @@ pub(crate) fn votes(run: &str) -> Request {
     Request {
         corpus: CORPUS.into(),
         version: 3,
-        unit: "conversation_id".into(),
+        unit: UNIT.into(),
         conditions: vec!["deduplicated across records".into()],
         run: run.into(),
         stage: "vote".into(),
@@ -111,9 +112,24 @@ async fn a_resumed_run_pays_nothing_and_a_new_run_pays() {
     assert_eq!(error.exit_code(), 4);
     // The early look at the budget tells the same of both.
     let event = votes("a").event;
-    check(&fixture.root, CORPUS, "a", "vote", &event).await.unwrap();
-    let error = check(&fixture.root, CORPUS, "b", "vote", &event).await.unwrap_err();
+    check(&fixture.root, CORPUS, UNIT, ("a", "vote"), &event).await.unwrap();
+    let error = check(&fixture.root, CORPUS, UNIT, ("b", "vote"), &event).await.unwrap_err();
     assert!(matches!(error, LedgerError::OverBudget(_)), "{error}");
+    assert_eq!(read(&fixture.root, CORPUS).await.unwrap().entries.len(), 2);
+}
+
+#[tokio::test]
+async fn epsilon_of_different_privacy_units_is_not_added_up() {
+    let fixture = Fixture::with_budget(10.0).await;
+    let first = reserve(&fixture.root, &votes("a")).await.unwrap();
+    let other = Request { unit: "user".into(), ..votes("b") };
+    let early = check(&fixture.root, CORPUS, "user", ("b", "vote"), &other.event).await;
+    for error in [early.unwrap_err(), reserve(&fixture.root, &other).await.unwrap_err()] {
+        assert_eq!(error.exit_code(), 2);
+        let told = error.to_string();
+        assert!(told.contains("entry 1 is `conversation_id`") && told.contains("now `user`"), "{told}");
+    }
+    assert_eq!(reserve(&fixture.root, &votes("a")).await.unwrap(), first);
     assert_eq!(read(&fixture.root, CORPUS).await.unwrap().entries.len(), 2);
 }
 

@@ -4,6 +4,7 @@ use clap::{ArgGroup, Parser, ValueEnum};
 use lm::adapter::{LoraConfig, Target};
 use lm::device::{DeviceChoice, DtypeChoice};
 use lm::template::Template;
+use privacy::accounting::DELTAS;
 use privacy::event::Event;
 use privacy::training::TrainingMechanism;
 use serde::Serialize;
@@ -344,7 +345,7 @@ impl Args {
             format!("--weight-decay {}: expected a number of at least 0", self.weight_decay),
         );
         if let Some(delta) = self.delta {
-            check(delta > 0.0 && delta < 1.0, format!("--delta {delta}: expected a number between 0 and 1"));
+            check(DELTAS.contains(&delta), format!("--delta {delta}: expected a number between 0 and 1, such as 1e-6"));
         }
         check(self.block_length >= 8, format!("--block-length {}: expected at least 8 tokens", self.block_length));
         check(self.checkpoint_every >= 1, "--checkpoint-every 0: expected at least 1".into());
@@ -489,6 +490,7 @@ mod tests {
             ("--weight-decay nan", "--weight-decay NaN"),
             ("--delta 0", "--delta 0: expected a number between 0 and 1"),
             ("--delta 1", "--delta 1"),
+            ("--delta 1e-301", "expected a number between 0 and 1"),
             ("--delta nan", "--delta NaN"),
             ("--dropout 1", "--dropout 1"),
             ("--learning-rate inf", "--learning-rate inf"),

@@ -32,8 +32,10 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
         Mechanism::Private(mechanism) => {
             let (private, release) = args.common.roots().await?;
             let base = Base::open(&args, &config, &private).await?;
-            let (run, stage) = (&args.common.run, config.mechanism.stage());
-            ledger::check(&private, &config.corpus, run, stage, &mechanism.event()).await.map_err(refused)?;
+            let use_of_it = (args.common.run.as_str(), config.mechanism.stage());
+            ledger::check(&private, &config.corpus, &base.unit, use_of_it, &mechanism.event())
+                .await
+                .map_err(refused)?;
             let facts = facts(&args, mechanism, &private).await?;
             let Some((model, handle)) = base.begin(&release).await? else {
                 return Ok(summary(&args, &config, true));
@@ -119,6 +121,8 @@ struct Base<'a> {
     model_digest: String,
     corpus: Table,
     corpus_version: i64,
+    /// The corpus's privacy unit.
+    unit: String,
     _folder: LocalFolder,
 }
 
@@ -128,7 +132,7 @@ impl<'a> Base<'a> {
         let corpus_version = corpus.pin().await?;
         // partition writes the terms when the records stand. Before, there is a version without records, and a run that
         // was bound to it would pay for nothing.
-        lake::CorpusTerms::read(private, &config.corpus).await?;
+        let unit = lake::CorpusTerms::read(private, &config.corpus).await?.privacy_unit;
         if corpus.count(corpus_version).await? == 0 {
             let help = "run partition to its end, on an input with instructions";
             return Err(Failure::Input(format!(
@@ -139,7 +143,7 @@ impl<'a> Base<'a> {
         let folder = lake::fetch_folder(&args.model, &args.common.storage()).await?;
         let checkpoint = Checkpoint::open(folder.path()).map_err(failure)?;
         let model_digest = checkpoint.digest().map_err(failure)?;
-        Ok(Self { args, config, private, checkpoint, model_digest, corpus, corpus_version, _folder: folder })
+        Ok(Self { args, config, private, checkpoint, model_digest, corpus, corpus_version, unit, _folder: folder })
     }
 
     /// Claims the run in `zone`, once corpus and model are known to work with the settings; `None` where it is done

@@ -1,6 +1,7 @@
 //! What was typed, and what it means. All of it is public.
 
 use clap::Parser;
+use privacy::accounting::DELTAS;
 use serde::Serialize;
 
 use crate::error::VoteError;
@@ -113,7 +114,8 @@ impl Config {
         check(args.target > 0, "--target: expected at least 1");
         check(args.variance > 0.0 && args.variance <= 1.0, "--variance: expected a share above 0 and at most 1");
         check(args.sigma.is_finite() && args.sigma > 0.0, "--sigma: expected a positive number");
-        check(args.delta.is_none_or(|delta| delta > 0.0 && delta < 1.0), "--delta: expected a number between 0 and 1");
+        let delta = args.delta.is_none_or(|delta| DELTAS.contains(&delta));
+        check(delta, "--delta: expected a number between 0 and 1, such as 1e-6");
         let enough = args.subsample.is_none_or(|rows| rows >= args.clusters);
         check(enough, "--subsample: expected at least --clusters rows");
         if !findings.is_empty() {

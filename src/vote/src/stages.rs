@@ -31,8 +31,9 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
     let (private, release) = args.common.roots().await?;
     let inputs = Inputs::find(&private, &release, &args.common.run, &config).await?;
     inputs.check(&config).await?;
-    let (run, event) = (&args.common.run, mechanism.event());
-    ledger::check(&private, &config.corpus, run, STAGE, &event).await.map_err(VoteError::from)?;
+    let terms = CorpusTerms::read(&private, &config.corpus).await?;
+    let (unit, use_of_it) = (&terms.privacy_unit, (args.common.run.as_str(), STAGE));
+    ledger::check(&private, &config.corpus, unit, use_of_it, &mechanism.event()).await.map_err(VoteError::from)?;
     let handle = match manifest::begin(&release, inputs.claim(&args.common.run, &config)?).await? {
         Begin::Done(manifest) => return summary(&args, &config, &manifest, true),
         Begin::Fresh(handle) | Begin::Resumed(handle) => handle,

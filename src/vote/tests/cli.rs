@@ -507,6 +507,7 @@ fn what_does_not_fit_is_refused() {
         (&["--baseline-run", "nobody"], 3, &["nobody", "embed", "help:"]),
         (&["--clusters", "0", "--target", "0"], 2, &["--clusters", "--target"]),
         (&["--variance", "1.5"], 2, &["--variance"]),
+        (&["--delta", "1e-301"], 2, &["--delta"]),
         (&["--subsample", "3"], 2, &["--subsample"]),
     ];
     for (flags, code, messages) in cases {
