@@ -13,10 +13,10 @@ use deltalake::protocol::DeltaOperation;
 use futures::TryStreamExt;
 use tokio::time::Instant;
 
+use crate::backoff::Backoff;
 use crate::delta::{self, Commit};
 use crate::files::{DataFile, files, merged_name, writer};
 use crate::rows::{self, Encoder};
-use crate::store::Backoff;
 use crate::table::properties;
 use crate::{LakeError, Table};
 
@@ -73,8 +73,7 @@ impl Table {
     /// Writes the rows of `from`, in their order, as one file.
     async fn merge(&self, table: &DeltaTable, from: Vec<DataFile>) -> Result<Merged, LakeError> {
         let schema = self.arrow_schema(table)?;
-        let columns: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
-        let wanted = rows::wanted(self.url(), &schema, &columns)?;
+        let wanted = rows::as_they_are(&schema);
         let mut encoder = Encoder::new(self.url(), &schema)?;
         let mut count = 0;
         for file in &from {
@@ -289,7 +288,7 @@ mod tests {
             append(&first, 0, chunk).await;
         }
         let appends = (1..4).map(|shard| {
-            let table = Table::new(first.store.clone(), "runs/demo/loss", None);
+            let table = Table::new(first.store.clone(), "runs/demo/loss", None, true);
             tokio::spawn(async move {
                 for chunk in 0..8 {
                     assert!(append(&table, shard, chunk).await);
@@ -297,7 +296,7 @@ mod tests {
             })
         });
         let compactions = (0..2).map(|_| {
-            let table = Table::new(first.store.clone(), "runs/demo/loss", None);
+            let table = Table::new(first.store.clone(), "runs/demo/loss", None, true);
             tokio::spawn(async move {
                 for _ in 0..4 {
                     table.compact(1 << 20, Writers::Running).await.unwrap();

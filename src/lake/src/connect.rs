@@ -12,7 +12,20 @@ use crate::durable::Durable;
 use crate::error::{LakeError, explain};
 use crate::location::{Location, StoreKind};
 use crate::profile;
-use crate::root::StorageOptions;
+
+/// How to reach storage; credentials come from the environment, never from here.
+#[derive(Clone, Debug)]
+pub struct StorageOptions {
+    /// Deadline of one storage operation with its retries.
+    pub timeout: Duration,
+}
+
+impl Default for StorageOptions {
+    fn default() -> Self {
+        // Below the five minutes for which S3 credentials and signatures are sure to stay valid.
+        Self { timeout: Duration::from_secs(180) }
+    }
+}
 
 /// Limit of one request: a stalled connection is given up early enough to try again within the deadline.
 pub(crate) fn request_timeout(deadline: Duration) -> Duration {

@@ -33,6 +33,21 @@ pub enum LakeError {
     Transient(String),
 }
 
+impl LakeError {
+    /// The same error in other words.
+    pub(crate) fn map(self, words: impl FnOnce(String) -> String) -> Self {
+        match self {
+            Self::Usage(text) => Self::Usage(words(text)),
+            Self::NotFound(text) => Self::NotFound(words(text)),
+            Self::NoBucket(text) => Self::NoBucket(words(text)),
+            Self::Malformed(text) => Self::Malformed(words(text)),
+            Self::Conflict(text) => Self::Conflict(words(text)),
+            Self::Forbidden(text) => Self::Forbidden(words(text)),
+            Self::Transient(text) => Self::Transient(words(text)),
+        }
+    }
+}
+
 /// The error of one operation on the object at `url`.
 pub fn explain(url: &str, error: &object_store::Error) -> LakeError {
     use object_store::Error as E;

@@ -10,8 +10,8 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use tempfile::TempDir;
 
+use crate::connect::StorageOptions;
 use crate::error::{LakeError, explain_io};
-use crate::root::StorageOptions;
 use crate::store::Store;
 
 /// A folder or file on this machine; a downloaded copy is deleted when this is dropped.

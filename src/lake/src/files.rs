@@ -6,7 +6,6 @@ use deltalake::DeltaTable;
 
 use crate::delta;
 use crate::error::LakeError;
-use crate::table::AppTransaction;
 
 /// Bytes that a transaction id may take of a file's name: most file systems take 255 in all, of which chunk, ending, two
 /// random parts and the number of an unfinished write need some.
@@ -14,14 +13,14 @@ const LONGEST: usize = 200;
 
 /// `<transaction id>-<chunk>-<random>.parquet`: sorts by shard and chunk; the random part keeps a second writer of the
 /// same chunk from replacing a file that is committed already.
-pub(crate) fn file_name(transaction: &AppTransaction) -> String {
-    let mut id = padded(&transaction.id);
+pub(crate) fn file_name(transaction: &str, chunk: i64) -> String {
+    let mut id = padded(transaction);
     if id.len() > LONGEST {
         // All files of a table have the run in common, so that its numbers order nothing.
-        let (run, rest) = transaction.id.split_at(transaction.id.find('/').unwrap_or(0));
+        let (run, rest) = transaction.split_at(transaction.find('/').unwrap_or(0));
         id = format!("{run}{}", padded(rest));
     }
-    format!("{}-{:08}-{}.parquet", id.trim_start_matches(['.', '_']), transaction.version, random_part())
+    format!("{}-{:08}-{}.parquet", id.trim_start_matches(['.', '_']), chunk, random_part())
 }
 
 /// `text` in plain characters, its numbers padded, so that shard 10 follows shard 9.
@@ -104,7 +103,7 @@ mod tests {
 
     #[test]
     fn file_names_sort_by_shard_and_chunk() {
-        let name = |id: &str, version| file_name(&AppTransaction { id: id.into(), version });
+        let name = |id: &str, version| file_name(id, version);
         assert!(name("demo/synthesize/9-of-16", 3) < name("demo/synthesize/10-of-16", 0));
         assert!(name("demo/synthesize/9-of-16", 9) < name("demo/synthesize/9-of-16", 10));
         assert!(!name("_demo/ü", 0).contains(['/', 'ü']));
@@ -114,15 +113,14 @@ mod tests {
     #[test]
     fn the_longest_run_id_makes_a_name_that_file_systems_take() {
         let run = "1a".repeat(50);
-        let name =
-            |shard: &str, version| file_name(&AppTransaction { id: format!("{run}/synthesize/{shard}"), version });
+        let name = |shard: &str, version| file_name(&format!("{run}/synthesize/{shard}"), version);
         assert!(merged_name(&name("100-of-128", 3)).len() + "#12".len() <= 255);
         assert!(name("9-of-16", 3) < name("10-of-16", 0));
     }
 
     #[test]
     fn a_merged_file_takes_the_place_of_the_first() {
-        let name = |id: &str, version| file_name(&AppTransaction { id: id.into(), version });
+        let name = |id: &str, version| file_name(id, version);
         let (before, first, behind) = (name("demo/a", 3), name("demo/a", 4), name("demo/a", 5));
         let merged = merged_name(&first);
         let again = merged_name(&merged);

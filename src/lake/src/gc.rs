@@ -339,18 +339,21 @@ async fn read_log<Z: Zone>(zone: &Z, table: &str) -> Result<Option<HashMap<Strin
     let mut reads = futures::stream::iter(reads).buffered(PARALLEL);
     let mut lives: HashMap<String, Life> = HashMap::new();
     while let Some((version, at, body)) = reads.try_next().await? {
-        for line in body.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
-            let Ok(action) = serde_json::from_slice::<Action>(line) else { return Ok(None) };
-            if let Some(add) = action.add {
-                // A path that comes back lives from the first time on.
-                let life = lives.entry(decoded(&add.path)).or_insert(Life { added: version, removed: None });
-                life.removed = None;
-            }
-            if let Some(remove) = action.remove
-                && let Some(life) = lives.get_mut(&decoded(&remove.path))
-            {
+        let lines = body.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
+        let Ok(actions) = lines.map(serde_json::from_slice::<Action>).collect::<Result<Vec<_>, _>>() else {
+            return Ok(None);
+        };
+        for remove in actions.iter().filter_map(|action| action.remove.as_ref()) {
+            if let Some(life) = lives.get_mut(&decoded(&remove.path)) {
                 life.removed = Some((version, at));
             }
+        }
+        // Behind all removes, whatever the order of lines: who deletes some rows of a file removes it as it was, and adds it
+        // with a list of these rows.
+        for add in actions.iter().filter_map(|action| action.add.as_ref()) {
+            // A path that comes back lives from the first time on.
+            let life = lives.entry(decoded(&add.path)).or_insert(Life { added: version, removed: None });
+            life.removed = None;
         }
     }
     Ok(Some(lives))

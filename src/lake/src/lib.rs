@@ -4,6 +4,7 @@
 //! [`PrivateRoot`] or [`ReleaseRoot`], claims its run with [`manifest::begin`], reads pinned versions of [`Table`]s and
 //! appends to others exactly once.
 
+mod backoff;
 mod compact;
 pub mod compare;
 mod connect;
@@ -29,6 +30,7 @@ mod store;
 pub mod table;
 
 pub use compact::Writers;
+pub use connect::StorageOptions;
 pub use corpus::CorpusTerms;
 pub use error::explain;
 pub use fetch::{ByteStream, LocalFolder, TemporaryFolder, delete_temporary_folders, fetch_folder, read_stream};
@@ -36,7 +38,6 @@ pub use manifest::{Begin, Claim, Input, Manifest, Output, RunHandle};
 pub use overlay::Overlay;
 pub use private::Private;
 pub use root::{
-    LakeError, Pins, PrivateRoot, ReleaseRoot, StorageOptions, Zone, canonical_url, check_disjoint,
-    check_disjoint_urls, open_url,
+    LakeError, Pins, PrivateRoot, ReleaseRoot, Zone, canonical_url, check_disjoint, check_disjoint_urls, open_url,
 };
 pub use table::{AppTransaction, Table, Uploaded};

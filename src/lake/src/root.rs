@@ -3,13 +3,14 @@
 //! Paths inside a root are relative, `/`-separated strings such as `runs/demo/adapter/adapter_config.json`.
 
 use std::collections::BTreeMap;
+use std::marker::PhantomData;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use object_store::ObjectStore;
 
+use crate::connect::StorageOptions;
 pub use crate::error::LakeError;
 use crate::location::Location;
 use crate::overlay::Overlay;
@@ -17,20 +18,6 @@ use crate::store::Store;
 
 /// Versions to read of tables, by their paths, in place of the latest.
 pub type Pins = BTreeMap<String, i64>;
-
-/// How to reach storage; credentials come from the environment, never from here.
-#[derive(Clone, Debug)]
-pub struct StorageOptions {
-    /// Deadline of one storage operation with its retries.
-    pub timeout: Duration,
-}
-
-impl Default for StorageOptions {
-    fn default() -> Self {
-        // Below the five minutes for which S3 credentials and signatures are sure to stay valid.
-        Self { timeout: Duration::from_secs(180) }
-    }
-}
 
 mod sealed {
     /// Keeps [`super::Zone`] to the two roots.
@@ -99,7 +86,7 @@ pub trait Zone: Sealed + Clone + std::fmt::Debug + Send + Sync + 'static {
     /// The table at `path` (which may not exist yet).
     fn table(&self, path: &str) -> crate::Table {
         let path = path.trim_matches('/');
-        crate::Table::new(self.store().clone(), path, self.pins().get(path).copied())
+        crate::Table::new(self.store().clone(), path, self.pins().get(path).copied(), Self::NAME == IsPrivate::NAME)
     }
 
     /// Copies all objects below `prefix` to the local folder `to`, streaming; none at all is
@@ -114,99 +101,86 @@ pub trait Zone: Sealed + Clone + std::fmt::Debug + Send + Sync + 'static {
     }
 }
 
-/// Where everything computed from private records without a mechanism lives.
+/// What tells the two roots apart, for the compiler: a function of one does not take the other.
+pub trait Kind: Clone + std::fmt::Debug + Send + Sync + 'static {
+    /// `private` or `release`.
+    const NAME: &'static str;
+}
+
+/// [`Kind`] of the [`PrivateRoot`].
 #[derive(Clone, Debug)]
-pub struct PrivateRoot(Store, Arc<Pins>);
+pub enum IsPrivate {}
 
-/// Where outputs of mechanisms, and what follows from them alone, live.
+/// [`Kind`] of the [`ReleaseRoot`].
 #[derive(Clone, Debug)]
-pub struct ReleaseRoot(Store, Arc<Pins>);
+pub enum IsRelease {}
 
-impl PrivateRoot {
-    /// Opens the root at `url`: a path, `file://`, `s3://`, `gs://` or `az://` URL. One that is marked as the other zone
-    /// is refused; nothing else is read yet, and nothing written.
-    pub async fn open(url: &str, options: &StorageOptions) -> Result<Self, LakeError> {
-        let store = Store::open(url, options)?;
-        store.refuse_other_zone(Self::NAME).await?;
-        Ok(Self(store, Arc::default()))
-    }
-
-    /// The same root, which is marked as this zone with the first conditional put.
-    pub fn marked(self) -> Self {
-        self.0.tell_zone(Self::NAME);
-        self
-    }
-
-    /// The same root, where [`crate::Table::pin`] gives the versions of `pins`. A claim must be made of them:
-    /// [`crate::manifest::begin`] refuses a pin that it does not use.
-    pub fn pinned(self, pins: Pins) -> Self {
-        Self(self.0, Arc::new(pins))
-    }
-
-    /// The same root as seen through `overlay`, which takes all writes.
-    pub fn under(&self, overlay: &Overlay) -> Result<Self, LakeError> {
-        Ok(Self(self.0.under(overlay)?, self.1.clone()))
-    }
-}
-
-impl ReleaseRoot {
-    /// Opens the root at `url`: a path, `file://`, `s3://`, `gs://` or `az://` URL. One that is marked as the other zone
-    /// is refused; nothing else is read yet, and nothing written.
-    pub async fn open(url: &str, options: &StorageOptions) -> Result<Self, LakeError> {
-        let store = Store::open(url, options)?;
-        store.refuse_other_zone(Self::NAME).await?;
-        Ok(Self(store, Arc::default()))
-    }
-
-    /// The same root, which is marked as this zone with the first conditional put.
-    pub fn marked(self) -> Self {
-        self.0.tell_zone(Self::NAME);
-        self
-    }
-
-    /// The same root, where [`crate::Table::pin`] gives the versions of `pins`. A claim must be made of them:
-    /// [`crate::manifest::begin`] refuses a pin that it does not use.
-    pub fn pinned(self, pins: Pins) -> Self {
-        Self(self.0, Arc::new(pins))
-    }
-
-    /// The same root as seen through `overlay`, which takes all writes.
-    pub fn under(&self, overlay: &Overlay) -> Result<Self, LakeError> {
-        Ok(Self(self.0.under(overlay)?, self.1.clone()))
-    }
-}
-
-impl Sealed for PrivateRoot {
-    fn store(&self) -> &Store {
-        &self.0
-    }
-
-    fn pins(&self) -> &Pins {
-        &self.1
-    }
-}
-
-impl Sealed for ReleaseRoot {
-    fn store(&self) -> &Store {
-        &self.0
-    }
-
-    fn pins(&self) -> &Pins {
-        &self.1
-    }
-}
-
-impl Zone for PrivateRoot {
+impl Kind for IsPrivate {
     const NAME: &'static str = "private";
 }
 
-impl Zone for ReleaseRoot {
+impl Kind for IsRelease {
     const NAME: &'static str = "release";
+}
+
+/// One of the two roots of a deployment.
+#[derive(Clone, Debug)]
+pub struct Root<K: Kind> {
+    store: Store,
+    pins: Arc<Pins>,
+    kind: PhantomData<K>,
+}
+
+/// Where everything computed from private records without a mechanism lives.
+pub type PrivateRoot = Root<IsPrivate>;
+
+/// Where outputs of mechanisms, and what follows from them alone, live.
+pub type ReleaseRoot = Root<IsRelease>;
+
+impl<K: Kind> Root<K> {
+    /// Opens the root at `url`: a path, `file://`, `s3://`, `gs://` or `az://` URL. One that is marked as the other zone
+    /// is refused; nothing else is read yet, and nothing written.
+    pub async fn open(url: &str, options: &StorageOptions) -> Result<Self, LakeError> {
+        let store = Store::open(url, options)?;
+        store.refuse_other_zone(K::NAME).await?;
+        Ok(Self { store, pins: Arc::default(), kind: PhantomData })
+    }
+
+    /// The same root, which is marked as this zone with the first conditional put.
+    pub fn marked(self) -> Self {
+        self.store.tell_zone(K::NAME);
+        self
+    }
+
+    /// The same root, where [`crate::Table::pin`] gives the versions of `pins`. A claim must be made of them:
+    /// [`crate::manifest::begin`] refuses a pin that it does not use.
+    pub fn pinned(self, pins: Pins) -> Self {
+        Self { pins: Arc::new(pins), ..self }
+    }
+
+    /// The same root as seen through `overlay`, which takes all writes.
+    pub fn under(&self, overlay: &Overlay) -> Result<Self, LakeError> {
+        Ok(Self { store: self.store.under(overlay)?, ..self.clone() })
+    }
+}
+
+impl<K: Kind> Sealed for Root<K> {
+    fn store(&self) -> &Store {
+        &self.store
+    }
+
+    fn pins(&self) -> &Pins {
+        &self.pins
+    }
+}
+
+impl<K: Kind> Zone for Root<K> {
+    const NAME: &'static str = K::NAME;
 }
 
 /// Refuses two roots that are the same, or of which one lies within the other: the zones would mix.
 pub fn check_disjoint(private: &PrivateRoot, release: &ReleaseRoot) -> Result<(), LakeError> {
-    refuse_overlap(private.0.location(), release.0.location())
+    refuse_overlap(private.store.location(), release.store.location())
 }
 
 /// [`check_disjoint`] of two URLs, of which nothing is read.

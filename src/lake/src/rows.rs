@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, new_null_array};
 use arrow::compute::{CastOptions, cast_with_options};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use bytes::Bytes;
@@ -31,6 +31,9 @@ const ROW_GROUP: usize = 16_384;
 
 /// Rows of one batch that a scan yields.
 const BATCH: usize = 4_096;
+
+/// What else is to be done after rows were mended.
+const ANEW: &str = "a run that has begun keeps the version that it read, so take another --run then";
 
 /// Columns that a scan shall yield, in order.
 #[derive(Clone, Debug)]
@@ -62,6 +65,12 @@ pub(crate) fn wanted(url: &str, schema: &Schema, columns: &[&str]) -> Result<Wan
         }
     };
     Ok(Wanted(Arc::new(columns.iter().map(column).collect::<Result<_, _>>()?)))
+}
+
+/// All columns of a table as they are, whatever their names: for rows that stay in it.
+pub(crate) fn as_they_are(schema: &Schema) -> Wanted {
+    let column = |field: &Arc<Field>| Column { field: field.as_ref().clone(), ours: false };
+    Wanted(Arc::new(schema.fields().iter().map(column).collect()))
 }
 
 fn wrong_type(url: &str, name: &str, found: &DataType, expected: &DataType) -> LakeError {
@@ -111,11 +120,11 @@ impl Wanted {
     /// `batch`, from the object at `url`, with the wanted columns and types.
     pub fn convert(&self, url: &str, batch: &RecordBatch) -> Result<RecordBatch, LakeError> {
         let column = |column: &Column| {
-            let name = column.field.name();
-            let found = batch
-                .column_by_name(name)
-                .ok_or_else(|| LakeError::Malformed(format!("{url}: there is no column `{name}` in this file")))?;
-            column.convert(url, found)
+            match batch.column_by_name(column.field.name()) {
+                Some(found) => column.convert(url, found),
+                // A column that the table got later is null in the files from before.
+                None => column.convert(url, &new_null_array(column.field.data_type(), batch.num_rows())),
+            }
         };
         let columns: Vec<ArrayRef> = self.0.iter().map(column).collect::<Result<_, _>>()?;
         let options = arrow::array::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
@@ -131,7 +140,7 @@ impl Column {
             || found.as_list_opt::<i32>().is_some_and(|list| list.values().logical_null_count() > 0);
         if self.ours && nulls {
             return Err(LakeError::Malformed(format!(
-                "{url}: column `{name}` holds null, expected a value in every row\nhelp: drop or fill those rows"
+                "{url}: column `{name}` holds null, expected a value in every row\nhelp: drop or fill those rows; {ANEW}"
             )));
         }
         if found.data_type() == wanted {
@@ -143,7 +152,7 @@ impl Column {
         let options = CastOptions { safe: false, ..CastOptions::default() };
         cast_with_options(found, wanted, &options).map_err(|_| {
             LakeError::Malformed(format!(
-                "{url}: column `{name}` holds a value that does not fit {}\nhelp: write the table with that type",
+                "{url}: column `{name}` holds a value that does not fit {}\nhelp: write the table with that type; {ANEW}",
                 describe(wanted)
             ))
         })

@@ -20,9 +20,9 @@ use object_store::{
 };
 use tokio::time::Instant;
 
+use crate::backoff::Backoff;
 use crate::error::{LakeError, explain, is_transient, status, text};
 use crate::location::Location;
-use crate::store::Backoff;
 
 /// What storage or network failed last, retries and all, or refused; and when.
 #[derive(Clone, Debug, Default)]

@@ -15,11 +15,11 @@ use tokio::sync::OnceCell;
 use tokio::time::Instant;
 use url::Url;
 
-use crate::connect::{connect, request_timeout};
+use crate::backoff::Backoff;
+use crate::connect::{StorageOptions, connect, request_timeout};
 use crate::error::{LakeError, explain, explain_io, is_transient};
 use crate::location::{Location, StoreKind};
 use crate::overlay::{Overlay, OverlayStore, Place};
-use crate::root::StorageOptions;
 use crate::steady::{Failures, Steady};
 
 /// Size of one range read and of one part of a multipart upload: large enough to hide latency, small enough that one of
@@ -641,26 +641,14 @@ fn refused_condition(url: &str, error: &object_store::Error) -> LakeError {
     explain(url, error)
 }
 
+/// Whether a file is what the client writes to before it renames it. All our objects have an extension; what has none, such
+/// as `issue#42`, is somebody else's.
 fn is_unfinished(path: &std::path::Path) -> bool {
-    let number = path.file_name().and_then(|name| name.to_str()?.rsplit_once('#'));
-    number.is_some_and(|(_, number)| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
-}
-
-/// Waits that grow, with jitter, so that writers that collided do not collide again.
-#[derive(Default)]
-pub(crate) struct Backoff {
-    attempts: u32,
-}
-
-impl Backoff {
-    pub async fn sleep(&mut self, deadline: Instant) {
-        let ceiling = Duration::from_millis(50 << self.attempts.min(6));
-        self.attempts += 1;
-        // A random UUID is at hand, and this needs no better source.
-        let random = uuid::Uuid::new_v4().as_u64_pair().1 as u32;
-        let wait = ceiling.mul_f64(0.2 + 0.8 * f64::from(random) / f64::from(u32::MAX));
-        tokio::time::sleep_until(deadline.min(Instant::now() + wait)).await;
-    }
+    let parts = path.file_name().and_then(|name| name.to_str()?.rsplit_once('#'));
+    parts.is_some_and(|(name, number)| {
+        let is_object = std::path::Path::new(name).extension().is_some();
+        is_object && !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+    })
 }
 
 #[cfg(test)]

@@ -28,10 +28,11 @@ use tokio::time::Instant;
 use url::Url;
 
 use crate::LakeError;
+use crate::backoff::Backoff;
 use crate::delta::{self, Commit};
 use crate::files::{DataFile, file_name, files};
 use crate::rows;
-use crate::store::{Backoff, Store};
+use crate::store::Store;
 
 /// Identifies one append so that a retry cannot write it twice: `id` is (run, stage, shard), `version` the chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +59,7 @@ pub struct Table {
     url: Url,
     /// The version that [`Table::pin`] gives, where one was asked for.
     asked: Option<i64>,
+    is_private: bool,
     /// The latest version seen, so that the next look reads only newer commits.
     latest: Arc<Mutex<Option<DeltaTable>>>,
 }
@@ -69,9 +71,9 @@ impl std::fmt::Debug for Table {
 }
 
 impl Table {
-    pub(crate) fn new(store: Store, path: &str, asked: Option<i64>) -> Self {
+    pub(crate) fn new(store: Store, path: &str, asked: Option<i64>, is_private: bool) -> Self {
         let url = store.url_of(path);
-        Self { store, path: path.to_string(), url, asked, latest: Arc::default() }
+        Self { store, path: path.to_string(), url, asked, is_private, latest: Arc::default() }
     }
 
     /// The table's URL without credentials.
@@ -284,20 +286,37 @@ impl Table {
     /// `file` as it is opened.
     pub(crate) fn data_file(&self, file: &DataFile) -> Result<rows::File, LakeError> {
         let path = format!("{}/{}", self.path, file.path);
-        let (at, url) = (self.store.location().join(&path)?, self.store.url_of(&path).to_string());
-        Ok(rows::File { store: self.store.clone(), at, size: file.size, url })
+        let at = self.store.location().join(&path)?;
+        Ok(rows::File { store: self.store.clone(), at, size: file.size, url: self.told(&file.path) })
+    }
+
+    /// The data file at `path` as messages name it.
+    ///
+    /// PRIVACY: a name has the number of its chunk, which counts the records of a private table; the random part alone
+    /// leads to the file, too.
+    fn told(&self, path: &str) -> String {
+        match path.rsplit_once('-') {
+            Some((_, random)) if self.is_private => format!("{}/*-{random}", self.url),
+            _ => self.store.url_of(&format!("{}/{path}", self.path)).to_string(),
+        }
+    }
+
+    /// An error of the store about the data file at `path`, which it names as messages may.
+    fn veiled(&self, path: &str, error: LakeError) -> LakeError {
+        error.map(|text| text.replace(self.store.url_of(&format!("{}/{path}", self.path)).as_str(), &self.told(path)))
     }
 
     async fn digest_file(&self, file: &DataFile) -> Result<blake3::Hash, LakeError> {
         let mut digest = blake3::Hasher::new();
-        let (_, mut parts) =
-            self.store.stream(&format!("{}/{}", self.path, file.path)).await.map_err(|error| match error {
+        let (_, mut parts) = self.store.stream(&format!("{}/{}", self.path, file.path)).await.map_err(|error| {
+            match self.veiled(&file.path, error) {
                 LakeError::NotFound(message) => LakeError::Malformed(format!(
                     "{message}, though the table's log names it\nhelp: restore the file, or write the table again"
                 )),
                 other => other,
-            })?;
-        while let Some(part) = parts.try_next().await? {
+            }
+        })?;
+        while let Some(part) = parts.try_next().await.map_err(|error| self.veiled(&file.path, error))? {
             digest.update(&part);
         }
         Ok(digest.finalize())
@@ -317,21 +336,34 @@ impl Table {
         table: &DeltaTable,
         wanted: rows::Wanted,
     ) -> Result<BoxStream<'static, Result<RecordBatch, LakeError>>, LakeError> {
+        let (scan, files) = (self.clone(), futures::stream::iter(files(table)?));
+        let table = table.clone();
+        let open = move |file| {
+            let (scan, table, wanted) = (scan.clone(), table.clone(), wanted.clone());
+            async move { scan.scan_file_by_engine(&table, &file, wanted).await }
+        };
+        // Of several files the engine would take the order in which the log lists them, and a checkpoint of the same version
+        // lists them in another.
+        Ok(files.then(open).try_flatten().boxed())
+    }
+
+    async fn scan_file_by_engine(
+        &self,
+        table: &DeltaTable,
+        file: &DataFile,
+        wanted: rows::Wanted,
+    ) -> Result<BoxStream<'static, Result<RecordBatch, LakeError>>, LakeError> {
         use datafusion::prelude::{SessionConfig, SessionContext};
         let failed = self.blame_engine();
-        // One partition, so that files and rows keep their order.
+        // One partition, so that rows keep their order.
         let session = SessionContext::new_with_config(SessionConfig::new().with_target_partitions(1));
-        let provider = table.table_provider().await.map_err(&failed)?;
+        let file = self.store.url_of(&format!("{}/{}", self.path, file.path));
+        let provider = table.table_provider().with_file_paths([file]).await.map_err(&failed)?;
         let columns = wanted.names();
         let frame = session.read_table(provider).and_then(|frame| frame.select_columns(&columns)).map_err(&failed)?;
         let rows = frame.execute_stream().await.map_err(&failed)?;
         let url = self.url.to_string();
-        Ok(rows
-            .map(move |batch| {
-                let batch = batch.map_err(&failed)?;
-                wanted.convert(&url, &batch)
-            })
-            .boxed())
+        Ok(rows.map(move |batch| wanted.convert(&url, &batch.map_err(&failed)?)).boxed())
     }
 
     /// Encodes and uploads `batches` as one new data file.
@@ -350,7 +382,7 @@ impl Table {
             Ok(panic) => std::panic::resume_unwind(panic),
             Err(_) => LakeError::Transient(format!("{}: encoding was cut short\nhelp: run again", self.url)),
         })??;
-        self.put_file(file_name(transaction), body, rows, true).await
+        self.put_file(file_name(&transaction.id, transaction.version), body, rows, true).await
     }
 
     /// Uploads a data file, and says how a commit adds it.
@@ -362,7 +394,8 @@ impl Table {
         data_change: bool,
     ) -> Result<Add, LakeError> {
         let size = i64::try_from(body.len()).unwrap_or(i64::MAX);
-        self.store.put(&format!("{}/{path}", self.path), body.into()).await?;
+        let put = self.store.put(&format!("{}/{path}", self.path), body.into()).await;
+        put.map_err(|error| self.veiled(&path, error))?;
         Ok(Add {
             path,
             partition_values: HashMap::new(),

@@ -24,6 +24,34 @@ async fn a_folder_with_an_odd_name_keeps_all_promises() {
 }
 
 #[tokio::test]
+async fn an_error_about_a_private_data_file_does_not_count_records() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let open = |name: &str| at(name).display().to_string();
+    let private = PrivateRoot::open(&open("private"), &StorageOptions::default()).await.unwrap();
+    let release = ReleaseRoot::open(&open("release"), &StorageOptions::default()).await.unwrap();
+    let (private, release) = (broken(&private, &at("private")).await, broken(&release, &at("release")).await);
+    for told in private {
+        assert!(!told.contains("00000007") && told.contains("runs/demo/loss/*-"), "{told}");
+    }
+    for told in release {
+        assert!(told.contains("runs/demo/loss/demo.train-00000007-"), "{told}");
+    }
+}
+
+/// What reading and digesting a table of one file say once the file is gone.
+async fn broken<Z: Zone>(root: &Z, folder: &Path) -> [String; 2] {
+    let table = root.table("runs/demo/loss");
+    table.create(schema::loss()).await.unwrap();
+    let transaction = AppTransaction { id: "demo/train".into(), version: 7 };
+    assert!(table.append(vec![arrow::array::RecordBatch::new_empty(schema::loss())], transaction).await.unwrap());
+    let mut files = std::fs::read_dir(folder.join("runs/demo/loss")).unwrap().map(|entry| entry.unwrap().path());
+    std::fs::remove_file(files.find(|path| path.extension().is_some_and(|end| end == "parquet")).unwrap()).unwrap();
+    let read = table.read(1, &["step"]).await.map(drop).unwrap_err();
+    [read.to_string(), table.digest(1).await.map(drop).unwrap_err().to_string()]
+}
+
+#[tokio::test]
 async fn nested_and_equal_roots_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).display().to_string();
@@ -163,7 +191,7 @@ async fn a_damaged_or_missing_data_file_is_named() {
     let table = table_with_three_commits(&root).await;
     let files = || std::fs::read_dir(folder.path().join("corpora/demo")).unwrap().map(|entry| entry.unwrap().path());
     let file = files().find(|path| path.extension().is_some_and(|kind| kind == "parquet")).unwrap();
-    let name = file.file_name().unwrap().to_str().unwrap().to_string();
+    let name = file.file_name().unwrap().to_str().unwrap().rsplit('-').next().unwrap().to_string();
     let whole = std::fs::read(&file).unwrap();
     std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
     check_malformed(table.read(3, &["loss"]).await, &[&name, "damaged or cut short"]);

@@ -263,18 +263,20 @@ async fn scratch_and_writes_that_were_cut_short_go_when_they_are_old() {
     lake.root.put("reruns/old/private/runs/a", "x".into()).await.unwrap();
     lake.root.put("reruns/young/private/runs/a", "x".into()).await.unwrap();
     lake.root.put("runs/demo/adapter", "x".into()).await.unwrap();
-    std::fs::write(lake.folder.path().join("runs/demo/adapter#12"), "half").unwrap();
+    std::fs::write(lake.folder.path().join("runs/demo/adapter.json#12"), "half").unwrap();
     std::fs::write(lake.folder.path().join("runs/demo/notes#a"), "whole").unwrap();
+    std::fs::write(lake.folder.path().join("runs/demo/issue#42"), "whole").unwrap();
     lake.age();
     lake.root.put("reruns/young/private/runs/b", "x".into()).await.unwrap();
-    std::fs::write(lake.folder.path().join("runs/demo/adapter#13"), "half").unwrap();
+    std::fs::write(lake.folder.path().join("runs/demo/adapter.json#13"), "half").unwrap();
     let plan = lake.collect(&retained()).await;
     assert_eq!(reasons(&plan), [("unfinished writes", Reason::Unfinished), ("reruns/old", Reason::Scratch)]);
     for (left, expected) in [
         ("reruns/young/private/runs/a", true),
-        ("runs/demo/adapter#12", false),
-        ("runs/demo/adapter#13", true),
+        ("runs/demo/adapter.json#12", false),
+        ("runs/demo/adapter.json#13", true),
         ("runs/demo/notes#a", true),
+        ("runs/demo/issue#42", true),
     ] {
         assert_eq!(lake.folder.path().join(left).exists(), expected, "{left}");
     }

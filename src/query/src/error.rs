@@ -4,6 +4,7 @@ use std::io::{self, ErrorKind};
 
 use arrow::error::ArrowError;
 use datafusion::error::DataFusionError;
+use datafusion::object_store;
 use datafusion::sql::sqlparser::parser::ParserError;
 use lake::LakeError;
 use stage::Failure;
@@ -100,9 +101,12 @@ fn sort(error: &DataFusionError, message: String) -> QueryError {
         DataFusionError::Execution(text) => QueryError::Computation(text.clone()),
         DataFusionError::Internal(_) | DataFusionError::ExecutionJoin(_) => QueryError::Bug(message),
         // The engine reads files through stores of the lake, which have retried already.
-        DataFusionError::ObjectStore(_) | DataFusionError::IoError(_) => {
-            QueryError::Lake(LakeError::Transient(message))
-        }
+        DataFusionError::ObjectStore(error) => match &**error {
+            // The table's log names the file, so no retry brings it back.
+            object_store::Error::NotFound { path, .. } => QueryError::Data(gone(path)),
+            _ => QueryError::Lake(LakeError::Transient(message)),
+        },
+        DataFusionError::IoError(_) => QueryError::Lake(LakeError::Transient(message)),
         _ => QueryError::Data(message),
     }
 }
@@ -112,6 +116,10 @@ fn unreadable(text: &str) -> String {
     let named = text.split_once("for file ").and_then(|(_, rest)| rest.split_once(": "));
     let file = named.map_or("a data file of a table that the query reads", |(file, _)| file);
     format!("{file}: not there, damaged or cut short\nhelp: restore the file, or write the table again")
+}
+
+fn gone(file: &str) -> String {
+    format!("{file}: not there\nhelp: restore the file, or write the table again")
 }
 
 fn syntax(error: &ParserError) -> String {
@@ -129,6 +137,17 @@ fn with_help(text: &str) -> String {
 mod tests {
     use super::*;
 
+    fn not_found(path: &str) -> object_store::Error {
+        object_store::Error::NotFound { path: path.into(), source: "no such file".into() }
+    }
+
+    #[test]
+    fn a_data_file_that_the_store_does_not_have_is_named() {
+        let error = DataFusionError::ObjectStore(Box::new(not_found("runs/demo/synthetic/a.parquet")));
+        let told = QueryError::from(error.context("while reading")).to_string();
+        assert!(told.starts_with("runs/demo/synthetic/a.parquet: not there\nhelp: restore the file"), "{told}");
+    }
+
     #[test]
     fn errors_keep_their_remedy_through_the_engine() {
         let check = |error: DataFusionError, code: u8| {
@@ -145,6 +164,9 @@ mod tests {
         check(DataFusionError::ArrowError(Box::new(ArrowError::DivideByZero), None), 2);
         check(DataFusionError::ArrowError(Box::new(ArrowError::ParquetError("cut".into())), None), 3);
         check(DataFusionError::Internal("?".into()), 1);
+        check(DataFusionError::ObjectStore(Box::new(not_found("a.parquet"))), 3);
+        let reset = object_store::Error::Generic { store: "S3", source: "reset".into() };
+        check(DataFusionError::ObjectStore(Box::new(reset)), 5);
         check(DataFusionError::Shared(std::sync::Arc::new(external(QueryError::Missing("no".into())))), 3);
     }
 }
