@@ -149,7 +149,9 @@ impl Object {
         let mut builder = JsonBuilder::new(url, config);
         let mut start = true;
         while let Some(bytes) = pieces.try_next().await.map_err(PartitionError::Lake)? {
-            splitter.push(if start { without_byte_order_mark(&bytes) } else { &bytes });
+            let text = if start { without_byte_order_mark(&bytes) } else { &bytes };
+            splitter.skip(bytes.len() - text.len());
+            splitter.push(text);
             start = false;
             while let Some(record) =
                 splitter.next_record().map_err(|problem| syntax(url, builder.next_row, &problem))?

@@ -70,6 +70,11 @@ impl Splitter {
         Self { framing, state: State::Start, buffer: Vec::new(), base: 0, position: 0, start: 0 }
     }
 
+    /// Counts bytes at the start of the stream that are no part of a record.
+    pub fn skip(&mut self, count: usize) {
+        self.base += count as u64;
+    }
+
     /// Appends bytes; what came before the current record is dropped, so earlier ranges are void.
     pub fn push(&mut self, bytes: &[u8]) {
         let keep_from = match (self.framing, self.state) {
