@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::TypedValueParser;
 use clap::{Args, Parser, Subcommand};
 use lake::{PrivateRoot, StorageOptions};
 use stage::common::Verbosity;
@@ -98,10 +99,12 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..=4096))]
     pub cpus: Option<u64>,
     /// GPU slots; by default those of this machine, or of CUDA_VISIBLE_DEVICES. A task without a GPU limit sees none.
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = clap::value_parser!(u64).range(0..=4096).map(|count| count as usize))]
     pub gpus: Option<usize>,
     /// Seconds between SIGTERM and SIGKILL when the run is stopped.
-    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, default_value_t = 20)]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, default_value_t = 20,
+          value_parser = clap::value_parser!(u64).range(0..=86_400))]
     pub grace: u64,
     /// Folder for the tasks' logs; by default a temporary one, kept only when a task fails.
     #[arg(long, value_name = "DIR")]
@@ -147,7 +150,8 @@ pub struct PrivateArgs {
     #[arg(long, env = "DOPPEL_PRIVATE", value_name = "URL", hide_env_values = true, global = true)]
     pub private: Option<String>,
     /// Deadline of one storage operation with its retries, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 180, global = true)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 180, global = true,
+          value_parser = stage::common::storage_timeout())]
     pub storage_timeout: u64,
 }
 

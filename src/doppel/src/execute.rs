@@ -1,7 +1,7 @@
 //! `doppel run`: load, check, run, tell.
 
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::json;
@@ -41,7 +41,7 @@ pub async fn run(args: RunArgs) -> Result<Summary, Failure> {
     };
     let view = view::suitable(&plan);
     let report = watch_over(&plan, &options, view.as_ref(), &mut signals).await;
-    logs.keep_if(!report.success());
+    logs.tidy(&report);
     conclude(&plan, &report, args.format, &signals)
 }
 
@@ -162,12 +162,20 @@ impl Logs {
         Ok(Self { folder, temporary })
     }
 
-    fn keep_if(&self, keep: bool) {
-        if self.temporary && !keep {
+    /// Removes a temporary folder, unless what is told of a failed task will name a log in it.
+    fn tidy(&self, report: &Report) {
+        let named = report.failed().into_iter().any(|job| has_log(&report.jobs[job]));
+        if self.temporary && !named {
             // What cannot be removed from a temporary folder is the system's to remove.
             let _ = std::fs::remove_dir_all(&self.folder);
         }
     }
+}
+
+/// Whether the task has a log. One whose program was not found has none, and where no attempt was made, what lies there
+/// is of an earlier run.
+fn has_log(report: &JobReport) -> bool {
+    report.attempts > 0 && report.log.is_file()
 }
 
 fn conclude(plan: &Plan, report: &Report, format: Format, signals: &Signals) -> Result<Summary, Failure> {
@@ -218,7 +226,7 @@ fn complaint(name: &str, report: &JobReport) -> String {
     for line in &report.tail {
         text += &format!("\n    | {line}");
     }
-    if report.attempts > 0 {
+    if has_log(report) {
         text += &format!("\n    log: {}", report.log.display());
     }
     text
@@ -302,13 +310,10 @@ fn shell_line(command: &[String]) -> String {
     quoted.collect::<Vec<_>>().join(" ")
 }
 
-/// The name of a program without its folder.
-pub fn base_name(program: &str) -> &str {
-    Path::new(program).file_name().and_then(|name| name.to_str()).unwrap_or(program)
-}
-
 #[cfg(test)]
 mod tests {
+    use workflow::retry::Outcome;
+
     use super::*;
 
     #[test]
@@ -318,6 +323,27 @@ mod tests {
         assert_eq!(slots(&["2", "0"], 4), ["2", "0", "1", "3"]);
         assert_eq!(slots(&["0", "1", "2"], 1), ["0"]);
         assert_eq!(slots(&[], 2), ["0", "1"]);
+    }
+
+    #[test]
+    fn temporary_logs_stay_only_where_a_failed_task_has_one() {
+        let left = |state: State, outcome: Outcome, written: bool| {
+            let folder = tempfile::tempdir().unwrap();
+            let logs = Logs { folder: folder.path().join("logs"), temporary: true };
+            std::fs::create_dir(&logs.folder).unwrap();
+            let log = logs.folder.join("a.log");
+            if written {
+                std::fs::write(&log, "said\n").unwrap();
+            }
+            let (elapsed, tail) = (Duration::ZERO, Vec::new());
+            let job = JobReport { state, attempts: 1, outcome: Some(outcome), elapsed, tail, log };
+            let report = Report { jobs: vec![job], elapsed, stopped: state == State::Stopped };
+            logs.tidy(&report);
+            (logs.folder.exists(), complaint("a", &report.jobs[0]).contains("log: "))
+        };
+        assert_eq!(left(State::Failed, Outcome::Exit(1), true), (true, true));
+        assert_eq!(left(State::Failed, Outcome::NotStarted("no program".to_owned()), false), (false, false));
+        assert_eq!(left(State::Stopped, Outcome::Signal(15), true), (false, false));
     }
 
     #[test]

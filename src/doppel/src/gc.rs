@@ -52,6 +52,9 @@ pub struct GcArgs {
     pub roots: RootsArgs,
 }
 
+/// A century in seconds: calendars end somewhere.
+const LONGEST_AGE: u64 = 36_500 * 86_400;
+
 /// A span of time: a number and its unit.
 fn age(text: &str) -> Result<Duration, String> {
     let unit = text.chars().last().and_then(|unit| match unit {
@@ -62,9 +65,11 @@ fn age(text: &str) -> Result<Duration, String> {
         _ => None,
     });
     let number = text.get(..text.len().saturating_sub(1)).and_then(|number| number.parse::<u32>().ok());
-    match (number, unit) {
-        (Some(number), Some(unit)) => Ok(Duration::from_secs(u64::from(number) * unit)),
-        _ => Err("expected a number and s, m, h or d, such as 36h or 7d".to_owned()),
+    let seconds = number.zip(unit).map(|(number, unit)| u64::from(number) * unit);
+    match seconds {
+        Some(seconds) if seconds <= LONGEST_AGE => Ok(Duration::from_secs(seconds)),
+        Some(_) => Err("expected at most 36500d".to_owned()),
+        None => Err("expected a number and s, m, h or d, such as 36h or 7d".to_owned()),
     }
 }
 
@@ -308,7 +313,7 @@ mod tests {
     fn an_age_has_a_unit() {
         let hours = |hours: u64| Ok(Duration::from_secs(hours * 3600));
         assert_eq!((age("36h"), age("7d"), age("60m"), age("3600s")), (hours(36), hours(168), hours(1), hours(1)));
-        for text in ["", "7", "d", "-1d", "1.5h", "7 d", "7ü", "9999999999d"] {
+        for text in ["", "7", "d", "-1d", "1.5h", "7 d", "7ü", "9999999999d", "36501d", "4294967295d"] {
             assert!(age(text).is_err(), "{text}");
         }
     }

@@ -6,9 +6,9 @@ use stage::Failure;
 use stage::shell::Shell;
 
 fn main() -> ExitCode {
-    let args: Vec<_> = std::env::args_os().skip(1).collect();
-    if let Some(stage) = args.first().and_then(|name| doppel::stages::named(name)) {
-        return doppel::stages::become_stage(stage, &args[1..]);
+    let words: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some((stage, args)) = doppel::stages::called(&words) {
+        return doppel::stages::become_stage(stage, &args);
     }
     // Whatever can be said of the values of its flags, the parsers of those say.
     Shell::new("doppel").leave_signals().run(|_| Ok::<_, Failure>(()), doppel::run)

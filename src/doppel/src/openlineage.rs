@@ -185,14 +185,20 @@ impl Teller<'_> {
 /// Namespace and name of what lies at `url`, by OpenLineage's rules: `s3://bucket` and the path in it, or `file` and
 /// the absolute path.
 fn split(url: &str) -> (String, String) {
-    match url.strip_prefix("file://") {
-        Some(path) => ("file".to_owned(), path.to_owned()),
-        None => {
-            let (scheme, rest) = url.split_once("://").unwrap_or(("doppel", url));
-            let (bucket, path) = rest.split_once('/').unwrap_or((rest, ""));
-            (format!("{scheme}://{bucket}"), path.to_owned())
-        }
+    let (scheme, rest) = url.split_once("://").unwrap_or(("doppel", url));
+    let (bucket, path) = rest.split_once('/').unwrap_or((rest, ""));
+    match scheme {
+        "file" => ("file".to_owned(), format!("/{}", decoded(path))),
+        _ => (format!("{scheme}://{bucket}"), decoded(path)),
     }
+}
+
+/// The path of a URL without its percent-encoding, since a catalogue knows files and objects by their real names.
+fn decoded(path: &str) -> String {
+    // Keys are encoded as the paths of files are, and `url` decodes those alone.
+    let url = Url::parse(&format!("file:///{path}")).ok();
+    let Some(file) = url.and_then(|url| url.to_file_path().ok()) else { return path.to_owned() };
+    file.to_string_lossy().trim_start_matches('/').to_owned()
 }
 
 fn dataset((namespace, name): (String, String), version: Option<String>) -> Value {
@@ -305,6 +311,8 @@ mod tests {
         assert_eq!(named("s3://lake/a/b"), ("s3://lake".to_owned(), "a/b".to_owned()));
         assert_eq!(named("gs://lake"), ("gs://lake".to_owned(), String::new()));
         assert_eq!(named("file:///data/lake"), ("file".to_owned(), "/data/lake".to_owned()));
+        assert_eq!(named("file:///my%20d%C3%A4ta/100%25/a%23b").1, "/my däta/100%/a#b");
+        assert_eq!(named("s3://lake/my%20d%C3%A4ta/100%25").1, "my däta/100%");
     }
 
     #[test]

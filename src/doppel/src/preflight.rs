@@ -7,12 +7,11 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use lake::{PrivateRoot, ReleaseRoot, StorageOptions, Zone};
-use stage::Failure;
 use stage::shell::CHECK_FLAGS;
-use workflow::run::find_program;
+use stage::{Failure, base_name};
+use workflow::run::program_of;
 use workflow::{Job, Machine, Plan};
 
-use crate::execute::base_name;
 use crate::{budget, stages};
 
 /// Free space below which nothing of use can be written.
@@ -112,8 +111,13 @@ fn surroundings(job: &Job, machine: &Machine) -> Vec<String> {
     let mut found = Vec::new();
     let mut say = |message: String| found.push(message);
     match job.command.first() {
-        Some(program) if find_program(program, &stages::folders()).is_none() => {
-            say(format!("the program `{program}` is neither beside doppel nor on PATH; install or build it"));
+        Some(program) if program_of(job, &stages::folders()).is_none() => {
+            say(if program.contains('/') {
+                let file = Path::new(job.working_dir.as_deref().unwrap_or_default()).join(program);
+                format!("the program `{}` is no executable file of this machine; install or build it", file.display())
+            } else {
+                format!("the program `{program}` is neither beside doppel nor on PATH; install or build it")
+            });
         }
         _ => {}
     }
@@ -155,7 +159,7 @@ pub struct Invocation<'a> {
     pub job: &'a Job,
     /// `partition`, …; `doppel` for the front.
     pub program: &'a str,
-    /// What stands before the first flag.
+    /// What stands before the first long flag.
     pub words: Vec<&'a str>,
     flags: Vec<(&'a str, &'a str)>,
 }
@@ -176,7 +180,8 @@ impl<'a> Invocation<'a> {
             (program, args) = (stage, &args[1..]);
         }
         let first_flag = args.iter().position(|arg| arg.starts_with("--")).unwrap_or(args.len());
-        let words = args[..first_flag].iter().map(String::as_str).collect();
+        // Among them may be short flags, such as `-q`, which take no values.
+        let words = args[..first_flag].iter().map(String::as_str).filter(|word| !word.starts_with('-')).collect();
         let mut flags = Vec::new();
         let mut rest = args[first_flag..].iter().map(String::as_str).peekable();
         while let Some(arg) = rest.next() {
@@ -246,7 +251,7 @@ async fn check_flags(plan: &Plan) -> Vec<(&str, Finding)> {
 }
 
 async fn flags_of(job: &Job) -> Option<(&str, Finding)> {
-    let program = find_program(&job.command[0], &stages::folders())?;
+    let program = program_of(job, &stages::folders())?;
     let mut command = tokio::process::Command::new(program);
     command.args(&job.command[1..]).envs(job.env.iter().cloned()).env(CHECK_FLAGS, "1");
     command.env("DOPPEL_LOG_FORMAT", "text").env_remove("TRACEPARENT").env("OTEL_SDK_DISABLED", "true");
@@ -449,7 +454,7 @@ mod tests {
 
     #[test]
     fn words_before_the_flags_tell_subcommands() {
-        let set = job(&["doppel", "budget", "set", "--corpus", "c"]);
+        let set = job(&["doppel", "budget", "set", "-q", "--corpus", "c"]);
         let invocation = Invocation::new(&set).unwrap();
         assert_eq!((invocation.program, invocation.words), ("doppel", vec!["budget", "set"]));
         assert!(Invocation::new(&job(&["sh", "-c", "doppel"])).is_none());
@@ -468,6 +473,17 @@ mod tests {
         let big = Job { memory: 2 << 30, ..job(&["true"]) };
         let found = surroundings(&big, &machine);
         assert!(found.len() == 1 && found[0].ends_with("lower what the workflow requests"), "{found:?}");
+    }
+
+    #[test]
+    fn a_relative_program_is_sought_in_the_jobs_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let machine = Machine { cpu: 1_000, gpus: Vec::new(), memory: 1 << 30 };
+        let job = Job { working_dir: Some(folder.path().display().to_string()), ..job(&["./tool"]) };
+        let found = surroundings(&job, &machine);
+        assert!(found.len() == 1 && found[0].contains("/./tool` is no executable file"), "{found:?}");
+        std::os::unix::fs::symlink("/bin/sh", folder.path().join("tool")).unwrap();
+        assert_eq!(surroundings(&job, &machine), [""; 0]);
     }
 
     #[test]

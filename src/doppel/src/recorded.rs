@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use lake::{Claim, Manifest, PrivateRoot, ReleaseRoot, StorageOptions, Zone};
+use rustix::process::{Pid, Signal, kill_process};
 use stage::Failure;
-use stage::common::{OVERLAYS, Overlays};
-use tokio::process::Command;
+use stage::common::{OVERLAYS, Overlays, Verbosity};
+use tokio::process::{Child, Command};
 
 use crate::roots::{Known, Roots};
 use crate::stages;
@@ -200,11 +202,16 @@ pub struct Starter {
     pub release: ReleaseRoot,
     /// Storage options.
     pub options: StorageOptions,
+    /// How much the stages tell.
+    verbosity: Verbosity,
 }
+
+/// How long a stage may take to end after it was asked to, as it does within a second unless storage hangs.
+const GRACE: Duration = Duration::from_secs(10);
 
 impl Starter {
     /// Both roots; one alone holds no whole run.
-    pub fn new(roots: Roots, options: StorageOptions) -> Result<Self, Failure> {
+    pub fn new(roots: Roots, options: StorageOptions, verbosity: Verbosity) -> Result<Self, Failure> {
         let (Some(private), Some(release)) = (roots.private, roots.release) else {
             return Err(Failure::Usage(
                 "a run is repeated from both roots, and what is written lies in the private one\n\
@@ -213,7 +220,7 @@ impl Starter {
             ));
         };
         lake::check_disjoint(&private, &release)?;
-        Ok(Self { private, release, options })
+        Ok(Self { private, release, options, verbosity })
     }
 
     /// Runs the stage's binary to its end with `flags`, and under `overlays` where there are any. It tells on standard
@@ -224,7 +231,8 @@ impl Starter {
             Failure::Usage(format!("the binary {name} is neither beside doppel nor on PATH\nhelp: install it"))
         })?;
         let mut command = Command::new(program);
-        command.args(flags).arg(format!("--storage-timeout={}", self.options.timeout.as_secs()));
+        command.args(flags).args(self.verbosity.flags());
+        command.arg(format!("--storage-timeout={}", self.options.timeout.as_secs()));
         for variable in ["DOPPEL_PRIVATE", "DOPPEL_RELEASE", "DOPPEL_RUN", OVERLAYS] {
             command.env_remove(variable);
         }
@@ -238,15 +246,51 @@ impl Starter {
             let text = serde_json::to_string(overlays).map_err(|error| Failure::Bug(error.to_string()))?;
             command.env(OVERLAYS, text);
         }
-        command.envs(stage::telemetry::child_env()).stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
-        let ended = command.status().await.map_err(|error| Failure::Transient(format!("{name}: {error}")))?;
+        command.envs(stage::telemetry::child_env()).stdin(Stdio::null()).stdout(Stdio::null());
+        let failed = |error| Failure::Transient(format!("{name}: {error}"));
+        let ended = Running::start(command).map_err(failed)?.0.wait().await.map_err(failed)?;
         match ended.code() {
             Some(0) => Ok(()),
+            Some(code @ (129 | 130 | 143)) => Err(Failure::Ended {
+                code: code as u8,
+                message: format!("{}: {name} was stopped by a signal\nhelp: run again", kind.name),
+            }),
             Some(code) => Err(Failure::coded(
                 u8::try_from(code).unwrap_or(1),
                 format!("{}: {name} ended with exit code {code}; what it said is above", kind.name),
             )),
             None => Err(Failure::Transient(format!("{}: {name} was killed\nhelp: run again", kind.name))),
+        }
+    }
+}
+
+/// A stage at work, which ends with whoever started it.
+struct Running(Child);
+
+impl Running {
+    fn start(mut command: Command) -> std::io::Result<Self> {
+        command.kill_on_drop(true);
+        #[cfg(target_os = "linux")]
+        // SAFETY: the closure runs in the child between fork and exec and makes one system call, which is safe there.
+        unsafe {
+            // Who started it may be killed outright.
+            command.pre_exec(|| {
+                rustix::process::set_parent_process_death_signal(Some(Signal::TERM)).map_err(std::io::Error::from)
+            });
+        }
+        command.spawn().map(Self)
+    }
+}
+
+impl Drop for Running {
+    /// Asks a stage that still works to end, and waits until it has: it has copies of models to remove.
+    fn drop(&mut self) {
+        let Some(id) = self.0.id().and_then(|id| Pid::from_raw(id as i32)) else { return };
+        // It may have ended by now.
+        let _ = kill_process(id, Signal::TERM);
+        let until = Instant::now() + GRACE;
+        while Instant::now() < until && matches!(self.0.try_wait(), Ok(None)) {
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 }
@@ -315,6 +359,22 @@ mod tests {
         for fixed in ["run", "shard", "pin", "input"] {
             assert!(told(fixed).contains("leave it out"), "{}", told(fixed));
         }
+    }
+
+    #[tokio::test]
+    async fn a_stage_that_is_left_is_asked_to_end_and_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let script =
+            r#"trap 'sleep 0.2; touch "$0/ended"; exit 143' TERM; touch "$0/began"; while :; do sleep 0.05; done"#;
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(script).arg(folder.path());
+        let running = Running::start(command).unwrap();
+        while !at("began").exists() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        drop(running);
+        assert!(at("ended").exists());
     }
 
     #[test]

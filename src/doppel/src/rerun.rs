@@ -26,10 +26,18 @@ use crate::table::table;
 
 /// Repeats a run.
 pub async fn rerun(args: RerunArgs) -> Result<Summary, Failure> {
+    let run = &args.id;
+    // A run that --as made has the claims that this command would make, so it would pass for its own continuation.
+    if args.new.as_ref() == Some(run) {
+        return Err(Failure::Usage(format!(
+            "--as {run}: this is the run to repeat, and a new release needs a run id of its own\n\
+             help: choose a run id that `doppel runs` does not list, or leave --as out to repeat {run} and compare"
+        )));
+    }
     let roots = Roots::open(&args.roots).await?;
     let options = StorageOptions { timeout: Duration::from_secs(args.roots.storage_timeout) };
-    let recorded = Recorded::read(&roots, &args.id).await?;
-    let starter = Starter::new(roots, options)?;
+    let recorded = Recorded::read(&roots, run).await?;
+    let starter = Starter::new(roots, options, args.roots.verbosity)?;
     match &args.new {
         Some(new) => anew::release(&starter, &recorded, new, &args.parameters).await,
         None => again(&starter, recorded, &args).await,

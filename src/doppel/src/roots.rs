@@ -17,7 +17,7 @@ pub struct RootsArgs {
     #[arg(long, env = "DOPPEL_RELEASE", value_name = "URL", hide_env_values = true)]
     pub release: Option<String>,
     /// Deadline of one storage operation with its retries, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 180)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 180, value_parser = stage::common::storage_timeout())]
     pub storage_timeout: u64,
     /// What standard output carries.
     #[arg(long, value_enum, default_value_t = Format::Text)]

@@ -9,8 +9,17 @@ use std::process::{Command, ExitCode};
 /// Stages in the order of the pipeline, then the audit, which is called as they are.
 pub const STAGES: [&str; 7] = ["partition", "train", "synthesize", "embed", "vote", "query", "audit"];
 
-/// The stage called `name`.
-pub fn named(name: &OsStr) -> Option<&'static str> {
+/// The stage that the words of a command line call, and what it is given: after `help`, too, since the stage alone
+/// knows its flags.
+pub fn called(words: &[OsString]) -> Option<(&'static str, Vec<OsString>)> {
+    match words {
+        [help, name] if help == "help" => Some((named(name)?, vec!["--help".into()])),
+        [name, args @ ..] => Some((named(name)?, args.to_vec())),
+        [] => None,
+    }
+}
+
+fn named(name: &OsStr) -> Option<&'static str> {
     STAGES.into_iter().find(|stage| name == *stage)
 }
 

@@ -523,6 +523,22 @@ fn misuse_is_exit_code_2() {
 }
 
 #[test]
+fn a_new_release_needs_a_run_id_of_its_own() {
+    let folder = TempDir::new().unwrap();
+    let rerun = |new: &str| {
+        let args = ["rerun", "demo", "--as", new, "--private", "private", "--release", "release"];
+        let output = doppel().args(args).current_dir(folder.path()).output().unwrap();
+        (output.status.code(), text(&output.stderr))
+    };
+    let (code, told) = rerun("demo");
+    assert_eq!(code, Some(2), "{told}");
+    assert!(told.contains("a new release needs a run id of its own") && told.contains("help:"), "{told}");
+    // With another run id, what is wrong is that there is no run to repeat.
+    let (code, told) = rerun("again");
+    assert_eq!(code, Some(3), "{told}");
+}
+
+#[test]
 fn a_stage_is_called_by_its_name() {
     let folder = TempDir::new().unwrap();
     let binary = folder.path().join("doppel-vote");
@@ -535,6 +551,11 @@ fn a_stage_is_called_by_its_name() {
     std::fs::copy(env!("CARGO_BIN_EXE_doppel"), &front).unwrap();
     let output = Command::new(&front).args(["vote", "--help", "x y"]).output().unwrap();
     assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(4), "vote --help x y\n"));
+    // The front's own help knows no flag of a stage.
+    let output = Command::new(&front).args(["help", "vote"]).output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(4), "vote --help\n"));
+    let output = Command::new(&front).args(["help", "run"]).output().unwrap();
+    assert!(text(&output.stdout).contains("Usage: doppel run"), "{}", text(&output.stdout));
     let output = Command::new(&front).arg("train").env("PATH", folder.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output.stderr).contains("doppel-train is neither beside doppel nor on PATH"));

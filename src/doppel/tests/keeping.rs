@@ -132,6 +132,18 @@ fn lineage_goes_to_standard_output_without_what_is_private() {
     assert!(stderr.contains("`none`"), "{stderr}");
 }
 
+#[test]
+fn lineage_names_a_local_table_by_its_path() {
+    let folder = TempDir::new().unwrap();
+    let place = folder.path().join("my dä");
+    std::fs::create_dir(&place).unwrap();
+    write_run(&place);
+    let (stdout, _) = run(doppel(&place, &[&["openlineage"], &BOTH[..]].concat()), 0);
+    let last: serde_json::Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+    let table = place.canonicalize().unwrap().join("private/runs/demo/embeddings");
+    assert_eq!(last["outputs"][0]["name"], table.display().to_string());
+}
+
 /// An HTTP server that answers each request with `status`, and hands on what came. The status may have headers behind it.
 fn server(status: impl Into<String>) -> (String, Receiver<String>) {
     let status = status.into();

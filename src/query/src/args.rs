@@ -64,8 +64,7 @@ pub struct Args {
     #[arg(long, env = "DOPPEL_RELEASE", value_name = "URL", hide_env_values = true)]
     pub release: Option<String>,
     /// Deadline of one storage operation with its retries, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 180,
-          value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 180, value_parser = stage::common::storage_timeout())]
     pub storage_timeout: u64,
     /// Which flags shape the log.
     #[command(flatten)]

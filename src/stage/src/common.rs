@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use lake::{Overlay, Pins, PrivateRoot, ReleaseRoot, StorageOptions};
 use serde::{Deserialize, Serialize};
@@ -34,8 +35,7 @@ pub struct Common {
     #[arg(long = "pin", value_name = "TABLE=VERSION", value_parser = pin, help_heading = "Run")]
     pub pins: Vec<(String, i64)>,
     /// Deadline of one storage operation with its retries, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 180, help_heading = "Run",
-          value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 180, help_heading = "Run", value_parser = storage_timeout())]
     pub storage_timeout: u64,
     /// What standard output carries at the end.
     #[arg(long, value_enum, default_value_t = Format::Text, help_heading = "Output")]
@@ -46,7 +46,7 @@ pub struct Common {
 }
 
 /// Flags that shape what standard error tells.
-#[derive(Args, Clone, Copy, Debug, Default)]
+#[derive(Args, Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Verbosity {
     /// Tell more; repeat for debug (`-vv`) and trace (`-vvv`). `RUST_LOG` overrides.
     ///
@@ -60,6 +60,16 @@ pub struct Verbosity {
     /// Form of the log on standard error; `auto`: text on a terminal, one JSON object per line elsewhere.
     #[arg(long, value_enum, env = "DOPPEL_LOG_FORMAT", default_value_t = LogFormat::Auto, help_heading = "Output")]
     pub log_format: LogFormat,
+}
+
+impl Verbosity {
+    /// The flags that mean this, for a process that this one starts.
+    pub fn flags(&self) -> Vec<String> {
+        let told = std::iter::repeat_n("--verbose".to_owned(), self.verbose.into());
+        let quiet = self.quiet.then(|| "--quiet".to_owned());
+        let format = self.log_format.to_possible_value().map(|value| format!("--log-format={}", value.get_name()));
+        told.chain(quiet).chain(format).collect()
+    }
 }
 
 /// Format of the summary on standard output.
@@ -144,6 +154,11 @@ impl Overlays {
     }
 }
 
+/// Takes the seconds of a `--storage-timeout`.
+pub fn storage_timeout() -> RangedU64ValueParser {
+    clap::value_parser!(u64).range(1..=86_400)
+}
+
 fn required<'a>(url: Option<&'a str>, zone: &str) -> Result<&'a str, Failure> {
     url.filter(|url| !url.is_empty()).ok_or_else(|| {
         Failure::Usage(format!(
@@ -183,6 +198,21 @@ mod tests {
         assert_eq!(pin("/corpora/a=b/=12"), Ok(("corpora/a=b".to_owned(), 12)));
         for wrong in ["corpora/a", "=1", "/=1", "corpora/a=", "corpora/a=-1", "corpora/a=x"] {
             assert!(pin(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_is_told_can_be_handed_on() {
+        #[derive(clap::Parser)]
+        struct Command {
+            #[command(flatten)]
+            verbosity: Verbosity,
+        }
+        use clap::Parser;
+        for given in [vec!["-vv"], vec!["-q", "--log-format=json"], vec!["--log-format=text"], vec![]] {
+            let verbosity = Command::parse_from(std::iter::once("one").chain(given)).verbosity;
+            let again = Command::parse_from(std::iter::once("two".to_owned()).chain(verbosity.flags())).verbosity;
+            assert_eq!(again, verbosity);
         }
     }
 

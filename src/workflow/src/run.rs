@@ -16,6 +16,8 @@ use crate::retry::Outcome;
 
 /// Lines kept of what a job last said.
 const TAIL: usize = 20;
+/// Characters of a job's name that the name of its log takes over, well below what a file system allows.
+const LOG_NAME: usize = 100;
 
 /// How to run.
 #[derive(Clone, Debug)]
@@ -159,6 +161,23 @@ pub fn find_program(name: &str, first: &[PathBuf]) -> Option<PathBuf> {
     folders.map(|folder| folder.join(name)).find(|file| executable(file))
 }
 
+/// Where the program of `job` is: as in a container, a relative path is one of its working folder.
+///
+/// For a job with a working folder the answer is absolute, because its process enters that folder before it looks for
+/// the program.
+pub fn program_of(job: &Job, first: &[PathBuf]) -> Option<PathBuf> {
+    let name = job.command.first()?;
+    let Some(folder) = &job.working_dir else {
+        return find_program(name, first);
+    };
+    let found = if name.contains('/') {
+        Some(Path::new(folder).join(name)).filter(|file| executable(file))
+    } else {
+        find_program(name, first)
+    };
+    std::path::absolute(found?).ok()
+}
+
 fn executable(file: &Path) -> bool {
     use std::os::unix::fs::PermissionsExt;
     file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
@@ -230,7 +249,7 @@ struct Runner<'a> {
 
 impl<'a> Runner<'a> {
     fn new(plan: &'a Plan, options: &'a Options, stop: watch::Receiver<Stop>, observer: &'a dyn Observer) -> Self {
-        let progress = |job: &Job| Progress {
+        let progress = |log: String| Progress {
             phase: Phase::Waiting,
             report: JobReport {
                 state: State::NotRun,
@@ -238,12 +257,12 @@ impl<'a> Runner<'a> {
                 outcome: None,
                 elapsed: Duration::ZERO,
                 tail: Vec::new(),
-                log: options.logs.join(log_name(&job.name)),
+                log: options.logs.join(log),
             },
             first_start: None,
             gpus: Vec::new(),
         };
-        let jobs = plan.jobs.iter().map(progress).collect();
+        let jobs = log_names(&plan.jobs).into_iter().map(progress).collect();
         let (running, free) = (FuturesUnordered::new(), options.machine.clone());
         Self { plan, options, stop, observer, jobs, running, free, hurt: HashSet::new(), closed: HashSet::new() }
     }
@@ -309,7 +328,7 @@ impl<'a> Runner<'a> {
         let (attempt, log) = (progress.report.attempts, progress.report.log.clone());
         self.observer.event(self.plan, Event::Started { job: index, attempt });
         let (plan, observer, stop) = (self.plan, self.observer, self.stop.clone());
-        let program = find_program(&job.command[0], &self.options.programs);
+        let program = program_of(job, &self.options.programs);
         let grace = self.options.grace;
         self.running.push(Box::pin(async move {
             let Some(program) = program else {
@@ -468,11 +487,20 @@ impl<'a> Runner<'a> {
     }
 }
 
-/// A file name for a job's log.
-fn log_name(job: &str) -> String {
+/// A file name for each job's log. Where a name is too long, or differs from an earlier one only in characters that are
+/// not taken over, the job's index tells them apart, after a `+`, which no other name has.
+fn log_names(jobs: &[Job]) -> Vec<String> {
     let plain = |c: char| {
         if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }
     };
-    let name: String = job.chars().map(plain).take(100).collect();
-    format!("{}.log", name.trim_end_matches('_'))
+    let mut taken = HashSet::new();
+    let name = |(index, job): (usize, &Job)| {
+        let name: String = job.name.chars().map(plain).collect();
+        let name = name.trim_end_matches('_');
+        if name.len() <= LOG_NAME && taken.insert(name.to_owned()) {
+            return format!("{name}.log");
+        }
+        format!("{name:.LOG_NAME$}+{index}.log")
+    };
+    jobs.iter().enumerate().map(name).collect()
 }

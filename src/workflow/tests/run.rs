@@ -1,11 +1,11 @@
 //! Running plans as processes.
 
 use std::cell::RefCell;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use workflow::run::Stop;
+use workflow::run::{Stop, program_of};
 use workflow::{Event, Machine, Observer, Options, Plan, Report, State};
 
 /// A workflow of shell commands: `(name, fields of the task, fields of the template, script)`.
@@ -261,4 +261,45 @@ fn a_program_that_is_not_there_fails_its_task() {
     plan.jobs[0].command[0] = "no-such-program-anywhere".into();
     let (report, _) = run(&plan);
     assert_eq!((states(&report), report.jobs[0].attempts), (vec![State::Failed], 1));
+}
+
+#[test]
+fn no_two_tasks_write_to_one_log() {
+    let long = |end: &str| "x".repeat(150) + end;
+    let names = [long("(0:a)"), long("(1:b)"), "c(0:é)".into(), "c-0".into(), "c(0".into()];
+    let tasks = ["a", "b", "c", "d", "e"].map(|name| (name, format!("echo {name}")));
+    let tasks = tasks.each_ref().map(|(name, script)| (*name, "", "", script.as_str()));
+    let mut plan = plan(&tasks, true);
+    for (job, name) in plan.jobs.iter_mut().zip(names) {
+        job.name = name;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (report, _) = run_until(&plan, folder.path(), |_| false);
+    for (job, (name, ..)) in report.jobs.iter().zip(tasks) {
+        assert_eq!(std::fs::read_to_string(&job.log).unwrap(), format!("{name}\n"), "{}", job.log.display());
+    }
+    // Short names stay as people know them.
+    assert_eq!(report.jobs[2].log, folder.path().join("c_0.log"));
+}
+
+#[test]
+fn a_relative_program_is_one_of_the_tasks_working_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("/bin/sh", folder.path().join("own-shell")).unwrap();
+    // The same folder, from where this process works.
+    let up: PathBuf = std::env::current_dir().unwrap().components().skip(1).map(|_| "..").collect();
+    let relative = up.join(folder.path().strip_prefix("/").unwrap());
+    let mut plan = plan(&[("a", "", "", "echo here")], true);
+    plan.jobs[0].command[0] = "./own-shell".into();
+    for place in [folder.path(), relative.as_path()] {
+        plan.jobs[0].working_dir = Some(place.display().to_string());
+        let (report, log) = run(&plan);
+        assert_eq!(states(&report), [State::Succeeded], "{log:?} {:?}", report.jobs[0].outcome);
+    }
+    plan.jobs[0].working_dir = None;
+    assert_eq!(program_of(&plan.jobs[0], &[]), None);
+    // One that is found in a relative folder of the search must be found from the working folder, too.
+    plan.jobs[0].command[0] = "own-shell".into();
+    plan.jobs[0].working_dir = Some("/".into());
+    assert!(program_of(&plan.jobs[0], &[relative]).unwrap().is_absolute());
 }
