@@ -67,8 +67,18 @@ pub(crate) struct Sequence<'a, E> {
 struct Block<'a> {
     rows: Range<usize>,
     visible: &'a [usize],
-    /// Keys that are looked at: whole panels.
+    /// Keys that any of them sees: the first.
+    most: usize,
+    /// Room for what each of them has for each key: whole panels.
     seen: usize,
+}
+
+impl Block<'_> {
+    /// How many keys of each panel any of the positions sees.
+    fn panels(&self) -> impl Iterator<Item = usize> + use<> {
+        let most = self.most;
+        (0..self.seen).step_by(COLUMNS).map(move |first| COLUMNS.min(most - first))
+    }
 }
 
 impl<'a, E: Factor> Sequence<'a, E> {
@@ -86,8 +96,8 @@ impl<'a, E: Factor> Sequence<'a, E> {
     fn blocks(&self) -> impl Iterator<Item = Block<'a>> + use<'a, E> {
         self.visible.chunks(Self::BLOCK).enumerate().map(|(index, visible)| {
             let first = index * Self::BLOCK;
-            let seen = visible.iter().copied().max().unwrap_or_default().next_multiple_of(COLUMNS);
-            Block { rows: first..first + visible.len(), visible, seen }
+            let most = visible.iter().copied().max().unwrap_or_default();
+            Block { rows: first..first + visible.len(), visible, most, seen: most.next_multiple_of(COLUMNS) }
         })
     }
 
@@ -125,7 +135,7 @@ impl<'a, E: Factor> Sequence<'a, E> {
                     self.weigh(query, &block, work);
                     // ∂V += Pᵀ·∂O and ∂P = ∂O·Vᵀ; then ∂Q = ∂S·K and ∂K += ∂Sᵀ·Q.
                     work.add_turned(gradient, &block, Side::Values);
-                    score(gradient, &work.values, block.seen, &mut work.scores);
+                    score(gradient, &work.values, &block, &mut work.scores);
                     let (scores, weights) = work.block(&block);
                     let scale = scale(heads.width);
                     kernels::softmax_backward(scores, weights, block.seen, scale, block.visible);
@@ -141,7 +151,7 @@ impl<'a, E: Factor> Sequence<'a, E> {
     /// How much each position of a block attends to each key, into the working memory's weights.
     fn weigh(&self, query: usize, block: &Block<'_>, work: &mut Work<E>) {
         let queries = self.view(block.rows.clone(), self.heads.query(query));
-        score(queries, &work.keys, block.seen, &mut work.scores);
+        score(queries, &work.keys, block, &mut work.scores);
         let (scores, weights) = work.block(block);
         kernels::softmax(scores, weights, block.seen, scale(self.heads.width), block.visible);
     }
@@ -151,11 +161,12 @@ fn scale(width: usize) -> f32 {
     1.0 / (width as f32).sqrt()
 }
 
-/// Products of rows with the panels of the first `seen` positions, into rows of as many.
-fn score<E: Factor>(rows: View<'_, E>, panels: &[E], seen: usize, scores: &mut [f32]) {
-    for (index, panel) in panels.chunks_exact(rows.width() * COLUMNS).take(seen / COLUMNS).enumerate() {
-        let sums = Sums::Kept { rows: &mut scores[index * COLUMNS..], stride: seen, fresh: true };
-        multiply(rows, (panel, COLUMNS), sums);
+/// Products of rows with the panels of the positions that a block sees, into the rows of its scores.
+fn score<E: Factor>(rows: View<'_, E>, panels: &[E], block: &Block<'_>, scores: &mut [f32]) {
+    let panels = panels.chunks_exact(rows.width() * COLUMNS).zip(block.panels());
+    for (index, (panel, columns)) in panels.enumerate() {
+        let sums = Sums::Kept { rows: &mut scores[index * COLUMNS..], stride: block.seen, fresh: true };
+        multiply(rows, (panel, columns), sums);
     }
 }
 
@@ -234,8 +245,8 @@ impl<E: Factor> Work<E> {
         width: usize,
         out: &mut [E],
     ) {
-        let seen = block.seen.min(length);
-        let weights = View::new(&self.weights, block.seen, 0..block.rows.len(), 0..seen);
+        let most = block.most.next_multiple_of(E::GROUP).min(length);
+        let weights = View::new(&self.weights, block.seen, 0..block.rows.len(), 0..most);
         let panels = match side {
             Side::Keys => &self.keys_by_position,
             Side::Values => &self.values,
@@ -263,9 +274,10 @@ impl<E: Factor> Work<E> {
             Side::Values => &mut self.of_values,
         };
         let room = sums.len() / rows.width();
-        for (index, panel) in self.packed.chunks_exact(rows.rows() * COLUMNS).take(block.seen / COLUMNS).enumerate() {
+        let panels = self.packed.chunks_exact(rows.rows() * COLUMNS).zip(block.panels());
+        for (index, (panel, columns)) in panels.enumerate() {
             let sums = Sums::Kept { rows: &mut sums[index * COLUMNS..], stride: room, fresh: false };
-            multiply(turned, (panel, COLUMNS), sums);
+            multiply(turned, (panel, columns), sums);
         }
     }
 
