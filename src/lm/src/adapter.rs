@@ -284,6 +284,14 @@ fn read_config(path: &Path) -> Result<LoraConfig, LmError> {
             return Err(malformed(format!("{list} is not supported")));
         }
     }
+    // Others, such as PiSSA, take something off the base model's weights when they are loaded.
+    let leaves_base = match &config["init_lora_weights"] {
+        Value::String(kind) => ["gaussian", "eva"].contains(&kind.as_str()),
+        _ => true,
+    };
+    if !leaves_base {
+        return Err(malformed(format!("init_lora_weights {} is not supported", config["init_lora_weights"])));
+    }
     if !matches!(config["bias"].as_str(), None | Some("none")) {
         return Err(malformed(format!("bias {}, expected \"none\"", config["bias"])));
     }

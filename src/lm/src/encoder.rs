@@ -40,6 +40,17 @@ enum Transformer {
     T5(t5::T5),
 }
 
+impl Transformer {
+    /// How many tokens it knows.
+    fn vocabulary(&self) -> Result<i64, LmError> {
+        let words = match self {
+            Self::Bert(bert) => bert.words(),
+            Self::T5(t5) => t5.words(),
+        };
+        Ok(words.size2()?.0)
+    }
+}
+
 /// What follows pooling.
 enum Step {
     Dense(Dense),
@@ -62,6 +73,7 @@ impl Encoder {
         if transformer.kind != "Transformer" || pooling.kind != "Pooling" {
             return Err(unsupported(folder, "expected a Transformer first and a Pooling second"));
         }
+        refuse_default_prompt(folder)?;
         let mean_width = pooling.mean_pooling()?;
         let (model, longest, width) = load_transformer(&transformer.folder, compute)?;
         if mean_width != width {
@@ -70,6 +82,7 @@ impl Encoder {
         let settings = transformer.optional_json("sentence_bert_config.json")?;
         let limit = transformer.longest_text(&settings)?.unwrap_or(DEFAULT_LONGEST).min(longest.unwrap_or(u64::MAX));
         let tokenizer = Tokenizer::from_folder(&transformer.folder)?.truncated(limit as usize)?;
+        tokenizer.check_fits(model.vocabulary()?)?;
         let mut width = width;
         let mut steps = Vec::new();
         for module in tail {
@@ -395,6 +408,24 @@ fn load_transformer(folder: &Path, compute: Compute) -> Result<(Transformer, Opt
             "{}: model_type {:?} is not a known encoder\nhelp: known are bert, t5",
             path.display(),
             other.unwrap_or_default()
+        ))),
+    }
+}
+
+/// Refuses a text that sentence-transformers would put before every other.
+fn refuse_default_prompt(folder: &Path) -> Result<(), LmError> {
+    let path = folder.join("config_sentence_transformers.json");
+    if !path.is_file() {
+        return Ok(());
+    }
+    let config = read_json(&path)?;
+    let name = config["default_prompt_name"].as_str().unwrap_or_default();
+    match config["prompts"][name].as_str().unwrap_or_default() {
+        "" => Ok(()),
+        _ => Err(LmError::Malformed(format!(
+            "{}: default_prompt_name: found {name:?}, expected none\n\
+             help: texts are embedded as they are; use another encoder, or set it to null",
+            path.display()
         ))),
     }
 }

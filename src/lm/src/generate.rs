@@ -16,6 +16,7 @@ mod room;
 mod sampler;
 
 use std::collections::HashSet;
+use std::ops::RangeInclusive;
 
 use tch::{Device, Kind, Tensor};
 
@@ -149,11 +150,14 @@ fn check(decoder: &Decoder, sampling: &Sampling, request: Request) -> Result<Req
     Ok(request)
 }
 
+/// Temperatures above 0 that can be sampled at: their inverse is a number in float32 that logits can be multiplied by.
+pub const TEMPERATURES: RangeInclusive<f64> = 1e-6..=1e6;
+
 impl Sampling {
     fn check(&self) -> Result<(), LmError> {
         let refuse = |what: &str| Err(LmError::Usage(format!("sampling: {what}")));
-        if !self.temperature.is_finite() || self.temperature < 0.0 {
-            return refuse("--temperature must be 0 (greedy) or a positive number");
+        if self.temperature != 0.0 && !TEMPERATURES.contains(&self.temperature) {
+            return refuse("--temperature must be 0 (greedy) or a number from 1e-6 to 1e6");
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return refuse("--top-p must be greater than 0 and at most 1");

@@ -85,6 +85,11 @@ impl Gguf {
         &self.bytes
     }
 
+    /// Names of all tensors.
+    pub fn tensors(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
     /// Whether a tensor of that name exists.
     pub fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)

@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use lm::device::{DeviceChoice, DtypeChoice};
+use lm::generate::TEMPERATURES;
 use lm::template::Template;
 use serde::Serialize;
 use stage::{Failure, Shard};
@@ -155,8 +156,8 @@ impl Args {
             format!("--count {}: fewer samples than shards\nhelp: use fewer shards", self.count),
         );
         check(
-            self.temperature.is_finite() && self.temperature >= 0.0,
-            format!("--temperature {}: expected a number from 0 on", self.temperature),
+            self.temperature == 0.0 || TEMPERATURES.contains(&self.temperature),
+            format!("--temperature {:e}: expected 0, or a number from 1e-6 to 1e6", self.temperature),
         );
         check(self.top_p > 0.0 && self.top_p <= 1.0, format!("--top-p {}: expected a number in (0, 1]", self.top_p));
         check(

@@ -14,19 +14,37 @@ use crate::{LmError, device::Compute};
 /// Architectures that [`crate::decoder`] computes, as GGUF calls them (`general.architecture`).
 const KNOWN: [&str; 2] = ["llama", "qwen2"];
 
+/// Modules of a layer, as Hugging Face and as GGUF call them.
+const MODULES: [(&str, &str); 9] = [
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
+/// Tensors of a file that belong to no layer.
+const OUTSIDE_LAYERS: [&str; 4] = ["token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"];
+
 /// The decoder that the metadata describes.
 pub(super) fn decoder_config(gguf: &Gguf) -> Result<DecoderConfig, LmError> {
     let architecture = architecture(gguf)?;
     let key = |name: &str| format!("{architecture}.{name}");
-    refuse_other_rope(gguf, &key("rope.scaling.type"))?;
+    refuse_other_rope(gguf, &key("rope"))?;
     let heads = gguf.size(&key("attention.head_count"))?;
     let hidden_size = gguf.size(&key("embedding_length"))?;
     let head_dim = gguf.optional_size(&key("attention.key_length"))?.unwrap_or(hidden_size / heads);
     let rope_theta = gguf.number(&key("rope.freq_base"))?.unwrap_or(10_000.0);
+    let layers = gguf.size(&key("block_count"))?;
+    refuse_other_tensors(gguf, layers)?;
     Ok(DecoderConfig {
         hidden_size,
         intermediate_size: gguf.size(&key("feed_forward_length"))?,
-        layers: gguf.size(&key("block_count"))?,
+        layers,
         heads,
         kv_heads: gguf.optional_size(&key("attention.head_count_kv"))?.unwrap_or(heads),
         head_dim,
@@ -63,11 +81,42 @@ fn end_tokens(gguf: &Gguf) -> Vec<i64> {
     ids
 }
 
-fn refuse_other_rope(gguf: &Gguf, key: &str) -> Result<(), LmError> {
-    match gguf.text(key).unwrap_or("none") {
-        "none" => Ok(()),
-        other => Err(gguf.malformed(&format!(
-            "{key}: found {other:?}, expected none\nhelp: of the RoPE scalings, only Llama 3's is supported"
+/// Refuses a scaling by name, and a factor without one: that stands for a linear scaling, in older files under another key.
+fn refuse_other_rope(gguf: &Gguf, rope: &str) -> Result<(), LmError> {
+    let refused = |key: &str, found: &dyn std::fmt::Debug| {
+        let help = "of the RoPE scalings, only Llama 3's is supported";
+        Err(gguf.malformed(&format!("{rope}.{key}: found {found:?}, expected none\nhelp: {help}")))
+    };
+    match gguf.text(&format!("{rope}.scaling.type")) {
+        Ok("none") => return Ok(()),
+        Ok(other) => return refused("scaling.type", &other),
+        Err(_) => {}
+    }
+    for key in ["scaling.factor", "scale_linear"] {
+        let factor = gguf.number(&format!("{rope}.{key}"))?;
+        if let Some(factor) = factor.filter(|&factor| factor != 0.0 && factor != 1.0) {
+            return refused(key, &factor);
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a tensor that nothing here multiplies or adds, such as a bias: the model would be another one in silence.
+fn refuse_other_tensors(gguf: &Gguf, layers: i64) -> Result<(), LmError> {
+    let is_known = |name: &str| {
+        let Some((number, module)) = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {
+            return OUTSIDE_LAYERS.contains(&name);
+        };
+        let (module, kind) = module.rsplit_once('.').unwrap_or((module, ""));
+        let biased = ["attn_q", "attn_k", "attn_v"].contains(&module);
+        let is_layer = number.parse::<i64>().is_ok_and(|number| number < layers);
+        is_layer && MODULES.iter().any(|(_, known)| *known == module) && (kind == "weight" || kind == "bias" && biased)
+    };
+    match gguf.tensors().find(|name| !is_known(name)) {
+        None => Ok(()),
+        Some(name) => Err(gguf.malformed(&format!(
+            "tensor {name}: the models that are computed have none of that name\n\
+             help: use a model of the Llama family without further biases or layers"
         ))),
     }
 }
@@ -144,18 +193,7 @@ pub(super) fn gguf_name(name: &str) -> Option<String> {
     let layer = |rest: &str| {
         let (number, rest) = rest.split_once('.')?;
         let (module, kind) = rest.rsplit_once('.')?;
-        let module = match module {
-            "input_layernorm" => "attn_norm",
-            "post_attention_layernorm" => "ffn_norm",
-            "self_attn.q_proj" => "attn_q",
-            "self_attn.k_proj" => "attn_k",
-            "self_attn.v_proj" => "attn_v",
-            "self_attn.o_proj" => "attn_output",
-            "mlp.gate_proj" => "ffn_gate",
-            "mlp.up_proj" => "ffn_up",
-            "mlp.down_proj" => "ffn_down",
-            _ => return None,
-        };
+        let (_, module) = MODULES.iter().find(|(known, _)| *known == module)?;
         Some(format!("blk.{number}.{module}.{kind}"))
     };
     match name {

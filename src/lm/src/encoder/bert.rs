@@ -158,6 +158,11 @@ impl Bert {
         })
     }
 
+    /// The embedding of words, `[vocabulary, width]`.
+    pub(super) fn words(&self) -> &Tensor {
+        &self.words
+    }
+
     /// How many inputs its products have.
     pub(super) fn inputs(&self) -> Vec<i64> {
         let weights = self.layers.iter().flat_map(|layer| [&layer.attention, &layer.output, &layer.up, &layer.down]);

@@ -143,6 +143,11 @@ impl T5 {
         })
     }
 
+    /// The embedding of words, `[vocabulary, width]`.
+    pub(super) fn words(&self) -> &Tensor {
+        &self.words
+    }
+
     /// Last hidden state, `[tokens, width]`.
     pub(super) fn forward(&self, batch: &Batch) -> Result<Tensor, LmError> {
         let bias = |group: &Group| Ok(self.bias(group.length)?.f_add(&group.blocked)?);

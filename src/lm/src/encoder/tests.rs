@@ -191,6 +191,35 @@ fn what_is_wrong_is_named() {
 }
 
 #[test]
+fn a_prompt_before_every_text_is_refused() {
+    let folder = copy();
+    let write = |prompt: &str| {
+        let text = serde_json::json!({ "prompts": { "query": prompt }, "default_prompt_name": "query" }).to_string();
+        std::fs::write(folder.path().join("config_sentence_transformers.json"), text).unwrap();
+    };
+    write("");
+    Encoder::load(folder.path(), CPU).map(drop).unwrap();
+    write("query: ");
+    let told = error(folder.path());
+    assert!(told.contains("default_prompt_name: found \"query\", expected none"), "{told}");
+}
+
+#[test]
+fn a_token_that_the_model_was_not_given_is_refused() {
+    let folder = copy();
+    let path = folder.path().join("tokenizer.json");
+    let mut tokenizer = read_json(&path).unwrap();
+    let added = serde_json::json!({
+        "id": 259, "content": "<extra>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        "special": false,
+    });
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    let told = error(folder.path());
+    assert!(told.contains("\"<extra>\" has id 259, outside the model's vocabulary of 259"), "{told}");
+}
+
+#[test]
 fn heads_that_do_not_fill_a_row_are_refused() {
     let text = std::fs::read_to_string(minilm().join("config.json")).unwrap();
     let mut config: Value = serde_json::from_str(&text).unwrap();

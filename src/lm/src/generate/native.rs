@@ -141,7 +141,8 @@ impl<E: Factor> Engine<E> {
     pub(super) fn new(model: Arc<Model<E>>, slots: usize) -> Self {
         let config = &model.config;
         let rows = LARGEST.max(slots);
-        let widest = model.layers.iter().map(|layer| layer.gate_up.outputs.max(layer.qkv.outputs)).max().unwrap_or(0);
+        let products = model.layers.iter().flat_map(|layer| [&layer.qkv, &layer.o, &layer.gate_up, &layer.down]);
+        let widest = products.map(|product| product.outputs).max().unwrap_or(0);
         let heads = (config.heads * config.head_dim) as usize;
         let narrow = (config.intermediate_size as usize).max(config.hidden_size as usize).max(heads) + E::GROUP;
         let layers = model.layers.len();

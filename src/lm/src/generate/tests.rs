@@ -1,6 +1,6 @@
 use super::*;
 use crate::checkpoint::Checkpoint;
-use crate::decoder::tests::{SHAPES, cpu, golden, json, real_model, tiny};
+use crate::decoder::tests::{SHAPES, cpu, golden, json, real_model, tiny, wave};
 use crate::device::{Compute, DeviceChoice, DtypeChoice};
 
 fn sampling(temperature: f64, max_new_tokens: usize) -> Sampling {
@@ -243,9 +243,42 @@ fn what_cannot_be_sampled_is_refused() {
     assert!(refused(&good, vec![64], 1).contains("vocabulary of 64"));
     assert!(refused(&good, vec![1; 120], 1).contains("context of 128"));
     assert!(refused(&good, vec![1], 0).contains("batch size"));
-    assert!(refused(&Sampling { temperature: -1.0, ..good.clone() }, vec![1], 1).contains("--temperature"));
+    for temperature in [-1.0, 1e-40, f64::INFINITY, f64::NAN] {
+        assert!(refused(&Sampling { temperature, ..good.clone() }, vec![1], 1).contains("--temperature"));
+    }
     assert!(refused(&Sampling { top_p: 0.0, ..good.clone() }, vec![1], 1).contains("--top-p"));
     assert!(refused(&Sampling { repetition_penalty: 0.0, ..good }, vec![1], 1).contains("--repetition-penalty"));
+}
+
+#[test]
+fn a_model_that_is_wider_than_what_it_computes_inside_is_sampled() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = json(&golden("llama2").join("config.json"));
+    let sizes = [("hidden_size", 256), ("intermediate_size", 32), ("num_attention_heads", 1), ("head_dim", 32)];
+    for (key, size) in sizes.into_iter().chain([("num_key_value_heads", 1), ("num_hidden_layers", 1)]) {
+        config[key] = size.into();
+    }
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let vocabulary = config["vocab_size"].as_i64().unwrap();
+    let layer = |module: &str| format!("model.layers.0.{module}.weight");
+    let mut tensors = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![vocabulary, 256]),
+        ("lm_head.weight".to_owned(), vec![vocabulary, 256]),
+        ("model.norm.weight".to_owned(), vec![256]),
+        (layer("input_layernorm"), vec![256]),
+        (layer("post_attention_layernorm"), vec![256]),
+    ];
+    for (modules, shape) in [
+        (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].as_slice(), [32, 256]),
+        (&["self_attn.o_proj", "mlp.down_proj"], [256, 32]),
+        (&["mlp.gate_proj", "mlp.up_proj"], [32, 256]),
+    ] {
+        tensors.extend(modules.iter().map(|module| (layer(module), shape.to_vec())));
+    }
+    let made: Vec<_> = tensors.iter().zip(1..).map(|((name, shape), seed)| (name, wave(seed, shape))).collect();
+    Tensor::write_safetensors(&made, folder.path().join("model.safetensors")).unwrap();
+    let decoder = Decoder::load(&Checkpoint::open(folder.path()).unwrap(), cpu(DtypeChoice::F32)).unwrap();
+    assert_eq!(run(&decoder, &sampling(1.0, 3), requests(64), 64).len(), 64);
 }
 
 #[test]

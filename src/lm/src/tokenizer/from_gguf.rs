@@ -64,10 +64,11 @@ fn byte_level(gguf: &Gguf, tokens: &[&str]) -> Result<Parts, LmError> {
             json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
         json!({ "type": "Sequence", "pretokenizers": [split, bytes(false)] })
     };
-    // Where a file names no split, llama.cpp takes GPT-2's.
-    let pre = gguf.text("tokenizer.ggml.pre").unwrap_or("gpt-2");
+    // Files from before the key was there name no split, of models with several: llama.cpp guesses, and warns that what
+    // comes of it is degraded.
+    let pre = gguf.text("tokenizer.ggml.pre").unwrap_or("nothing");
     let pre_tokenizer = match pre {
-        "gpt-2" | "default" => bytes(true),
+        "gpt-2" => bytes(true),
         "smollm" => {
             let digits = json!({ "type": "Digits", "individual_digits": true });
             json!({ "type": "Sequence", "pretokenizers": [digits, bytes(true)] })
@@ -77,7 +78,7 @@ fn byte_level(gguf: &Gguf, tokens: &[&str]) -> Result<Parts, LmError> {
         other => {
             return Err(gguf.malformed(&format!(
                 "tokenizer.ggml.pre: found {other:?}, expected gpt-2, smollm, llama-bpe or qwen2\n\
-                 help: use the Hugging Face folder of the model, which has a tokenizer.json"
+                 help: convert the model again, or use its Hugging Face folder, which has a tokenizer.json"
             )));
         }
     };
@@ -85,14 +86,15 @@ fn byte_level(gguf: &Gguf, tokens: &[&str]) -> Result<Parts, LmError> {
     let merges: Option<Vec<Value>> =
         merges.iter().map(|merge| merge.split_once(' ').map(|(left, right)| json!([left, right]))).collect();
     let merges = merges.ok_or_else(|| gguf.malformed("tokenizer.ggml.merges: expected pairs with a space between"))?;
-    // Llama 3's published tokenizer takes a word that is a token whole, whatever the merges say.
-    let ignore_merges = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
+    // Llama 3's published tokenizer takes a word that is a token whole, whatever the merges say, and begins with BOS. Its
+    // files leave both to the reader, such as llama.cpp's `llama-vocab.cpp`.
+    let is_llama3 = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
     Ok(Parts {
         normalizer: if pre.contains("qwen") { json!({ "type": "NFC" }) } else { Value::Null },
         pre_tokenizer,
         decoder: bytes(true),
-        model: model(vocabulary(tokens), merges, json!({ "ignore_merges": ignore_merges })),
-        begins_by_default: false,
+        model: model(vocabulary(tokens), merges, json!({ "ignore_merges": is_llama3 })),
+        begins_by_default: is_llama3,
     })
 }
 

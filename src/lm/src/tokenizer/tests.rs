@@ -120,6 +120,31 @@ fn tokenizers_of_other_families_are_built_from_gguf_metadata() {
 }
 
 #[test]
+fn texts_begin_with_bos_where_the_family_does_and_the_file_does_not_say() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/tokenizer/golden");
+    for (name, begins) in [("gpt2", false), ("llama3", true), ("qwen2", false)] {
+        let gguf = Gguf::open(&folder.join(format!("{name}.gguf"))).unwrap();
+        let expected: Vec<i64> = gguf.integer("tokenizer.ggml.bos_token_id").filter(|_| begins).into_iter().collect();
+        assert_eq!(expected.len(), usize::from(begins));
+        assert_eq!(Tokenizer::from_gguf(&gguf).unwrap().encode("", true).unwrap(), expected, "{name}");
+    }
+}
+
+#[test]
+fn a_gguf_file_that_does_not_name_its_split_is_refused() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/tokenizer/golden");
+    let mut file = std::fs::read(folder.join("llama3.gguf")).unwrap();
+    let key = b"tokenizer.ggml.pre";
+    let at = file.windows(key.len()).position(|window| window == key).unwrap();
+    file[at + key.len() - 1] = b'x';
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("model.gguf"), file).unwrap();
+    let refused = Tokenizer::from_gguf(&Gguf::open(&folder.path().join("model.gguf")).unwrap());
+    let told = refused.map(drop).unwrap_err().to_string();
+    assert!(told.contains("tokenizer.ggml.pre: found \"nothing\"") && told.contains("help: "), "{told}");
+}
+
+#[test]
 fn decoding_undoes_encoding_and_leaves_special_tokens_out() {
     let tokenizer = smollm2();
     for text in ["Hello, world! 123", "caf\u{e9} \u{1F600}\n\tx", "  two  spaces "] {

@@ -75,6 +75,15 @@ fn permuted(values: &[f32], rows: usize, heads: usize) -> Vec<f32> {
 
 /// The model in `folder` as the content of a GGUF file, with RoPE's divisors where there are some.
 fn converted(folder: &Path, divisors: &[f32]) -> Vec<u8> {
+    let mut file = written(folder);
+    if !divisors.is_empty() {
+        file.tensor("rope_freqs.weight", &[divisors.len()], divisors);
+    }
+    file.bytes()
+}
+
+/// The model in `folder` as a GGUF file to which more may be written.
+fn written(folder: &Path) -> Writer {
     let config = json(&folder.join("config.json"));
     let architecture = config["model_type"].as_str().unwrap();
     let mut file = Writer::default();
@@ -109,10 +118,7 @@ fn converted(folder: &Path, divisors: &[f32]) -> Vec<u8> {
         }
         file.tensor(&renamed(&name), view.shape(), &values);
     }
-    if !divisors.is_empty() {
-        file.tensor("rope_freqs.weight", &[divisors.len()], divisors);
-    }
-    file.bytes()
+    file
 }
 
 fn logits_of(file: &[u8], ids: &Tensor) -> Tensor {
@@ -130,6 +136,29 @@ fn a_gguf_file_has_the_logits_of_its_folder() {
         let found = logits_of(&converted(&golden(name), &[]), &ids);
         let difference = largest_difference(&found, &expected);
         assert!(difference < 1e-4, "{name}: {difference}");
+    }
+}
+
+#[test]
+fn what_a_gguf_file_has_beyond_what_is_computed_is_refused() {
+    let refused = |more: &dyn Fn(&mut Writer)| {
+        let mut file = written(&golden("llama2"));
+        more(&mut file);
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("model.gguf"), file.bytes()).unwrap();
+        let config = Checkpoint::open(folder.path()).and_then(|checkpoint| checkpoint.decoder_config());
+        config.map(drop).err().map(|error| error.to_string())
+    };
+    let factor = |key: &'static str, factor: f32| refused(&move |file| file.value(key, 6, &factor.to_le_bytes()));
+    assert_eq!(refused(&|_| {}), None);
+    assert_eq!(factor("llama.rope.scaling.factor", 1.0), None);
+    for key in ["llama.rope.scaling.factor", "llama.rope.scale_linear"] {
+        let told = factor(key, 4.0).unwrap();
+        assert!(told.contains(key) && told.contains("found 4.0, expected none"), "{told}");
+    }
+    for name in ["blk.0.attn_output.bias", "blk.1.ffn_up.bias", "blk.9.attn_q.weight", "blk.0.attn_q_norm.weight"] {
+        let told = refused(&|file: &mut Writer| file.tensor(name, &[2], &[0.0, 1.0])).unwrap();
+        assert!(told.contains(name) && told.contains("help: "), "{told}");
     }
 }
 
