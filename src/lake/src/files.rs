@@ -2,7 +2,11 @@
 
 use std::collections::HashMap;
 
+use arrow::array::AsArray;
+use arrow::compute::cast;
+use arrow::datatypes::DataType;
 use deltalake::DeltaTable;
+use object_store::path::Path;
 
 use crate::delta;
 use crate::error::LakeError;
@@ -58,6 +62,14 @@ pub(crate) fn merged_name(first: &str) -> String {
     format!("{stem}.{}.parquet", random_part())
 }
 
+/// What follows the chunk's number in a name of ours.
+pub(crate) fn random_part_of(name: &str) -> Option<&str> {
+    let (rest, random) = name.rsplit_once('-')?;
+    let (_, chunk) = rest.rsplit_once('-')?;
+    let is_ours = chunk.len() >= 8 && chunk.bytes().all(|byte| byte.is_ascii_digit()) && random.ends_with(".parquet");
+    is_ours.then_some(random)
+}
+
 fn random_part() -> String {
     uuid::Uuid::new_v4().simple().to_string()[..12].to_string()
 }
@@ -89,6 +101,28 @@ pub(crate) fn files(table: &DeltaTable) -> Result<Vec<DataFile>, LakeError> {
         .collect();
     files.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(files)
+}
+
+/// The data files of a version in the order of [`files`], as `(path, path as the log writes it)`: programs differ in what they
+/// encode, and the engine compares letters.
+pub(crate) fn logged_paths(table: &DeltaTable) -> Result<Vec<(String, String)>, LakeError> {
+    let failed = |error| delta::explain(table.table_url().as_str(), &error);
+    let batches = table.snapshot().and_then(|state| state.add_actions_batches(false)).map_err(failed)?;
+    let mut paths = Vec::new();
+    for batch in &batches {
+        let column = batch.column_by_name("path").map(|column| cast(column, &DataType::Utf8));
+        let Some(Ok(column)) = column else {
+            return Err(LakeError::Malformed(format!("{}: the log's file names are no texts", table.table_url())));
+        };
+        paths.extend(column.as_string::<i32>().iter().flatten().map(|raw| (decoded(raw), raw.to_owned())));
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// Logs hold paths as parts of URLs.
+pub(crate) fn decoded(path: &str) -> String {
+    Path::from_url_path(path).map_or(path.to_owned(), |path| path.to_string())
 }
 
 fn partition(values: HashMap<String, Option<String>>) -> String {

@@ -15,6 +15,7 @@ use chrono::{DateTime, Utc};
 use futures::{StreamExt, TryStreamExt};
 use serde::Deserialize;
 
+use crate::files::decoded;
 use crate::manifest::DROPPED;
 use crate::store::Stored;
 use crate::{LakeError, Zone};
@@ -369,11 +370,6 @@ struct Action {
 #[derive(Deserialize)]
 struct Named {
     path: String,
-}
-
-/// Logs hold paths as parts of URLs.
-fn decoded(path: &str) -> String {
-    object_store::path::Path::from_url_path(path).map_or(path.to_string(), |path| path.to_string())
 }
 
 /// Plans the removal of scratch areas of reruns to which nothing was written for long.

@@ -20,6 +20,12 @@ use crate::store::Store;
 pub type Pins = BTreeMap<String, i64>;
 
 mod sealed {
+    /// What tells the two roots apart, for the compiler: a function of one does not take the other.
+    pub trait Kind: Clone + std::fmt::Debug + Send + Sync + 'static {
+        /// `private` or `release`.
+        const NAME: &'static str;
+    }
+
     /// Keeps [`super::Zone`] to the two roots.
     pub trait Sealed {
         /// What the root stands on.
@@ -29,7 +35,7 @@ mod sealed {
     }
 }
 
-use sealed::Sealed;
+use sealed::{Kind, Sealed};
 
 /// What both zones can do. Sealed: the only implementations are [`PrivateRoot`] and [`ReleaseRoot`].
 pub trait Zone: Sealed + Clone + std::fmt::Debug + Send + Sync + 'static {
@@ -101,17 +107,11 @@ pub trait Zone: Sealed + Clone + std::fmt::Debug + Send + Sync + 'static {
     }
 }
 
-/// What tells the two roots apart, for the compiler: a function of one does not take the other.
-pub trait Kind: Clone + std::fmt::Debug + Send + Sync + 'static {
-    /// `private` or `release`.
-    const NAME: &'static str;
-}
-
-/// [`Kind`] of the [`PrivateRoot`].
+/// What makes a root the [`PrivateRoot`].
 #[derive(Clone, Debug)]
 pub enum IsPrivate {}
 
-/// [`Kind`] of the [`ReleaseRoot`].
+/// What makes a root the [`ReleaseRoot`].
 #[derive(Clone, Debug)]
 pub enum IsRelease {}
 
@@ -123,7 +123,7 @@ impl Kind for IsRelease {
     const NAME: &'static str = "release";
 }
 
-/// One of the two roots of a deployment.
+/// One of the two roots of a deployment; there are no others.
 #[derive(Clone, Debug)]
 pub struct Root<K: Kind> {
     store: Store,

@@ -641,12 +641,12 @@ fn refused_condition(url: &str, error: &object_store::Error) -> LakeError {
     explain(url, error)
 }
 
-/// Whether a file is what the client writes to before it renames it. All our objects have an extension; what has none, such
-/// as `issue#42`, is somebody else's.
+/// Whether a file is what the client writes to before it renames it. All objects that we leave have an extension, but for
+/// Delta's pointer; what else has none, such as `issue#42`, is somebody else's.
 fn is_unfinished(path: &std::path::Path) -> bool {
     let parts = path.file_name().and_then(|name| name.to_str()?.rsplit_once('#'));
     parts.is_some_and(|(name, number)| {
-        let is_object = std::path::Path::new(name).extension().is_some();
+        let is_object = std::path::Path::new(name).extension().is_some() || name == "_last_checkpoint";
         is_object && !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
     })
 }

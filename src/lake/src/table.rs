@@ -30,7 +30,7 @@ use url::Url;
 use crate::LakeError;
 use crate::backoff::Backoff;
 use crate::delta::{self, Commit};
-use crate::files::{DataFile, file_name, files};
+use crate::files::{DataFile, file_name, files, logged_paths, random_part_of};
 use crate::rows;
 use crate::store::Store;
 
@@ -292,11 +292,11 @@ impl Table {
 
     /// The data file at `path` as messages name it.
     ///
-    /// PRIVACY: a name has the number of its chunk, which counts the records of a private table; the random part alone
+    /// PRIVACY: our names have the number of a chunk, which counts the records of a private table; the random part alone
     /// leads to the file, too.
     fn told(&self, path: &str) -> String {
-        match path.rsplit_once('-') {
-            Some((_, random)) if self.is_private => format!("{}/*-{random}", self.url),
+        match random_part_of(path) {
+            Some(random) if self.is_private => format!("{}/*-{random}", self.url),
             _ => self.store.url_of(&format!("{}/{path}", self.path)).to_string(),
         }
     }
@@ -336,11 +336,11 @@ impl Table {
         table: &DeltaTable,
         wanted: rows::Wanted,
     ) -> Result<BoxStream<'static, Result<RecordBatch, LakeError>>, LakeError> {
-        let (scan, files) = (self.clone(), futures::stream::iter(files(table)?));
-        let table = table.clone();
-        let open = move |file| {
+        let files = futures::stream::iter(logged_paths(table)?);
+        let (scan, table) = (self.clone(), table.clone());
+        let open = move |file: (String, String)| {
             let (scan, table, wanted) = (scan.clone(), table.clone(), wanted.clone());
-            async move { scan.scan_file_by_engine(&table, &file, wanted).await }
+            async move { scan.scan_file_by_engine(&table, file, wanted).await }
         };
         // Of several files the engine would take the order in which the log lists them, and a checkpoint of the same version
         // lists them in another.
@@ -350,15 +350,15 @@ impl Table {
     async fn scan_file_by_engine(
         &self,
         table: &DeltaTable,
-        file: &DataFile,
+        (path, logged): (String, String),
         wanted: rows::Wanted,
     ) -> Result<BoxStream<'static, Result<RecordBatch, LakeError>>, LakeError> {
         use datafusion::prelude::{SessionConfig, SessionContext};
-        let failed = self.blame_engine();
+        let (this, blame) = (self.clone(), self.blame_engine());
+        let failed = move |error| this.veiled(&path, blame(error));
         // One partition, so that rows keep their order.
         let session = SessionContext::new_with_config(SessionConfig::new().with_target_partitions(1));
-        let file = self.store.url_of(&format!("{}/{}", self.path, file.path));
-        let provider = table.table_provider().with_file_paths([file]).await.map_err(&failed)?;
+        let provider = table.table_provider().with_file_paths([logged]).await.map_err(&failed)?;
         let columns = wanted.names();
         let frame = session.read_table(provider).and_then(|frame| frame.select_columns(&columns)).map_err(&failed)?;
         let rows = frame.execute_stream().await.map_err(&failed)?;

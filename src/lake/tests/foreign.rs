@@ -113,6 +113,27 @@ async fn rows_keep_their_order_whatever_the_log_says_first() {
 }
 
 #[tokio::test]
+async fn a_file_is_found_however_its_name_is_written_in_the_log() {
+    let lake = Lake::new().await;
+    let version = with_deleted_rows(&lake, adds_first).await;
+    let folder = lake.folder.path().join(TABLE);
+    // One program encodes all that it can, another only what it must.
+    for (commit, name, logged) in
+        [(1, "1 of a|b*ä.parquet", "1%20of%20a%7cb%2A%C3%A4.parquet"), (3, "2 a|b*.parquet", "2%20a|b*.parquet")]
+    {
+        let path = lake.added(commit)["path"].as_str().unwrap().to_owned();
+        std::fs::rename(folder.join(&path), folder.join(name)).unwrap();
+        for version in 1..=3 {
+            let text = std::fs::read_to_string(lake.commit_path(version)).unwrap();
+            std::fs::write(lake.commit_path(version), text.replace(&path, logged)).unwrap();
+        }
+    }
+    let found = numbers(&open(lake.folder.path()).await, version).await;
+    let expected: Vec<i64> = (0..2 * ROWS).filter(|number| !DELETED.contains(&(number - ROWS))).collect();
+    assert_eq!(found, expected);
+}
+
+#[tokio::test]
 async fn gc_leaves_a_file_of_which_rows_were_deleted() {
     for actions in [adds_first, |add, remove| [remove, add]] {
         let lake = Lake::new().await;

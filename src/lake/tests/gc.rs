@@ -266,17 +266,26 @@ async fn scratch_and_writes_that_were_cut_short_go_when_they_are_old() {
     std::fs::write(lake.folder.path().join("runs/demo/adapter.json#12"), "half").unwrap();
     std::fs::write(lake.folder.path().join("runs/demo/notes#a"), "whole").unwrap();
     std::fs::write(lake.folder.path().join("runs/demo/issue#42"), "whole").unwrap();
+    std::fs::write(lake.folder.path().join("runs/demo/_last_checkpoint#1"), "half").unwrap();
     lake.age();
     lake.root.put("reruns/young/private/runs/b", "x".into()).await.unwrap();
     std::fs::write(lake.folder.path().join("runs/demo/adapter.json#13"), "half").unwrap();
     let plan = lake.collect(&retained()).await;
-    assert_eq!(reasons(&plan), [("unfinished writes", Reason::Unfinished), ("reruns/old", Reason::Scratch)]);
+    assert_eq!(
+        reasons(&plan),
+        [
+            ("unfinished writes", Reason::Unfinished),
+            ("unfinished writes", Reason::Unfinished),
+            ("reruns/old", Reason::Scratch)
+        ]
+    );
     for (left, expected) in [
         ("reruns/young/private/runs/a", true),
         ("runs/demo/adapter.json#12", false),
         ("runs/demo/adapter.json#13", true),
         ("runs/demo/notes#a", true),
         ("runs/demo/issue#42", true),
+        ("runs/demo/_last_checkpoint#1", false),
     ] {
         assert_eq!(lake.folder.path().join(left).exists(), expected, "{left}");
     }
