@@ -301,6 +301,19 @@ fn the_same_conversations_in_every_format_give_the_same_corpus() {
     assert_eq!(setting.rows("c0"), setting.rows("c2"));
 }
 
+#[test]
+fn a_byte_order_mark_counts_in_the_place_of_a_bad_record() {
+    let setting = Setting::new();
+    let good = serde_json::json!({"id": 1, "messages": [{"role": "user", "content": sentence(1)}]});
+    let place = |name: &str, mark: &str| -> u64 {
+        let input = setting.input(name, format!("{mark}{good}\n{{\"id\": oops}}\n{good}\n"));
+        let told = setting.run(&["--input", &input]).check(3, &["row 1", "byte "]).stderr;
+        let number = told.split_once("byte ").unwrap().1;
+        number.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
+    };
+    assert_eq!(place("marked.jsonl", "\u{FEFF}"), place("plain.jsonl", "") + 3);
+}
+
 /// OpenAI messages with integer ids, in Parquet.
 fn write_parquet(setting: &Setting, name: &str, rows: usize) -> String {
     let texts: ArrayRef = Arc::new(StringArray::from_iter_values((0..rows).map(sentence)));
