@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use serde_json::json;
 use stage::{Failure, Format, Summary};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use workflow::retry::Outcome;
 use workflow::run::Stop;
 use workflow::{Job, JobReport, Machine, Observer, Options, Plan, Report, State};
 
 use crate::cli::RunArgs;
+use crate::exit::Signals;
 use crate::preflight::Invocation;
 use crate::table::{duration, table};
 use crate::{preflight, stages, view};
@@ -78,50 +79,6 @@ fn environment() -> Vec<(String, String)> {
     env
 }
 
-/// SIGINT, SIGTERM and, unless it was ignored from the start, SIGHUP.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hang_up: Option<Signal>,
-    /// Exit code for the first that came.
-    code: u8,
-}
-
-impl Signals {
-    fn new() -> Result<Self, Failure> {
-        let watch = |kind| signal(kind).map_err(|error| Failure::Transient(format!("cannot watch signals: {error}")));
-        let hang_up =
-            if stage::signals::is_ignored(SignalKind::hangup()) { None } else { Some(watch(SignalKind::hangup())?) };
-        Ok(Self {
-            interrupt: watch(SignalKind::interrupt())?,
-            terminate: watch(SignalKind::terminate())?,
-            hang_up,
-            code: 0,
-        })
-    }
-
-    async fn received(&mut self) {
-        let code = tokio::select! {
-            _ = self.interrupt.recv() => 130,
-            _ = self.terminate.recv() => 143,
-            Some(_) = heard(&mut self.hang_up) => 129,
-        };
-        if self.code == 0 {
-            self.code = code;
-        }
-    }
-
-    fn stopped(&self) -> Failure {
-        let message = "stopped by a signal\nhelp: the same command continues".to_owned();
-        Failure::Ended { code: self.code, message }
-    }
-}
-
-/// The next of a signal, if it is listened to.
-async fn heard(signal: &mut Option<Signal>) -> Option<()> {
-    signal.as_mut()?.recv().await
-}
-
 /// Runs the plan; the first signal ends the tasks gently, a second one at once.
 async fn watch_over(plan: &Plan, options: &Options, view: &dyn Observer, signals: &mut Signals) -> Report {
     let (wish, stop) = watch::channel(Stop::No);
@@ -172,10 +129,10 @@ impl Logs {
     }
 }
 
-/// Whether the task has a log. One whose program was not found has none, and where no attempt was made, what lies there
-/// is of an earlier run.
+/// Whether the task has a log. Where nothing was started, what lies there is of an earlier run.
 fn has_log(report: &JobReport) -> bool {
-    report.attempts > 0 && report.log.is_file()
+    let was_started = report.attempts > 0 && !matches!(report.outcome, Some(Outcome::NotStarted(_)));
+    was_started && report.log.is_file()
 }
 
 fn conclude(plan: &Plan, report: &Report, format: Format, signals: &Signals) -> Result<Summary, Failure> {
@@ -312,8 +269,6 @@ fn shell_line(command: &[String]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use workflow::retry::Outcome;
-
     use super::*;
 
     #[test]
@@ -342,7 +297,9 @@ mod tests {
             (logs.folder.exists(), complaint("a", &report.jobs[0]).contains("log: "))
         };
         assert_eq!(left(State::Failed, Outcome::Exit(1), true), (true, true));
-        assert_eq!(left(State::Failed, Outcome::NotStarted("no program".to_owned()), false), (false, false));
+        for written in [false, true] {
+            assert_eq!(left(State::Failed, Outcome::NotStarted("no program".to_owned()), written), (false, false));
+        }
         assert_eq!(left(State::Stopped, Outcome::Signal(15), true), (false, false));
     }
 

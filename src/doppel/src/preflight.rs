@@ -180,7 +180,7 @@ impl<'a> Invocation<'a> {
             (program, args) = (stage, &args[1..]);
         }
         let first_flag = args.iter().position(|arg| arg.starts_with("--")).unwrap_or(args.len());
-        // Among them may be short flags, such as `-q`, which take no values.
+        // Among them may be short flags; those of `budget set`, which is looked for, take no values.
         let words = args[..first_flag].iter().map(String::as_str).filter(|word| !word.starts_with('-')).collect();
         let mut flags = Vec::new();
         let mut rest = args[first_flag..].iter().map(String::as_str).peekable();
@@ -302,7 +302,7 @@ async fn check_roots(invocations: &[Invocation<'_>]) -> Vec<Finding> {
 }
 
 async fn writable<Z: Zone>(root: Result<Z, lake::LakeError>) -> Option<Finding> {
-    let path = "preflight/writable";
+    let path = "preflight/writable.txt";
     let probe = async {
         let root = root?;
         root.put(path, b"doppel checks that it can write here; this object may be removed".to_vec().into()).await?;

@@ -54,7 +54,7 @@ pub struct Work {
     pub output: Table,
     /// Whose texts.
     pub kind: Kind,
-    /// `(index, count)`.
+    /// Which part of the work.
     pub shard: Shard,
     /// Application transaction of this shard.
     pub transaction: String,

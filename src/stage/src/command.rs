@@ -3,6 +3,7 @@
 //! A release carries it, so no place on a machine is in it: a flag that takes one says so by its value hint, and of its
 //! value the last component stays. Where the roots are, and how to tell what happens, is for whoever repeats it.
 
+use std::path::Path;
 use std::sync::OnceLock;
 
 use clap::{Arg, ArgAction, ArgMatches, Command, ValueHint, parser::ValueSource};
@@ -55,9 +56,10 @@ fn words(arg: &Arg, matches: &ArgMatches) -> Vec<String> {
         .collect()
 }
 
-/// The last component of a path or URL: what is told of a model is its name, without the machine's folders.
+/// The last component of a path or URL, or all of what has none: what is told of a model is its name, without the machine's
+/// folders.
 pub fn base_name(place: &str) -> &str {
-    place.trim_end_matches('/').rsplit('/').next().unwrap_or_default()
+    Path::new(place.trim_end_matches('/')).file_name().and_then(|name| name.to_str()).unwrap_or(place)
 }
 
 /// A URL of a store as it is; of anything else, such as a path or a URL with a password in it, the last component.
