@@ -307,7 +307,7 @@ fn a_byte_order_mark_counts_in_the_place_of_a_bad_record() {
     let good = serde_json::json!({"id": 1, "messages": [{"role": "user", "content": sentence(1)}]});
     let place = |name: &str, mark: &str| -> u64 {
         let input = setting.input(name, format!("{mark}{good}\n{{\"id\": oops}}\n{good}\n"));
-        let told = setting.run(&["--input", &input]).check(3, &["row 1", "byte "]).stderr;
+        let told = setting.run(&["--input", &input]).check(3, &["row 2", "byte "]).stderr;
         let number = told.split_once("byte ").unwrap().1;
         number.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
     };
