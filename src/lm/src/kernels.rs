@@ -105,6 +105,8 @@ kernels! {
     fn swiglu_backward / swiglu_backward_body<E: Element>(
         gradient: &[E], gate_up: &[E], inner: usize, out: &mut [E],
     );
+    /// GELU, by the error function, of some columns of rows `width` wide, in place.
+    fn gelu / gelu_body<E: Element>(rows: &mut [E], width: usize, columns: Range<usize>);
     /// Cross-entropy of rows of logits as wide as `vocab`; each row becomes its gradient.
     fn cross_entropy / cross_entropy_body<E: Element>(
         logits: &mut [E], vocab: usize, labels: &[i64], losses: &mut [f32],
@@ -251,6 +253,27 @@ fn swiglu_backward_body<E: Element>(gradient: &[E], gate_up: &[E], inner: usize,
             of_up[at] = E::narrow(gradient * gate * open);
         }
     }
+}
+
+#[inline(always)]
+fn gelu_body<E: Element>(rows: &mut [E], width: usize, columns: Range<usize>) {
+    for row in rows.chunks_exact_mut(width) {
+        for value in &mut row[columns.clone()] {
+            let x = value.wide();
+            *value = E::narrow(0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)));
+        }
+    }
+}
+
+/// The error function to 5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, formula 7.1.26.
+#[inline(always)]
+fn erf(x: f32) -> f32 {
+    let t = 1.0 / x.abs().mul_add(0.327_591_1, 1.0);
+    let series = t.mul_add(1.061_405_4, -1.453_152);
+    let series = series.mul_add(t, 1.421_413_7);
+    let series = series.mul_add(t, -0.284_496_74);
+    let series = series.mul_add(t, 0.254_829_6);
+    (series * t).mul_add(-exp(-x * x), 1.0).copysign(x)
 }
 
 #[inline(always)]
@@ -457,6 +480,17 @@ mod tests {
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(-1e30) < 1e-37 && exp(f32::NEG_INFINITY) < 1e-37);
         assert!(exp(f32::NAN).is_nan() && exp(f32::INFINITY) > 1e37);
+    }
+
+    #[test]
+    fn erf_is_close() {
+        let points: Vec<f64> = (-6000..=6000).map(|step| f64::from(step) / 1000.0).collect();
+        let exact = Vec::<f64>::try_from(tch::Tensor::from_slice(&points).erf()).unwrap();
+        for (x, exact) in points.into_iter().zip(exact) {
+            assert!((f64::from(erf(x as f32)) - exact).abs() < 5e-7, "{x}");
+        }
+        assert_eq!([erf(f32::INFINITY), erf(f32::NEG_INFINITY)], [1.0, -1.0]);
+        assert!(erf(f32::NAN).is_nan());
     }
 
     /// Weights, losses and masses of rows that overflowed are NaN, wherever in the row; others stay as they are.

@@ -17,7 +17,7 @@ use crate::decoder::layer::{self, join_heads, split_heads};
 use crate::decoder::rope::{self, Angles};
 use crate::device::Compute;
 use crate::kernels::{self, Element, Heads};
-use crate::products::{self, Factor, Multiplier, Packed, Plus, View, Weight};
+use crate::products::{self, Activation, Factor, Multiplier, Packed, Plus, View, Weight};
 
 /// Runs the block with `E` as the element type of `$tensor`, where our kernels can compute on it; else `$otherwise`.
 macro_rules! on_cpu {
@@ -101,16 +101,33 @@ pub(crate) fn linear(
     bias: Option<&Tensor>,
     rows: Option<&Tensor>,
 ) -> Result<Tensor, LmError> {
+    let done = own_linear(x, weight, (bias, rows), Activation::Identity)?;
+    done.map_or_else(|| added(x.f_linear(weight.tensor(), bias)?, rows), Ok)
+}
+
+/// GELU(`x · weightᵀ + bias`), with the error function.
+pub(crate) fn linear_gelu(x: &Tensor, weight: &impl Factored, bias: &Tensor) -> Result<Tensor, LmError> {
+    let done = own_linear(x, weight, (Some(bias), None), Activation::Gelu)?;
+    done.map_or_else(|| Ok(x.f_linear(weight.tensor(), Some(bias))?.f_gelu("none")?), Ok)
+}
+
+/// [`linear`] by our product, where that can compute it.
+fn own_linear(
+    x: &Tensor,
+    weight: &impl Factored,
+    plus: (Option<&Tensor>, Option<&Tensor>),
+    activation: Activation,
+) -> Result<Option<Tensor>, LmError> {
     on_cpu!(x, E => {
-        if multiplies::<E>(weight.tensor().size2()?.1) {
-            if let Some(packed) = weight.packed::<E>(true)? {
-                return product::<E>(x, Multiplier::Packed(packed), bias, rows);
-            }
-            let weight = weight.tensor().f_contiguous()?;
-            return product::<E>(x, Multiplier::Plain(Weight::Outputs(view(&weight)?)), bias, rows);
+        if !multiplies::<E>(weight.tensor().size2()?.1) {
+            return Ok(None);
         }
-    }, {});
-    added(x.f_linear(weight.tensor(), bias)?, rows)
+        if let Some(packed) = weight.packed::<E>(true)? {
+            return product::<E>(x, Multiplier::Packed(packed), plus, activation).map(Some);
+        }
+        let weight = weight.tensor().f_contiguous()?;
+        product::<E>(x, Multiplier::Plain(Weight::Outputs(view(&weight)?)), plus, activation).map(Some)
+    }, Ok(None))
 }
 
 /// `x · weight + rows` of x `[…, inputs]`, a weight `[inputs, outputs]` and rows `[…, outputs]`.
@@ -118,10 +135,11 @@ pub(crate) fn matmul(x: &Tensor, weight: &impl Factored, rows: Option<&Tensor>) 
     on_cpu!(x, E => {
         if multiplies::<E>(weight.tensor().size2()?.0) {
             if let Some(packed) = weight.packed::<E>(false)? {
-                return product::<E>(x, Multiplier::Packed(packed), None, rows);
+                return product::<E>(x, Multiplier::Packed(packed), (None, rows), Activation::Identity);
             }
             let weight = weight.tensor().f_contiguous()?;
-            return product::<E>(x, Multiplier::Plain(Weight::Inputs(view(&weight)?)), None, rows);
+            let weight = Multiplier::Plain(Weight::Inputs(view(&weight)?));
+            return product::<E>(x, weight, (None, rows), Activation::Identity);
         }
     }, {});
     added(x.f_matmul(weight.tensor())?, rows)
@@ -164,7 +182,7 @@ pub(crate) fn outer(left: &Tensor, right: &Tensor) -> Result<Tensor, LmError> {
             let outs = values_mut::<E>(&mut out)?.chunks_exact_mut(rows as usize * width);
             for ((left, right), out) in lefts.zip(rights).zip(outs) {
                 let weight = Weight::Inputs(View::new(right, width, 0..length, 0..width));
-                products::product(left, Multiplier::Plain(weight), Plus::NOTHING, out);
+                products::product(left, Multiplier::Plain(weight), Plus::NOTHING, Activation::Identity, out);
             }
             return Ok(out);
         }
@@ -203,8 +221,8 @@ fn view<E: Element>(matrix: &Tensor) -> Result<View<'_, E>, LmError> {
 fn product<E: Factor>(
     x: &Tensor,
     weight: Multiplier<'_, E>,
-    bias: Option<&Tensor>,
-    rows: Option<&Tensor>,
+    (bias, rows): (Option<&Tensor>, Option<&Tensor>),
+    activation: Activation,
 ) -> Result<Tensor, LmError> {
     let x = x.f_contiguous()?;
     let rows = rows.map(Tensor::f_contiguous).transpose()?;
@@ -213,7 +231,7 @@ fn product<E: Factor>(
     shape.pop();
     shape.push(weight.outputs() as i64);
     let mut out = Tensor::f_empty(shape, (E::KIND, Device::Cpu))?;
-    products::product(values(&x)?, weight, plus, values_mut(&mut out)?);
+    products::product(values(&x)?, weight, plus, activation, values_mut(&mut out)?);
     Ok(out)
 }
 
@@ -638,6 +656,8 @@ mod tests {
                     close(linear(&x, &weight, None, None).unwrap(), plain.copy());
                     let all = &plain + wide(&bias) + wide(&plus);
                     close(linear(&x, &weight, Some(&bias), Some(&plus)).unwrap(), all);
+                    let gelu = (&plain + wide(&bias)).gelu("none");
+                    close(linear_gelu(&x, &weight, &bias).unwrap(), gelu);
                     let turned = weight.tr().contiguous();
                     close(matmul(&x, &turned, Some(&plus)).unwrap(), &plain + wide(&plus));
                     // Packed before or on the way, not a bit differs.

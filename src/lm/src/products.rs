@@ -21,7 +21,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::LmError;
 use crate::device::physical_memory;
-use crate::kernels::Element;
+use crate::kernels::{self, Element};
 #[cfg(target_arch = "x86_64")]
 use avx512::Avx512;
 
@@ -54,6 +54,13 @@ pub(crate) struct Plus<'a, E> {
 
 impl<E> Plus<'_, E> {
     pub(crate) const NOTHING: Self = Self { bias: None, rows: None };
+}
+
+/// What becomes of a product's values once they are rounded.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Activation {
+    Identity,
+    Gelu,
 }
 
 /// Where the sums of a panel go.
@@ -304,7 +311,14 @@ impl Drop for Packed {
 
 /// `out[row] = Σ x[row][input] · weight[input] + plus`, each sum rounded once: rows of `x` are as wide as the weight has
 /// inputs, those of `out` and what is added to them as it has outputs. The inputs must be whole groups ([`Factor::GROUP`]).
-pub(crate) fn product<E: Factor>(x: &[E], weight: Multiplier<'_, E>, plus: Plus<'_, E>, out: &mut [E]) {
+/// The activation is applied while its part of `out` is in the first cache.
+pub(crate) fn product<E: Factor>(
+    x: &[E],
+    weight: Multiplier<'_, E>,
+    plus: Plus<'_, E>,
+    activation: Activation,
+    out: &mut [E],
+) {
     let (inputs, outputs) = (weight.inputs(), weight.outputs());
     if out.is_empty() {
         return;
@@ -341,16 +355,18 @@ pub(crate) fn product<E: Factor>(x: &[E], weight: Multiplier<'_, E>, plus: Plus<
                 for (first, panel) in columns.clone().step_by(COLUMNS).zip(panels.chunks_exact(inner.len() * COLUMNS)) {
                     let at = (first / COLUMNS * blocks + block) * BLOCK * COLUMNS;
                     let (fresh, columns) = (inner.start == 0, COLUMNS.min(columns.end - first));
+                    if inner.end < inputs {
+                        let sums = Sums::Kept { rows: &mut sums[at..], stride: COLUMNS, fresh };
+                        multiply(x, (panel, columns), sums);
+                        continue;
+                    }
                     let rows = here.start * outputs..here.end * outputs;
-                    let sums = match inner.end == inputs {
-                        true => {
-                            let plus = Plus { rows: plus.rows.map(|all| &all[rows.clone()]), ..plus };
-                            let so_far = (!fresh).then(|| &sums[at..]);
-                            Sums::Rounded { so_far, plus, out: &mut out[rows], width: outputs, first }
-                        }
-                        false => Sums::Kept { rows: &mut sums[at..], stride: COLUMNS, fresh },
-                    };
-                    multiply(x, (panel, columns), sums);
+                    let plus = Plus { rows: plus.rows.map(|all| &all[rows.clone()]), ..plus };
+                    let (so_far, out) = ((!fresh).then(|| &sums[at..]), &mut out[rows]);
+                    multiply(x, (panel, columns), Sums::Rounded { so_far, plus, out, width: outputs, first });
+                    if activation == Activation::Gelu {
+                        kernels::gelu(out, outputs, first..first + columns);
+                    }
                 }
             }
         }

@@ -189,7 +189,7 @@ impl Layer {
         let attended =
             batch.attend(&joint, |_, group, joint| ops::attend(joint, heads, &group.lengths, &group.blocked))?;
         let hidden = self.attention_norm.forward(&self.output.forward(&attended, Some(hidden))?)?;
-        let inner = self.up.forward(&hidden, None)?.f_gelu("none")?;
+        let inner = ops::linear_gelu(&hidden, &self.up.weight, &self.up.bias)?;
         self.norm.forward(&self.down.forward(&inner, Some(&hidden))?)
     }
 }
