@@ -75,6 +75,9 @@ pub struct Config {
     pub table: String,
     /// Precision as asked for.
     pub dtype: DtypeChoice,
+    /// Device, precision and instructions of a corpus's vectors, once they are known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compute: Option<String>,
 }
 
 impl Args {
@@ -105,7 +108,7 @@ impl Args {
             Of::Corpus => format!("corpora/{name}"),
             Of::Synthetic => path.map_or_else(|| format!("runs/{}/synthetic", self.common.run), str::to_string),
         };
-        Ok(Config { of: self.of, table, dtype: self.dtype })
+        Ok(Config { of: self.of, table, dtype: self.dtype, compute: None })
     }
 }
 

@@ -87,8 +87,10 @@ impl<Z: Zone> Stage<'_, Z> {
         self.check_readable(config, version).await?;
         let folder = lake::fetch_folder(&args.encoder, &args.common.storage()).await?;
         let compute = Compute::resolve(args.device, args.dtype).map_err(failure)?;
+        let compute_name = self.compute_name(args, compute).await?;
         let encoder = Encoder::load(folder.path(), compute).map_err(failure)?;
-        let claim = self.claim(args, config, version, encoder.digest())?;
+        let config = Config { compute: compute_name, ..config.clone() };
+        let claim = self.claim(args, &config, version, encoder.digest())?;
         let handle = match manifest::begin(self.zone, claim).await? {
             Begin::Done(manifest) => return Ok(Started::Done(manifest)),
             Begin::Fresh(handle) | Begin::Resumed(handle) => handle,
@@ -119,10 +121,40 @@ impl<Z: Zone> Stage<'_, Z> {
 
     /// The version that other shards of this run embed: all must cut the same rows into chunks.
     async fn sibling_version(&self, run: &str) -> Result<Option<i64>, Failure> {
-        let mut claims = manifest::claims_of(self.zone, run).await?;
-        claims.retain(|claim| claim.stage == self.name);
+        let claims = self.claims(run).await?;
         let versions: Vec<i64> = claims.iter().map(|claim| self.pinned(claim)).collect::<Result<_, _>>()?;
         Ok(versions.into_iter().min())
+    }
+
+    /// This stage's claims of a run.
+    async fn claims(&self, run: &str) -> Result<Vec<Claim>, Failure> {
+        let mut claims = manifest::claims_of(self.zone, run).await?;
+        claims.retain(|claim| claim.stage == self.name);
+        Ok(claims)
+    }
+
+    /// What the claim says a corpus is embedded on; refuses to go on with one that was begun on something else.
+    ///
+    /// PRIVACY: which rows a shard embeds depends on how many records stand before them. If shards differed by rounding,
+    /// one more record would move the vectors of others, and their votes.
+    async fn compute_name(&self, args: &Args, compute: Compute) -> Result<Option<String>, Failure> {
+        if self.kind != Kind::Corpus {
+            return Ok(None);
+        }
+        let run = &args.common.run;
+        let named = |claim: &Claim| claim.config["compute"].as_str().map(str::to_string);
+        if let Some(done) = manifest::find(self.zone, run, self.name, args.shard.map(Shard::pair)).await? {
+            return Ok(named(&done.claim));
+        }
+        let now = compute.to_string();
+        match self.claims(run).await?.iter().filter_map(named).find(|earlier| *earlier != now) {
+            None => Ok(Some(now)),
+            Some(earlier) => Err(Failure::Usage(format!(
+                "run {run}: its corpus is embedded on {earlier}; this would be {now}\n\
+                 help: embed all shards on machines of one kind, with the same --dtype and --device, or use another \
+                 --run: vectors that differ by rounding would let one record move the votes of others"
+            ))),
+        }
     }
 
     fn pinned(&self, claim: &Claim) -> Result<i64, Failure> {

@@ -1,6 +1,7 @@
 //! Where and in which precision a model computes.
 
 use std::ffi::CStr;
+use std::fmt;
 use std::sync::Once;
 
 use clap::ValueEnum;
@@ -8,6 +9,8 @@ use serde::Serialize;
 use tch::{Cuda, Device, Kind};
 
 use crate::LmError;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels;
 
 /// Device choice of a flag.
 #[derive(ValueEnum, Serialize, Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +69,29 @@ impl Compute {
         };
         Ok(Self { device, kind })
     }
+}
+
+/// Device, precision and, of a CPU, its widest instructions: what results may differ by, if only by rounding.
+impl fmt::Display for Compute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = if self.kind == Kind::BFloat16 { "bf16" } else { "f32" };
+        match self.device.is_cuda() {
+            true => write!(f, "cuda, {kind}"),
+            false => write!(f, "cpu, {kind}, {}", instructions()),
+        }
+    }
+}
+
+/// The widest instructions of this CPU that anything here is compiled for.
+fn instructions() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    match (kernels::has_avx2(), kernels::has_avx512()) {
+        (_, true) if cpu_multiplies_bf16() => return "avx512bf16",
+        (_, true) => return "avx512",
+        (true, false) => return "avx2",
+        (false, false) => {}
+    }
+    std::env::consts::ARCH
 }
 
 fn cuda_is_available() -> bool {
