@@ -113,7 +113,7 @@ impl Table {
     }
 
     async fn commit_merged(&self, table: &DeltaTable, merged: &[Merged], target_size: u64) -> Result<(), Commit> {
-        let started = Instant::now();
+        let failed = self.blame_commit();
         let state = table.snapshot().map_err(|error| Commit::Failed(delta::explain(self.url(), &error)))?;
         let removes = merged.iter().flat_map(|merged| &merged.from).map(|file| Action::Remove(remove(file)));
         let adds = merged.iter().map(|merged| Action::Add(merged.add.clone()));
@@ -124,8 +124,7 @@ impl Table {
             self.log_store().map_err(Commit::Failed)?,
             operation,
         );
-        let failure = || self.store.failure_since(started);
-        commit.await.map(drop).map_err(|error| delta::after_commit(self.url(), &error, failure()))
+        commit.await.map(drop).map_err(failed)
     }
 }
 

@@ -55,12 +55,14 @@ pub(crate) fn after_commit(url: &str, error: &DeltaTableError, failure: Option<L
     }
 }
 
-/// What to do after a table could not be created where there was none: a log that cannot be read is another writer's,
-/// at work on the same table, or one that the store says is there and is not.
-pub(crate) fn after_create(url: &str, error: &DeltaTableError, failure: Option<LakeError>) -> Commit {
-    match after_commit(url, error, failure) {
-        Commit::Failed(LakeError::Malformed(_) | LakeError::NotFound(_)) => Commit::LookAgain(raced(url)),
-        other => other,
+impl Commit {
+    /// The same of a table that could not be created where there was none: a log that cannot be read is another
+    /// writer's, at work on the same table, or one that the store says is there and is not.
+    pub(crate) fn of_creation(self, url: &str) -> Self {
+        match self {
+            Self::Failed(LakeError::Malformed(_) | LakeError::NotFound(_)) => Self::LookAgain(raced(url)),
+            other => other,
+        }
     }
 }
 
@@ -114,19 +116,32 @@ pub(crate) async fn refuse_empty_commits(
     let empty = objects.iter().filter(|object| object.size == 0).find_map(|object| {
         let name = object.path.rsplit('/').next()?;
         let commit: i64 = name.strip_suffix(".json")?.parse().ok()?;
-        (commit <= until).then_some((commit, name))
+        (commit <= until).then_some(name)
     });
     match empty {
-        Some((commit, name)) => Err(empty_commit(&store.url_of(path), commit, name)),
+        Some(name) => Err(empty_commit(&store.url_of(path), name)),
         None => Ok(()),
     }
 }
 
-fn empty_commit(url: &Url, commit: impl std::fmt::Display, name: &str) -> LakeError {
+/// Only the name tells the commit's number, so that [`without_commits`] takes it away.
+fn empty_commit(url: &Url, name: &str) -> LakeError {
     LakeError::Malformed(format!(
-        "{url}: commit {commit} is empty (_delta_log/{name})\n\
+        "{url}: a commit is empty (_delta_log/{name})\n\
          help: restore it from a backup or an older version of the object, or write the table again"
     ))
+}
+
+/// A message with a star for the number of each commit that it names.
+pub(crate) fn without_commits(text: &str) -> String {
+    let mut parts = text.split("_delta_log/");
+    let mut plain = parts.next().unwrap_or_default().to_string();
+    for part in parts {
+        let rest = part.trim_start_matches(|c: char| c.is_ascii_digit());
+        let star = if rest.len() < part.len() { "*" } else { "" };
+        plain += &format!("_delta_log/{star}{rest}");
+    }
+    plain
 }
 
 async fn find_fault(store: &Store, path: &str, version: Option<u64>) -> Result<Option<LakeError>, LakeError> {
@@ -145,7 +160,9 @@ async fn find_fault(store: &Store, path: &str, version: Option<u64>) -> Result<O
         return Ok(Some(LakeError::NotFound(format!("{url}: no table there"))));
     };
     if let Some(version) = version.filter(|&version| version > latest) {
-        return Ok(Some(LakeError::NotFound(format!("{url}: there is no version {version}; the latest is {latest}"))));
+        return Ok(Some(LakeError::NotFound(format!(
+            "{url}: there is no version {version}; the latest is _delta_log/{latest:020}.json"
+        ))));
     }
     let until = version.unwrap_or(latest);
     let from =
@@ -154,13 +171,13 @@ async fn find_fault(store: &Store, path: &str, version: Option<u64>) -> Result<O
         let name = format!("{commit:020}.json");
         if commits.binary_search(&commit).is_err() {
             return Ok(Some(LakeError::Malformed(format!(
-                "{url}: commit {commit} is missing from the table's log (_delta_log/{name})\n\
+                "{url}: a commit is missing from the table's log (_delta_log/{name})\n\
                  help: restore it from a backup or an older version of the object, or write the table again"
             ))));
         }
         let body = read(store, &format!("{log}/{name}")).await?;
         if body.is_empty() {
-            return Ok(Some(empty_commit(&url, commit, &name)));
+            return Ok(Some(empty_commit(&url, &name)));
         }
         let mut lines = body.split(|&byte| byte == b'\n').enumerate();
         let broken = |line: &[u8]| !line.is_empty() && serde_json::from_slice::<serde::de::IgnoredAny>(line).is_err();

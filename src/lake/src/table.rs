@@ -94,10 +94,10 @@ impl Table {
     pub async fn pin(&self) -> Result<i64, LakeError> {
         let latest = self.version().await?.ok_or_else(|| self.missing())?;
         match self.asked {
-            Some(asked) if asked > latest => Err(LakeError::NotFound(format!(
-                "{}: version {asked} is pinned, and the latest is {latest}\nhelp: correct --pin",
+            Some(asked) if asked > latest => Err(self.discreet(LakeError::NotFound(format!(
+                "{}: version {asked} is pinned, and the latest is _delta_log/{latest:020}.json\nhelp: correct --pin",
                 self.url
-            ))),
+            )))),
             asked => Ok(asked.unwrap_or(latest)),
         }
     }
@@ -122,7 +122,7 @@ impl Table {
                 Err(error) => return Err(error),
             }
             self.store.require_conditional_puts().await?;
-            let started = Instant::now();
+            let failed = self.blame_commit();
             let create = CreateBuilder::new()
                 .with_log_store(self.log_store_as(&self.nameless()?)?)
                 .with_columns(wanted.fields().cloned())
@@ -131,7 +131,7 @@ impl Table {
                 .with_commit_properties(properties());
             match create.await {
                 Ok(_) => return Ok(()),
-                Err(error) => match delta::after_create(self.url(), &error, self.store.failure_since(started)) {
+                Err(error) => match failed(error).of_creation(self.url()) {
                     Commit::LookAgain(error) if Instant::now() >= deadline => return Err(error),
                     Commit::LookAgain(_) => wait.sleep(deadline).await,
                     Commit::Failed(error) => return Err(error),
@@ -414,15 +414,14 @@ impl Table {
 
     /// Commits `adds` as exactly the version after `table`.
     async fn commit(&self, table: &DeltaTable, adds: &[Add], transaction: &AppTransaction) -> Result<(), Commit> {
-        let started = Instant::now();
+        let failed = self.blame_commit();
         let state = table.snapshot().map_err(|error| Commit::Failed(delta::explain(self.url(), &error)))?;
         let transaction = Transaction::new(&transaction.id, transaction.version);
         let operation = DeltaOperation::Write { mode: SaveMode::Append, partition_by: None, predicate: None };
         let commit = CommitBuilder::from(properties().with_application_transaction(transaction))
             .with_actions(adds.iter().cloned().map(Action::Add).collect())
             .build(Some(state), self.log_store().map_err(Commit::Failed)?, operation);
-        let failure = || self.store.failure_since(started);
-        commit.await.map(drop).map_err(|error| delta::after_commit(self.url(), &error, failure()))
+        commit.await.map(drop).map_err(failed)
     }
 
     async fn committed(&self, table: &DeltaTable, id: &str) -> Result<Option<i64>, LakeError> {
@@ -482,10 +481,10 @@ impl Table {
         };
         let known = version_of(&table);
         if let Err(error) = self.load(table.update_state()).await {
-            return Err(delta::diagnose(&self.store, &self.path, None, error).await);
+            return Err(self.discreet(delta::diagnose(&self.store, &self.path, None, error).await));
         }
         if let Some(now) = version_of(&table).filter(|now| Some(*now) != known) {
-            delta::refuse_empty_commits(&self.store, &self.path, known, now).await?;
+            self.refuse_empty_commits(known, now).await?;
         }
         *latest = Some(table.clone());
         Ok(table)
@@ -500,21 +499,45 @@ impl Table {
             .map_err(|_| LakeError::Usage(format!("{}: there is no version {version}", self.url)))?;
         let mut table = DeltaTable::new(self.log_store()?);
         match self.load(table.load_version(number)).await {
-            Ok(()) => delta::refuse_empty_commits(&self.store, &self.path, None, version).await.map(|()| table),
-            Err(error) => Err(delta::diagnose(&self.store, &self.path, Some(number), error).await),
+            Ok(()) => self.refuse_empty_commits(None, version).await.map(|()| table),
+            Err(error) => Err(self.discreet(delta::diagnose(&self.store, &self.path, Some(number), error).await)),
         }
+    }
+
+    async fn refuse_empty_commits(&self, known: Option<i64>, until: i64) -> Result<(), LakeError> {
+        let refused = delta::refuse_empty_commits(&self.store, &self.path, known, until).await;
+        refused.map_err(|error| self.discreet(error))
+    }
+
+    /// An error about the table's log as messages may have it.
+    ///
+    /// PRIVACY: a commit's number counts chunks of records where the table is private and grows by chunks.
+    fn discreet(&self, error: LakeError) -> LakeError {
+        discreet(self.is_private, error)
     }
 
     /// Explains an error of what begins now: by what storage failed at meanwhile, of which libraries keep but a text.
     fn blame(&self) -> impl Fn(DeltaTableError) -> LakeError + Send + Sync {
-        let (started, url, store) = (Instant::now(), self.url.clone(), self.store.clone());
-        move |error| store.failure_since(started).unwrap_or_else(|| delta::explain(url.as_str(), &error))
+        let (failure, url) = (self.failure_from_now(), self.url.clone());
+        move |error| failure().unwrap_or_else(|| delta::explain(url.as_str(), &error))
+    }
+
+    /// The same for an error of a commit.
+    pub(crate) fn blame_commit(&self) -> impl Fn(DeltaTableError) -> Commit + Send + Sync {
+        let (failure, url) = (self.failure_from_now(), self.url.clone());
+        move |error| delta::after_commit(url.as_str(), &error, failure())
     }
 
     /// The same for an error of the engine.
     fn blame_engine(&self) -> impl Fn(DataFusionError) -> LakeError + Send + Sync + 'static {
-        let (started, url, store) = (Instant::now(), self.url.clone(), self.store.clone());
-        move |error| store.failure_since(started).unwrap_or_else(|| rows::engine_error(url.as_str(), &error))
+        let (failure, url) = (self.failure_from_now(), self.url.clone());
+        move |error| failure().unwrap_or_else(|| rows::engine_error(url.as_str(), &error))
+    }
+
+    /// What storage failed at since now.
+    fn failure_from_now(&self) -> impl Fn() -> Option<LakeError> + Send + Sync + 'static {
+        let (started, store, is_private) = (Instant::now(), self.store.clone(), self.is_private);
+        move || store.failure_since(started).map(|error| discreet(is_private, error))
     }
 
     async fn load(&self, load: impl Future<Output = deltalake::DeltaResult<()>> + Send) -> Result<(), LakeError> {
@@ -560,6 +583,13 @@ impl Table {
 /// pinned versions must stay readable.
 pub(crate) fn properties() -> CommitProperties {
     CommitProperties::default().with_max_retries(0).with_cleanup_expired_logs(Some(false))
+}
+
+fn discreet(is_private: bool, error: LakeError) -> LakeError {
+    match is_private {
+        true => error.map(|text| delta::without_commits(&text)),
+        false => error,
+    }
 }
 
 fn version_of(table: &DeltaTable) -> Option<i64> {
