@@ -41,15 +41,24 @@ thread_local! {
     static WORKER: Cell<bool> = const { Cell::new(false) };
 }
 
-/// How many workers computing on `device` pays for: what libtorch would have used (`OMP_NUM_THREADS`, or all processors).
+/// How many workers computing on `device` pays for.
 pub(crate) fn count(device: Device) -> usize {
     static THREADS: OnceLock<usize> = OnceLock::new();
     match device {
-        Device::Cpu if !WORKER.get() => {
-            *THREADS.get_or_init(|| usize::try_from(tch::get_num_threads()).unwrap_or(1).clamp(1, 64))
-        }
+        Device::Cpu if !WORKER.get() => *THREADS.get_or_init(threads),
         _ => 1,
     }
+}
+
+/// What libtorch would have used (`OMP_NUM_THREADS`, or all processors), and no more than this process's share of them:
+/// libtorch does not see a container's limit.
+fn threads() -> usize {
+    let all = usize::try_from(tch::get_num_threads()).unwrap_or(1);
+    let share = match std::env::var_os("OMP_NUM_THREADS") {
+        Some(_) => None,
+        None => std::thread::available_parallelism().ok(),
+    };
+    share.map_or(all, |share| all.min(share.get())).clamp(1, 64)
 }
 
 /// Runs `work` on every part, each on a thread of its own; results in order of the parts.
