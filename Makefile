@@ -10,6 +10,11 @@ LAKE ?= lake
 LIBTORCH ?= $(DOPPEL_CACHE)/libtorch-2.11.0-$(TORCH)
 # Compiled dependencies are shared between checkouts.
 CARGO_TARGET_DIR ?= $(DOPPEL_CACHE)/target
+# Cargo runs build scripts in other folders.
+absolute = $(if $(filter /%,$(1)),$(1),$(CURDIR)/$(1))
+override DOPPEL_CACHE := $(call absolute,$(DOPPEL_CACHE))
+override LIBTORCH := $(call absolute,$(LIBTORCH))
+override CARGO_TARGET_DIR := $(call absolute,$(CARGO_TARGET_DIR))
 export DOPPEL_CACHE TORCH LIBTORCH CARGO_TARGET_DIR
 
 SETUP_LIBTORCH := $(if $(filter $(DOPPEL_CACHE)/%,$(LIBTORCH)),libtorch,)
