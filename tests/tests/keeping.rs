@@ -222,6 +222,16 @@ fn a_dropped_run_stays_paid_and_its_lineage_is_told_without_private_figures() {
     assert!(came_from.contains(&format!("made by vote of run {RUN} (dropped)")), "{came_from}");
     let refused = run(&place.train(LAKE), 2).stderr;
     assert!(refused.contains("was dropped") && refused.contains("help:"), "{refused}");
+    // Nor under a release root that does not know the run: its reservation and its noise are in the private root.
+    let elsewhere = place.path("elsewhere");
+    std::fs::create_dir_all(&elsewhere).expect("a folder");
+    for stage in [place.train(LAKE), place.vote(LAKE)] {
+        let stage = stage.replace(&place.release(LAKE), &elsewhere.display().to_string());
+        let refused = run(&stage, 2).stderr;
+        assert!(refused.contains("was dropped") && refused.contains("help:"), "{refused}");
+    }
+    assert!(!elsewhere.join("runs").exists());
+    assert_eq!(run(&budget, 0).json(), before);
     assert!(run(&gc, 0).stdout.contains("nothing to remove"));
 }
 

@@ -125,7 +125,9 @@ pub async fn is_dropped<Z: Zone>(zone: &Z, run: &str) -> Result<bool, LakeError>
     Ok(read::<Z, Value>(zone, &format!("runs/{run}/{DROPPED}")).await?.is_some())
 }
 
-async fn refuse_dropped<Z: Zone>(zone: &Z, run: &str) -> Result<(), LakeError> {
+/// Refuses a run that is [closed](close) in `zone`. [`begin`] does so where it claims; a stage that spends also asks the
+/// private root, where the reservation and the noise key are, whichever release root it is given.
+pub async fn refuse_dropped<Z: Zone>(zone: &Z, run: &str) -> Result<(), LakeError> {
     if !is_dropped(zone, run).await? {
         return Ok(());
     }

@@ -31,6 +31,9 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
     match &config.mechanism {
         Mechanism::Private(mechanism) => {
             let (private, release) = args.common.roots().await?;
+            // PRIVACY: its reservation stands and its noise is keyed, so under a release root that does not know it was
+            // dropped it would train again, for free and under equal noise.
+            manifest::refuse_dropped(&private, &args.common.run).await?;
             let base = Base::open(&args, &config, &private).await?;
             let use_of_it = (args.common.run.as_str(), config.mechanism.stage());
             ledger::check(&private, &config.corpus, &base.unit, use_of_it, &mechanism.event())
@@ -419,7 +422,24 @@ fn accounting(error: privacy::AccountingError) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_run_that_was_dropped_is_refused_whichever_release_root_there_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = |zone: &str| format!("--{zone}={}", folder.path().join(zone).display());
+        let flags = "--run one --corpus chats --model llama --expected-batch-size 1 --records 2 --steps 1";
+        let flags = std::iter::once("doppel-train").chain(flags.split_whitespace()).map(str::to_owned);
+        let flags = flags.chain([root("private"), root("release"), "--noise-multiplier=1".into()]);
+        let args = Args::try_parse_from(flags).unwrap();
+        let told = run(args.clone()).await.unwrap_err().to_string();
+        assert!(told.contains("corpora/chats"), "a run like any other: {told}");
+        manifest::close(&args.common.private_root().await.unwrap(), "one").await.unwrap();
+        let told = run(args).await.unwrap_err();
+        assert!(matches!(&told, Failure::Usage(told) if told.contains("run one was dropped")), "{told}");
+    }
 
     #[test]
     fn a_block_fits_the_template_and_the_model() {

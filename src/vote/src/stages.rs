@@ -29,6 +29,8 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
     let config = Config::new(&args)?;
     let mechanism = VotingMechanism::new(config.sigma).map_err(VoteError::from)?;
     let (private, release) = args.common.roots().await?;
+    // PRIVACY: under a release root that does not know it was dropped, it would vote again under its old reservation.
+    manifest::refuse_dropped(&private, &args.common.run).await?;
     let inputs = Inputs::find(&private, &release, &args.common.run, &config).await?;
     inputs.check(&config).await?;
     let terms = CorpusTerms::read(&private, &config.corpus).await?;
