@@ -123,10 +123,10 @@ impl BaselineAdapter {
 pub fn check_learned(initial: &Lora, trained: &Lora, mechanism: &Mechanism) -> Result<(), LmError> {
     let mut still = Vec::new();
     for ((name, before), (_, after)) in initial.tensors.iter().zip(&trained.tensors) {
-        if after.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+        if !is_finite(after)? {
             return Err(LmError::Malformed(format!(
                 "adapter tensor {name} has values that are not finite, so nothing is released\n\
-                 help: lower --learning-rate"
+                 help: lower --learning-rate or --weight-decay"
             )));
         }
         if before.f_equal(after)? {
@@ -144,6 +144,11 @@ pub fn check_learned(initial: &Lora, trained: &Lora, mechanism: &Mechanism) -> R
         ))),
         _ => Ok(()),
     }
+}
+
+/// Whether all values of `tensor` are finite.
+pub fn is_finite(tensor: &Tensor) -> Result<bool, LmError> {
+    Ok(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
 }
 
 #[cfg(test)]

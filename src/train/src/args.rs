@@ -1,5 +1,7 @@
 //! Flags, and the configuration they mean.
 
+use std::ops::RangeInclusive;
+
 use clap::{ArgGroup, Parser, ValueEnum};
 use lm::adapter::{LoraConfig, Target};
 use lm::device::{DeviceChoice, DtypeChoice};
@@ -12,8 +14,10 @@ use stage::Failure;
 
 /// Largest rank that an adapter may have.
 const MAX_RANK: i64 = 4096;
-/// Largest learning rate. AdamW moves each parameter by about the rate, whatever its gradient.
-const MAX_LEARNING_RATE: f64 = 10.0;
+/// Learning rates. AdamW moves each parameter by about the rate, whatever its gradient: less is lost in float32.
+const LEARNING_RATES: RangeInclusive<f64> = 1e-10..=10.0;
+/// Values of alpha with which float32 bears the adapter's product and its gradient.
+const ALPHAS: RangeInclusive<f64> = 1e-6..=1e6;
 
 /// Fine-tune a language model on the private corpus with DP-Adam and LoRA.
 ///
@@ -46,7 +50,7 @@ pub struct Args {
     /// LoRA rank r, at most 4096.
     #[arg(long, default_value_t = 8)]
     pub rank: i64,
-    /// LoRA alpha; the adapter's product is scaled by alpha / rank.
+    /// LoRA alpha, from 1e-6 to 1e6; the adapter's product is scaled by alpha / rank.
     #[arg(long, default_value_t = 16.0)]
     pub alpha: f64,
     /// Projections to adapt, of q, k, v, o.
@@ -55,10 +59,10 @@ pub struct Args {
     /// Dropout on the adapter's input while training.
     #[arg(long, default_value_t = 0.0)]
     pub dropout: f64,
-    /// Peak learning rate of AdamW, at most 10.
+    /// Peak learning rate of AdamW, from 1e-10 to 10.
     #[arg(long, default_value_t = 1e-3)]
     pub learning_rate: f64,
-    /// AdamW's decoupled weight decay.
+    /// AdamW's decoupled weight decay; the learning rate times it is less than 1.
     #[arg(long, default_value_t = 0.0)]
     pub weight_decay: f64,
     /// Learning-rate schedule after warm-up.
@@ -306,8 +310,8 @@ impl Args {
         let probability = self.sampling_probability();
         check((1..=MAX_RANK).contains(&self.rank), format!("--rank {}: expected 1 to {MAX_RANK}", self.rank));
         check(
-            self.alpha.is_finite() && self.alpha > 0.0,
-            format!("--alpha {}: expected a positive number", self.alpha),
+            ALPHAS.contains(&self.alpha),
+            format!("--alpha {:?}: expected a number from {:e} to {:e}", self.alpha, ALPHAS.start(), ALPHAS.end()),
         );
         check(
             self.expected_batch_size.is_finite() && self.expected_batch_size > 0.0,
@@ -334,15 +338,26 @@ impl Args {
             "--epochs: expected a positive number".into(),
         );
         check(
-            self.learning_rate > 0.0 && self.learning_rate <= MAX_LEARNING_RATE,
+            LEARNING_RATES.contains(&self.learning_rate),
             format!(
-                "--learning-rate {}: expected a positive number of at most {MAX_LEARNING_RATE}",
-                self.learning_rate
+                "--learning-rate {:?}: expected a number from {:e} to {}",
+                self.learning_rate,
+                LEARNING_RATES.start(),
+                LEARNING_RATES.end()
             ),
         );
         check(
             self.weight_decay.is_finite() && self.weight_decay >= 0.0,
             format!("--weight-decay {}: expected a number of at least 0", self.weight_decay),
+        );
+        let decay = self.learning_rate * self.weight_decay;
+        check(
+            decay.is_nan() || decay < 1.0,
+            format!(
+                "--weight-decay {:?}: times --learning-rate {:?} it is {decay:?}, expected less than 1\n\
+                 help: lower either; this share of the adapter is taken away in each step",
+                self.weight_decay, self.learning_rate
+            ),
         );
         if let Some(delta) = self.delta {
             check(DELTAS.contains(&delta), format!("--delta {delta}: expected a number between 0 and 1, such as 1e-6"));
@@ -481,7 +496,9 @@ mod tests {
     #[test]
     fn values_that_cannot_work_are_found_before_anything_is_read() {
         for (more, expected) in [
-            ("--alpha 0", "--alpha 0: expected a positive number"),
+            ("--alpha 0", "--alpha 0.0: expected a number from 1e-6 to 1e6"),
+            ("--alpha 1e300", "--alpha 1e300: expected"),
+            ("--alpha 1e-300", "--alpha 1e-300: expected"),
             ("--alpha nan", "--alpha NaN"),
             ("--alpha inf", "--alpha inf"),
             ("--rank 0", "--rank 0: expected 1 to 4096"),
@@ -494,8 +511,14 @@ mod tests {
             ("--delta nan", "--delta NaN"),
             ("--dropout 1", "--dropout 1"),
             ("--learning-rate inf", "--learning-rate inf"),
-            ("--learning-rate 11", "--learning-rate 11: expected a positive number of at most 10"),
+            ("--learning-rate 11", "--learning-rate 11.0: expected a number from 1e-10 to 10"),
             ("--learning-rate -1", "--learning-rate -1"),
+            ("--learning-rate 1e-30", "--learning-rate 1e-30: expected"),
+            (
+                "--weight-decay 1e4",
+                "--weight-decay 10000.0: times --learning-rate 0.001 it is 10.0, expected less than 1",
+            ),
+            ("--weight-decay 1000", "expected less than 1"),
         ] {
             let failure = args(&format!("--steps 1 --noise-multiplier 1 {more}")).config().unwrap_err();
             assert!(matches!(&failure, Failure::Usage(told) if told.contains(expected)), "{more}: {failure}");

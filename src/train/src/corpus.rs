@@ -83,14 +83,15 @@ pub async fn read(table: &Table, version: i64, encoding: &Encoding<'_>) -> Resul
 }
 
 impl Encoding<'_> {
-    /// Prompt, instruction, end token; the instruction is cut so that the whole fits the block.
+    /// Of each text the example; the instruction is cut so that the whole fits the block.
     fn examples(&self, texts: &[Private<&str>]) -> Result<Vec<Example>, Failure> {
         let texts: Vec<&str> = texts.iter().map(|text| *text.expose()).collect();
         let ids = self.tokenizer.encode_batch(&texts, false).map_err(crate::failure)?;
         Ok(ids.into_iter().map(|ids| self.example(ids)).collect())
     }
 
-    fn example(&self, ids: Vec<i64>) -> Example {
+    /// Prompt, the instruction of these ids, end token.
+    pub fn example(&self, ids: Vec<i64>) -> Example {
         let prefix = self.prompt.prefix.len();
         let mut tokens = self.prompt.prefix.clone();
         tokens.extend(ids);

@@ -8,16 +8,16 @@ use lm::adapter::Lora;
 use lm::checkpoint::Checkpoint;
 use lm::decoder::Decoder;
 use lm::device::Compute;
-use lm::gradients;
+use lm::gradients::{self, Example, example_gradients, token_losses};
 use lm::template::Prompt;
 use lm::tokenizer::Tokenizer;
 use privacy::keyed::{Context, NoiseKey};
 use privacy::training::{ClippedSum, TrainingMechanism};
 use serde_json::json;
 use stage::{Failure, Progress, Summary};
-use tch::Kind;
+use tch::{Kind, Tensor};
 
-use crate::adapter::{BaselineAdapter, PrivateAdapter, Training, Update, check_learned};
+use crate::adapter::{BaselineAdapter, PrivateAdapter, Training, Update, check_learned, is_finite};
 use crate::args::{Args, Config, Mechanism};
 use crate::checkpoint::Checkpoints;
 use crate::corpus::{self, Encoding, Splits};
@@ -238,7 +238,60 @@ impl Model {
         decoder.check_tokens(prompt.prefix.iter().chain([&prompt.end]))?;
         tokenizer.check_fits(architecture.vocab_size)?;
         let initial = new_lora(config, &decoder)?;
-        Ok(Self { decoder, tokenizer, prompt, initial })
+        let model = Self { decoder, tokenizer, prompt, initial };
+        let example = model.public_example(config)?;
+        match has_gradients(&model.decoder, &after_one_step(&model.initial, config)?, &example, config.block_length)? {
+            true => Ok(model),
+            false => Err(LmError::Malformed(format!(
+                "{}: on a short text, its loss or the adapter's gradients are not finite, so it cannot be trained\n\
+                 help: check the model's files, name another --dtype, or lower --alpha and --learning-rate",
+                args.model
+            ))),
+        }
+    }
+
+    fn encoding(&self, config: &Config) -> Encoding<'_> {
+        let (block_length, seed) = (config.block_length, config.seed);
+        Encoding { tokenizer: &self.tokenizer, prompt: &self.prompt, block_length, seed }
+    }
+
+    /// An example that is no record.
+    fn public_example(&self, config: &Config) -> Result<Example, LmError> {
+        Ok(self.encoding(config).example(self.tokenizer.encode("Where do rivers begin?", false)?))
+    }
+}
+
+/// `initial` as the first step leaves it, which moves each parameter by the learning rate: B is zero before, and with it
+/// the gradient of A.
+fn after_one_step(initial: &Lora, config: &Config) -> Result<Lora, LmError> {
+    let rate = config.learning_rate(0);
+    let moved = |(name, tensor): &(String, Tensor)| Ok((name.clone(), tensor.f_add_scalar(rate)?));
+    let tensors = initial.tensors.iter().map(moved).collect::<Result<_, LmError>>()?;
+    Ok(Lora { config: initial.config.clone(), tensors })
+}
+
+/// Whether the loss of `example` and its gradients are finite. Where none are, every unit counts as zero, and the budget
+/// would buy noise alone.
+fn has_gradients(decoder: &Decoder, lora: &Lora, example: &Example, block_length: usize) -> Result<bool, LmError> {
+    let found = example_gradients(decoder, lora, std::slice::from_ref(example), block_length)?;
+    for values in found.gradients.iter().chain([&found.losses]) {
+        if !is_finite(values)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Refuses an adapter with which the model computes no loss.
+fn check_loss(decoder: &Decoder, lora: &Lora, example: &Example) -> Result<(), LmError> {
+    let (losses, _) = token_losses(decoder, lora, std::slice::from_ref(example))?;
+    match losses.iter().all(|loss| loss.is_finite()) {
+        true => Ok(()),
+        false => Err(LmError::Malformed(
+            "the trained adapter: its loss on a short text is not finite, so nothing is released\n\
+             help: lower --learning-rate or --alpha"
+                .into(),
+        )),
     }
 }
 
@@ -298,14 +351,8 @@ impl<'a> Setting<'a> {
         let key = ledger::noise_key(base.private).await.map_err(refused)?;
         let context =
             Context::new(&claim.stage).field("run", claim.run.as_bytes()).field("plan", fingerprint.as_bytes());
-        let encoding = Encoding {
-            tokenizer: &model.tokenizer,
-            prompt: &model.prompt,
-            block_length: base.config.block_length,
-            seed: base.config.seed,
-        };
         let version = corpus_version(claim)?;
-        let splits = corpus::read(&base.corpus, version, &encoding).await?;
+        let splits = corpus::read(&base.corpus, version, &model.encoding(base.config)).await?;
         let checkpoints = Checkpoints::new(base.private, &claim.run, &claim.stage, fingerprint);
         Ok(Self { base, model, splits, checkpoints, key, context })
     }
@@ -349,10 +396,13 @@ impl<'a> Setting<'a> {
         Ok(())
     }
 
-    /// Records the last loss, and refuses an adapter that did not learn.
+    /// Records the last loss, and refuses an adapter that did not learn or that the model computes nothing with.
     async fn conclude(&self, training: &Training) -> Result<(), Failure> {
         self.record_loss(training).await?;
-        check_learned(&self.model.initial, &training.lora, &self.base.config.mechanism).map_err(failure)
+        let (model, config, lora) = (&self.model, self.base.config, &training.lora);
+        check_learned(&model.initial, lora, &config.mechanism).map_err(failure)?;
+        let example = model.public_example(config).map_err(failure)?;
+        check_loss(&model.decoder, lora, &example).map_err(failure)
     }
 
     /// Records the validation loss after `training`'s steps in the private root.
@@ -425,6 +475,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::testing;
 
     #[tokio::test]
     async fn a_run_that_was_dropped_is_refused_whichever_release_root_there_is() {
@@ -439,6 +490,33 @@ mod tests {
         manifest::close(&args.common.private_root().await.unwrap(), "one").await.unwrap();
         let told = run(args).await.unwrap_err();
         assert!(matches!(&told, Failure::Usage(told) if told.contains("run one was dropped")), "{told}");
+    }
+
+    #[test]
+    fn a_loss_or_a_gradient_that_is_not_finite_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let (decoder, mut lora) = testing::tiny(folder.path());
+        let example = testing::example(3);
+        assert!(has_gradients(&decoder, &lora, &example, 32).unwrap());
+        check_loss(&decoder, &lora, &example).unwrap();
+        let last = lora.tensors.len() - 1;
+        lora.tensors[last].1 = lora.tensors[last].1.full_like(f64::NAN);
+        assert!(!has_gradients(&decoder, &lora, &example, 32).unwrap());
+        let told = check_loss(&decoder, &lora, &example).unwrap_err().to_string();
+        assert!(told.contains("nothing is released") && told.contains("help:"), "{told}");
+    }
+
+    #[test]
+    fn after_one_step_no_tensor_is_zero() {
+        let folder = tempfile::tempdir().unwrap();
+        let (decoder, _) = testing::tiny(folder.path());
+        let flags = "doppel-train --run one --corpus chats --model llama --expected-batch-size 1 --records 2 --steps 1 \
+                     --noise-multiplier 1 --rank 2";
+        let config = Args::try_parse_from(flags.split_whitespace()).unwrap().config().unwrap();
+        let lora = after_one_step(&new_lora(&config, &decoder).unwrap(), &config).unwrap();
+        assert!(lora.tensors.iter().all(|(_, tensor)| tensor.abs().max().double_value(&[]) > 0.0));
+        let found = example_gradients(&decoder, &lora, &[testing::example(3)], 32).unwrap();
+        assert!(found.gradients.iter().all(|gradient| gradient.abs().max().double_value(&[]) > 0.0));
     }
 
     #[test]

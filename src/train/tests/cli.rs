@@ -261,10 +261,20 @@ fn settings_that_cannot_work_reserve_nothing_and_bind_no_run_id() {
     std::fs::write(place.path("endless/config.json"), config.to_string()).unwrap();
     let told = ended(place.train_on("one", "chats", "endless").args(SETTINGS), 3);
     assert!(told.contains("a token id is outside the model's vocabulary"), "{told}");
+    models::write_llama(&place.path("broken"), 1).unwrap();
+    let weights = place.path("broken/model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    // The last tensor is the final norm.
+    let end = bytes.len() - 4;
+    bytes[end..].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(weights, bytes).unwrap();
+    let told = ended(place.train_on("one", "chats", "broken").args(SETTINGS), 3);
+    assert!(told.contains("broken: on a short text") && told.contains("not finite"), "{told}");
     for (flags, expected) in [
         (["--block-length=300", "--seed=0"], "--block-length 300: the model has 256 positions"),
         (["--alpha=-1", "--rank=9999"], "--alpha -1"),
         (["--delta=2", "--seed=0"], "--delta 2"),
+        (["--weight-decay=1e4", "--learning-rate=1e-3"], "expected less than 1"),
     ] {
         let told = ended(place.bare("one", "chats", "llama").args(SETTINGS).args(flags), 2);
         assert!(told.contains(expected), "{told}");
