@@ -6,6 +6,7 @@ use clap::{ArgGroup, Parser, ValueEnum};
 use lm::adapter::{LoraConfig, Target};
 use lm::device::{DeviceChoice, DtypeChoice};
 use lm::template::Template;
+use privacy::AccountingError;
 use privacy::accounting::DELTAS;
 use privacy::event::Event;
 use privacy::training::TrainingMechanism;
@@ -223,6 +224,16 @@ impl Mechanism {
             Mechanism::Baseline { steps, .. } => *steps,
         }
     }
+
+    /// What draws and clips. A baseline draws its batches as the private run does; it has no use for the rest.
+    pub fn rules(&self) -> Result<TrainingMechanism, AccountingError> {
+        match self {
+            Mechanism::Private(mechanism) => Ok(mechanism.clone()),
+            Mechanism::Baseline { sampling_probability, steps, expected_batch_size } => {
+                TrainingMechanism::new(*sampling_probability, 1.0, *steps, 1.0, *expected_batch_size)
+            }
+        }
+    }
 }
 
 impl Args {
@@ -269,7 +280,8 @@ impl Args {
     fn mechanism(&self, sampling_probability: f64, steps: u64) -> Result<Mechanism, Failure> {
         if self.no_dp {
             let expected_batch_size = self.expected_batch_size;
-            return Ok(Mechanism::Baseline { sampling_probability, steps, expected_batch_size });
+            let baseline = Mechanism::Baseline { sampling_probability, steps, expected_batch_size };
+            return baseline.rules().map(|_| baseline).map_err(|error| Failure::Usage(error.to_string()));
         }
         let noise_multiplier = match (self.noise_multiplier, self.target_epsilon, self.delta) {
             (Some(noise_multiplier), ..) => noise_multiplier,
@@ -522,6 +534,20 @@ mod tests {
         ] {
             let failure = args(&format!("--steps 1 --noise-multiplier 1 {more}")).config().unwrap_err();
             assert!(matches!(&failure, Failure::Usage(told) if told.contains(expected)), "{more}: {failure}");
+        }
+    }
+
+    #[test]
+    fn a_baseline_is_refused_what_private_training_is() {
+        for how in ["--no-dp", "--noise-multiplier 1"] {
+            let told = |more: &str, expected_batch_size| {
+                let args = Args { expected_batch_size, ..args(&format!("{how} {more}")) };
+                args.config().unwrap_err().to_string()
+            };
+            let long = told("--epochs 1e13", 10.0);
+            assert!(long.contains("steps: expected 1 to"), "{how}: {long}");
+            let small = told("--steps 3", 1e-11);
+            assert!(small.contains("expected_batch_size: expected a number from 1e-10"), "{how}: {small}");
         }
     }
 

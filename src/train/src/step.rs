@@ -11,7 +11,7 @@ use lm::decoder::Decoder;
 use lm::gradients::{self, Example, example_gradients, micro_batches, summed_gradients};
 use privacy::AccountingError;
 use privacy::keyed::{Context, NoiseKey};
-use privacy::training::{ClippedSum, TrainingMechanism};
+use privacy::training::ClippedSum;
 use tch::{Device, Kind, Tensor};
 
 use crate::args::Mechanism;
@@ -47,7 +47,7 @@ pub fn sample<'a>(
     step: u64,
     units: &'a [Unit],
 ) -> Result<Vec<&'a Unit>, AccountingError> {
-    let sampler = rules(mechanism)?.sampler(key, context, step);
+    let sampler = mechanism.rules()?.sampler(key, context, step);
     Ok(units.iter().filter(|unit| sampler.includes(&unit.id)).collect())
 }
 
@@ -67,7 +67,7 @@ pub fn sum_gradients(
     limits: Limits,
 ) -> Result<ClippedSum, LmError> {
     let lengths: Vec<usize> = lora.tensors.iter().map(|(_, tensor)| tensor.numel()).collect();
-    let mut sum = rules(mechanism).map_err(accounting)?.empty_sum(&lengths);
+    let mut sum = mechanism.rules().map_err(accounting)?.empty_sum(&lengths);
     let (granularity, device, workers) = (sum.granularity(), decoder.compute.device, gradients::workers(decoder));
     let limits = Limits { micro_batch_tokens: (limits.micro_batch_tokens / workers).max(1), ..limits };
     let bytes = decoder.spare_memory().map_or(GRADIENT_BYTES, |bytes| bytes / GRADIENT_SHARE);
@@ -98,16 +98,6 @@ pub fn sum_gradients(
         sum.add_rounded(&totals.collect::<Result<Vec<_>, LmError>>()?).map_err(accounting)?;
     }
     Ok(sum)
-}
-
-/// What draws and clips. A baseline draws its batches as the private run does; it has no use for the rest.
-fn rules(mechanism: &Mechanism) -> Result<TrainingMechanism, AccountingError> {
-    match mechanism {
-        Mechanism::Private(mechanism) => Ok(mechanism.clone()),
-        Mechanism::Baseline { sampling_probability, steps, expected_batch_size } => {
-            TrainingMechanism::new(*sampling_probability, 1.0, *steps, 1.0, *expected_batch_size)
-        }
-    }
 }
 
 /// `[units, parameters]` f32 for each adapter tensor: every unit's gradient summed over its examples, of which `rows`
@@ -277,6 +267,8 @@ fn accounting(error: AccountingError) -> LmError {
 
 #[cfg(test)]
 mod tests {
+    use privacy::training::TrainingMechanism;
+
     use super::*;
     use crate::testing;
 
