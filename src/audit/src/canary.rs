@@ -3,6 +3,7 @@
 //! Dirac gradients are the strongest canaries known (Nasr et al. 2023, section 4; Steinke, Nasr, Jagielski 2023,
 //! section 6): coordinate i of the gradient belongs to canary i alone. They need no model, so thousands are cheap.
 
+use doppel_train::step::clip_alone;
 use privacy::keyed::{Context, NoiseKey};
 use privacy::training::ClippedSum;
 use stage::Failure;
@@ -13,10 +14,12 @@ use crate::parts::Parts;
 /// Norm of a canary's gradient before clipping ÷ `clip_norm`: large, so that clipping has something to do.
 pub(crate) const OVERSIZE: f64 = 10.0;
 
-/// The one coordinate of a canary's clipped gradient, as `sum` counts.
-pub(crate) fn clipped(parts: &Parts, sum: &ClippedSum) -> i64 {
-    let norm = OVERSIZE * parts.accounted.clip_norm();
-    (norm * parts.clip_factor(norm) / sum.granularity()).round_ties_even() as i64
+/// The one coordinate of a canary's gradient, as `sum` counts, clipped and rounded by train's own step. All canaries have
+/// the same, so one goes through it for all.
+pub(crate) fn clipped(parts: &Parts, sum: &ClippedSum) -> Result<i64, Failure> {
+    let gradient = [(OVERSIZE * parts.accounted.clip_norm()) as f32];
+    let whole = clip_alone(&parts.clipping, &gradient, sum.granularity()).map_err(crate::failure)?;
+    Ok(whole[0])
 }
 
 /// Canaries with gradients along the axes.
@@ -46,7 +49,7 @@ impl Target for Directions {
     fn step(&mut self, step: u64, present: &[bool]) -> Result<Vec<f64>, Failure> {
         let sampler = self.parts.sampler.sampler(&self.key, &self.context, step);
         let mut sum = self.parts.noise.empty_sum(&[self.units.len()]);
-        let clipped = clipped(&self.parts, &sum);
+        let clipped = clipped(&self.parts, &sum)?;
         let gradient = |(unit, &present): (&String, &bool)| if present && sampler.includes(unit) { clipped } else { 0 };
         let canaries: Vec<i64> = self.units.iter().zip(present).map(gradient).collect();
         sum.add_rounded(&[canaries]).map_err(crate::accounting)?;

@@ -20,6 +20,7 @@ mod report;
 #[cfg(test)]
 mod tests;
 
+use lm::LmError;
 use privacy::AccountingError;
 use stage::{Failure, Summary};
 
@@ -52,4 +53,9 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
 
 fn accounting(error: AccountingError) -> Failure {
     Failure::Usage(error.to_string())
+}
+
+/// A model's failure by what the operator can do.
+fn failure(error: LmError) -> Failure {
+    Failure::coded(error.exit_code(), error)
 }

@@ -9,7 +9,6 @@ use doppel_train::adapter::{PrivateAdapter, Training, Update};
 use doppel_train::args::Mechanism;
 use doppel_train::step::{Limits, Unit, sample, sum_gradients};
 use lake::StorageOptions;
-use lm::LmError;
 use lm::adapter::{Lora, LoraConfig, Target as Projection};
 use lm::checkpoint::Checkpoint;
 use lm::decoder::Decoder;
@@ -20,6 +19,7 @@ use stage::Failure;
 
 use crate::attack::{Attack, Target};
 use crate::canary::clipped;
+use crate::failure;
 use crate::parts::Parts;
 
 /// Ordinary units that train beside the canaries, and tokens of each.
@@ -81,7 +81,7 @@ impl Target for Model {
         let lora = &adapter.training().lora;
         let mut sum = sum_gradients(decoder, lora, &parts.clipping, &units, step, LIMITS).map_err(failure)?;
         let sampler = parts.sampler.sampler(key, context, step);
-        let clipped = clipped(parts, &sum);
+        let clipped = clipped(parts, &sum)?;
         let mut gradients: Vec<Vec<i64>> = lora.tensors.iter().map(|(_, tensor)| vec![0; tensor.numel()]).collect();
         for ((unit, tensor, place), present) in canaries.iter().zip(present) {
             if *present && sampler.includes(unit) {
@@ -119,8 +119,4 @@ fn axes(lora: &Lora, count: usize) -> Vec<(String, usize, usize)> {
         (format!("canary-{canary}"), tensor, place)
     };
     (0..count).map(axis).collect()
-}
-
-fn failure(error: LmError) -> Failure {
-    Failure::coded(error.exit_code(), error)
 }

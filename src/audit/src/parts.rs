@@ -46,12 +46,4 @@ impl Parts {
         };
         Ok(privacy::epsilon(&[step], delta)?.pld)
     }
-
-    /// What a gradient of L2 norm `norm` is multiplied by.
-    pub fn clip_factor(&self, norm: f64) -> f64 {
-        match &self.clipping {
-            Mechanism::Private(mechanism) => mechanism.clip_factor(norm),
-            Mechanism::Baseline { .. } => 1.0,
-        }
-    }
 }

@@ -83,13 +83,7 @@ pub fn sum_gradients(
                 Mechanism::Private(_) => unit_gradients(decoder, lora, &batch, step, limits, rows)?,
                 Mechanism::Baseline { .. } => batch_gradient(decoder, lora, &batch, step, limits)?,
             };
-            let factors = clip_factors(mechanism, &gradients)?;
-            clear_refused(&gradients, &factors)?;
-            let factors = Tensor::f_from_slice(&factors)?.f_to_device(device)?;
-            for (total, gradient) in totals.iter_mut().zip(&gradients) {
-                let _ = total.f_add_(&clipped(gradient, &factors, granularity)?)?;
-            }
-            Ok(())
+            add_clipped(mechanism, &gradients, granularity, totals)
         },
     )?;
     // Whole numbers: whoever added what, the sum is the same.
@@ -98,6 +92,16 @@ pub fn sum_gradients(
         sum.add_rounded(&totals.collect::<Result<Vec<_>, LmError>>()?).map_err(accounting)?;
     }
     Ok(sum)
+}
+
+/// What [`sum_gradients`] adds for one unit whose gradient is `gradient`, in whole multiples of `granularity`: for the
+/// audit, whose canaries have gradients and no records.
+pub fn clip_alone(mechanism: &Mechanism, gradient: &[f32], granularity: f64) -> Result<Vec<i64>, LmError> {
+    let row = Tensor::f_from_slice(gradient)?.f_unsqueeze(0)?;
+    let mut total = [Tensor::f_zeros([gradient.len() as i64], (Kind::Int64, Device::Cpu))?];
+    add_clipped(mechanism, &[row], granularity, &mut total)?;
+    let [total] = total;
+    Ok(Vec::try_from(total)?)
 }
 
 /// `[units, parameters]` f32 for each adapter tensor: every unit's gradient summed over its examples, of which `rows`
@@ -190,6 +194,22 @@ fn parts(examples: &[Example], tokens: usize, count: usize) -> Vec<(Vec<usize>, 
     let batches = micro_batches(&lengths, tokens);
     let parts = batches.iter().flat_map(|batch| batch.chunks(count.max(1)));
     parts.map(|part| (part.to_vec(), part.iter().map(|&index| examples[index].clone()).collect())).collect()
+}
+
+/// Adds the rows of `gradients`, a unit's each, to `totals`: clipped, in whole multiples of `granularity`.
+fn add_clipped(
+    mechanism: &Mechanism,
+    gradients: &[Tensor],
+    granularity: f64,
+    totals: &mut [Tensor],
+) -> Result<(), LmError> {
+    let factors = clip_factors(mechanism, gradients)?;
+    clear_refused(gradients, &factors)?;
+    let factors = Tensor::f_from_slice(&factors)?.f_to_device(device(gradients))?;
+    for (total, gradient) in totals.iter_mut().zip(gradients) {
+        let _ = total.f_add_(&clipped(gradient, &factors, granularity)?)?;
+    }
+    Ok(())
 }
 
 /// What each unit's gradient is multiplied by; 0 for a gradient that is not finite.
@@ -339,6 +359,20 @@ mod tests {
         let off = distance(&found, &expected.without_noise(1.0).concat());
         // What float32 and the lattice may change in the sums of eight units.
         assert!(off <= 8.0 * (expected.sensitivity() - CLIP_NORM), "{off:e}");
+    }
+
+    #[test]
+    fn a_unit_that_is_clipped_alone_adds_what_privacy_adds() {
+        let gradient = [0.3, -0.4, 0.0, 2.0];
+        let rules = mechanism().rules().unwrap();
+        let mut expected = rules.empty_sum(&[gradient.len()]);
+        expected.add(&[&gradient]).unwrap();
+        let mut found = rules.empty_sum(&[gradient.len()]);
+        found.add_rounded(&[clip_alone(&mechanism(), &gradient, found.granularity()).unwrap()]).unwrap();
+        let found = found.without_noise(1.0).concat();
+        assert!((norm(&found) / CLIP_NORM - 1.0).abs() < 1e-6, "{found:?}");
+        assert!(distance(&found, &expected.without_noise(1.0).concat()) <= 2.0 * (expected.sensitivity() - CLIP_NORM));
+        assert_eq!(clip_alone(&mechanism(), &[f32::NAN, 1.0], 1.0).unwrap(), [0, 0]);
     }
 
     #[test]
