@@ -57,6 +57,9 @@ fn count(text: &str) -> Result<usize, String> {
     }
 }
 
+/// Scores that are held at a time, one of each canary in each step: some gigabytes.
+const MAX_SCORES: u64 = 200_000_000;
+
 impl Args {
     /// The mechanism to audit. The scale of its gradients does not matter, so the clip norm is 1.
     pub fn mechanism(&self) -> Result<TrainingMechanism, Failure> {
@@ -67,6 +70,14 @@ impl Args {
             return Err(Failure::Usage(format!(
                 "--confidence {}: expected a number from 0.5 to below 1, such as 0.95",
                 self.confidence
+            )));
+        }
+        let scores = self.canaries as u64 * self.steps;
+        if scores > MAX_SCORES {
+            return Err(Failure::Usage(format!(
+                "--canaries {} in each of --steps {}: {scores} scores, expected at most {MAX_SCORES}\n\
+                 help: lower either",
+                self.canaries, self.steps
             )));
         }
         let batch = (self.sampling_probability * self.canaries as f64 / 2.0).max(1.0);
@@ -97,6 +108,9 @@ mod tests {
             let args = Args::parse_from(["doppel-audit", wrong[0], wrong[1]]);
             assert!(matches!(args.mechanism(), Err(Failure::Usage(_))), "{wrong:?}");
         }
+        let many = Args::parse_from(["doppel-audit", "--canaries", "1000000", "--steps", "100000"]);
+        let told = many.mechanism().unwrap_err().to_string();
+        assert!(told.contains("--canaries 1000000 in each of --steps 100000"), "{told}");
         assert!(Args::try_parse_from(["doppel-audit", "--canaries", "3"]).is_err());
     }
 }
