@@ -1,5 +1,6 @@
 //! What was typed, and what it means.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
@@ -36,7 +37,7 @@ pub struct Args {
     pub common: stage::Common,
     /// Where the conversations are: a path, file://, s3://, gs:// or az:// URL. Repeatable.
     ///
-    /// A JSON array, JSON Lines or Parquet; told apart by their first bytes. Read in the order given.
+    /// A JSON array, JSON Lines or Parquet; told apart by their first bytes. Read in the order given, each once.
     #[arg(long, required = true, value_name = "URL", value_hint = stage::PLACE)]
     pub input: Vec<String>,
     /// Name of the corpus to write: letters, digits, `.`, `_`, `-`; at most 100, the first a letter or digit.
@@ -268,13 +269,17 @@ impl Config {
         if args.unit_column.is_some() && args.unit_rule.is_record() {
             findings.push("--unit-column: not with --unit-rule record, which reads no column".to_owned());
         }
+        let inputs = args.input.iter().map(|input| canonical(input)).collect::<Result<Vec<_>, _>>();
+        let mut named = HashSet::new();
+        for again in inputs.iter().flatten().filter(|input| !named.insert(input.as_str())) {
+            findings.push(format!("--input {again}: is named twice; name it once, or its records could count twice"));
+        }
         if !findings.is_empty() {
             return Err(PartitionError::Usage(findings.join("\n")));
         }
-        let inputs = args.input.iter().map(|input| canonical(input)).collect::<Result<_, _>>()?;
         Ok(Self {
             corpus: args.corpus.clone(),
-            inputs,
+            inputs: inputs?,
             shape: args.shape,
             text_column: args.text_column.clone(),
             language_column: args.language_column.clone(),
@@ -288,6 +293,11 @@ impl Config {
             strict: args.strict,
             public_counts: args.declare_public_counts,
         })
+    }
+
+    /// Whether each of equal records is a unit, and so protected on its own.
+    pub fn equal_records_are_units(&self) -> bool {
+        self.unit_rule.is_record() && self.dedup == Dedup::None
     }
 
     /// What a run id is bound to: everything that changes the corpus. `--declare-public-counts` does not.

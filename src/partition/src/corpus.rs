@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::bound::{Choice, Keys, Split};
-use crate::config::{Config, Dedup};
+use crate::config::Config;
 use crate::error::PartitionError;
 use crate::input::Batch;
 use crate::select::Kept;
@@ -71,7 +71,7 @@ impl Extraction {
         let mut rows = rows.into_iter().collect::<Result<Vec<_>, _>>()?;
         // PRIVACY: equal texts are told apart by number alone, so that one of them more or less, wherever it stands, is
         // one unit more or less.
-        if self.config.unit_rule.is_record() && self.config.dedup == Dedup::None {
+        if self.config.equal_records_are_units() {
             for (row, choice) in rows.iter_mut().zip(wanted) {
                 let times = self.times.entry(choice.priority).or_default();
                 let earlier = std::mem::replace(times, *times + 1);

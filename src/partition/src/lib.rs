@@ -76,6 +76,9 @@ async fn partition(
     let selected = first_pass(config, &keys, &objects).await?;
     let terms = terms(config, &selected);
     owner.read_digests(storage).await?;
+    if config.equal_records_are_units() {
+        owner.refuse_copies()?;
+    }
 
     let handle = match lake::manifest::begin(root, claim).await? {
         Begin::Fresh(handle) | Begin::Resumed(handle) => handle,

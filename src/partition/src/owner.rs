@@ -3,6 +3,8 @@
 //! PRIVACY: sizes, entity tags and digests of the inputs tell about private data; they stay in the private root, and no
 //! message repeats them.
 
+use std::collections::HashMap;
+
 use lake::{LakeError, PrivateRoot, StorageOptions, Zone};
 use serde::{Deserialize, Serialize};
 use stage::Failure;
@@ -32,6 +34,17 @@ impl Owner {
     pub async fn read_digests(&mut self, storage: &StorageOptions) -> Result<(), LakeError> {
         for input in &mut self.inputs {
             input.read_digest(storage).await?;
+        }
+        Ok(())
+    }
+
+    /// Refuses two inputs whose digests are the same: where equal records are units, each of theirs would be two.
+    pub fn refuse_copies(&self) -> Result<(), Failure> {
+        let mut seen = HashMap::new();
+        for input in &self.inputs {
+            if let Some(earlier) = seen.insert(&input.digest, &input.url) {
+                return Err(copies(earlier, &input.url));
+            }
         }
         Ok(())
     }
@@ -97,6 +110,14 @@ fn taken(corpus: &str, run: &str) -> Failure {
     Failure::Usage(format!(
         "corpus `{corpus}` exists already: run `{run}` wrote it\n\
          help: choose another --corpus; a corpus never changes, since ledger entries refer to it"
+    ))
+}
+
+fn copies(one: &str, other: &str) -> Failure {
+    Failure::Usage(format!(
+        "{one} and {other} have the same content: with --unit-rule record and --dedup none each of their records would \
+         be two units, and cost twice the ε that the ledger states\n\
+         help: name one of the two; if they hold different records that read alike, put them into one file"
     ))
 }
 

@@ -902,6 +902,35 @@ fn of_equal_texts_each_is_a_unit_where_records_are() {
     assert!(fewer.is_subset(&more), "one record more changed others");
 }
 
+#[test]
+fn an_input_that_is_named_twice_is_refused() {
+    let setting = Setting::new();
+    let input = setting.input("in.jsonl", r#"{"id":1,"text":"Tell me about whales."}"#);
+    let by_folder = format!("{}/./in.jsonl", setting.folder.path().display());
+    for again in [&input, &by_folder, &format!("file://{input}")] {
+        let flags = ["--input", &input, "--input", again, "--max-per-unit", "0"];
+        setting.run(&flags).check(2, &["in.jsonl: is named twice", "--max-per-unit"]);
+    }
+    assert!(setting.left_behind().is_empty(), "{:?}", setting.left_behind());
+}
+
+#[test]
+fn a_copy_of_an_input_makes_no_units_of_its_own() {
+    let setting = Setting::new();
+    let text = r#"{"id":1,"text":"Tell me about whales."}"#;
+    let (one, other) = (setting.input("one.jsonl", text), setting.input("other.jsonl", text));
+    let both = ["--input", one.as_str(), "--input", &other];
+    let records = [&both[..], &["--unit-rule", "record", "--dedup", "none"]].concat();
+    let refused = ["one.jsonl and", "other.jsonl have the same content", "help: name one of the two"];
+    setting.run(&records).check(2, &refused).lacks("whales");
+    assert!(setting.left_behind().is_empty(), "{:?}", setting.left_behind());
+    // Where equal records are one, a copy adds nothing.
+    for (corpus, flags) in [("d", ["--unit-rule", "record"]), ("e", ["--dedup", "none"])] {
+        setting.run_as(corpus, corpus, &[&both[..], &flags].concat()).check(0, &[]);
+        assert_eq!(setting.rows(corpus).len(), 1, "{flags:?}");
+    }
+}
+
 /// ShareGPT as the demo has it: 17,671 whole records, then cut off.
 #[test]
 fn the_real_sharegpt_gives_enough_to_train_on() {
