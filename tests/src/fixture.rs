@@ -1,7 +1,8 @@
 //! A release root small enough to work out by hand: what the published queries are tested on.
 //!
 //! Run `tiny` has twelve synthetic rows of two shards in three clusters. Bin 0 has too many rows for its votes, bin 1 too
-//! few (its supply runs out), and bin 2 got noise below zero. Run `tiny-base` has two rows, to compare with.
+//! few (its supply runs out), and bin 2 got noise below zero. Run `tiny-base` has two rows, to compare with. Of two more
+//! runs there are manifests alone: `tiny-other` trained, and `tiny-more` sampled from its adapter.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -127,33 +128,60 @@ fn selected(rows: &[&Row]) -> Vec<ArrayRef> {
     vec![texts(rows, |row| row.id), texts(rows, |row| row.text), ints(rows, |row| row.bin)]
 }
 
-/// Manifests of train and vote, and a claim of a second synthesize that did not end.
+/// Manifests of all stages, and a claim of a second synthesize that did not end.
 async fn manifests(root: &ReleaseRoot) -> Result<(), LakeError> {
-    let corpus = input("corpus", "corpora/tiny", Some(7), None);
     let model = input("model", "models/tiny-llama", None, Some("0123abcd"));
-    let training = json!({
-        "events": [{ "kind": "poisson_sampled_gaussian", "sampling_probability": 0.25, "noise_multiplier": 1.5, "steps": 4 }],
-        "epsilon": 2.75, "delta": 1e-5,
-    });
+    let encoder = input("encoder", "models/tiny-bert", None, Some("4567cdef"));
+    let corpus = |name: &str, version| input("corpus", &format!("corpora/{name}"), Some(version), None);
+    let adapter = |run: &str| input("adapter", &format!("runs/{run}/adapter"), None, Some("89abef01"));
+    let texts = |name: &str, run: &str, version| input(name, &format!("runs/{run}/synthetic"), Some(version), None);
+    let vectors = |name: &str, run: &str, version| input(name, &format!("runs/{run}/embeddings"), version, None);
+
+    let training = |epsilon: f64| {
+        json!({
+            "events": [{
+                "kind": "poisson_sampled_gaussian", "sampling_probability": 0.25, "noise_multiplier": 1.5, "steps": 4,
+            }],
+            "epsilon": epsilon, "delta": 1e-5,
+        })
+    };
     let voting = json!({
         "events": [{ "kind": "discrete_gaussian", "noise_multiplier": 10.0 }],
         "epsilon": 0.4125, "delta": 1e-5,
     });
-    let synthetic = input("synthetic", "runs/tiny/synthetic", Some(2), None);
-    finish(root, claim("train", None, vec![corpus.clone(), model.clone()]), &["adapter"], training).await?;
-    finish(root, claim("synthesize", Some((0, 2)), vec![model.clone()]), &["synthetic"], json!({ "rows": 6 })).await?;
-    finish(root, claim("vote", None, vec![corpus, synthetic]), &["clusters", "histogram", "selected"], voting).await?;
-    manifest::begin(root, claim("synthesize", Some((1, 2)), vec![model])).await?;
-    Ok(())
+
+    let train = claim("tiny", "train", None, vec![corpus("tiny", 7), model.clone()]);
+    finish(root, train, &["adapter"], training(2.75)).await?;
+    let shard = |index| claim("tiny", "synthesize", Some((index, 2)), vec![model.clone(), adapter("tiny")]);
+    finish(root, shard(0), &["synthetic"], json!({ "rows": 6 })).await?;
+    manifest::begin(root, shard(1)).await?;
+    let embed = claim("tiny", "embed", None, vec![texts("texts", "tiny", 2), encoder.clone()]);
+    finish(root, embed, &["embeddings"], json!({ "dimension": 3 })).await?;
+    let read = vec![
+        texts("candidates", "tiny", 2),
+        vectors("embeddings", "tiny", Some(1)),
+        corpus("tiny", 7),
+        vectors("corpus-embeddings", "tiny", None),
+        vectors("baseline-embeddings", "tiny-more", Some(1)),
+    ];
+    let vote = claim("tiny", "vote", None, read);
+    finish(root, vote, &["clusters", "histogram", "selected", "centroids"], voting).await?;
+
+    let train = claim("tiny-other", "train", None, vec![corpus("other", 1), model.clone()]);
+    finish(root, train, &["adapter"], training(1.25)).await?;
+    let synthesize = claim("tiny-more", "synthesize", None, vec![model, adapter("tiny-other")]);
+    finish(root, synthesize, &["synthetic"], json!({ "rows": 2 })).await?;
+    let embed = claim("tiny-more", "embed", None, vec![texts("texts", "tiny-more", 1), encoder]);
+    finish(root, embed, &["embeddings"], json!({ "dimension": 3 })).await
 }
 
 fn input(name: &str, location: &str, version: Option<i64>, digest: Option<&str>) -> Input {
     Input { name: name.into(), location: location.into(), version, digest: digest.map(str::to_string) }
 }
 
-fn claim(stage: &str, shard: Option<(u32, u32)>, inputs: Vec<Input>) -> Claim {
+fn claim(run: &str, stage: &str, shard: Option<(u32, u32)>, inputs: Vec<Input>) -> Claim {
     Claim {
-        run: "tiny".into(),
+        run: run.into(),
         stage: stage.into(),
         shard,
         inputs,
@@ -169,10 +197,14 @@ async fn finish(root: &ReleaseRoot, claim: Claim, outputs: &[&str], facts: serde
     let Begin::Fresh(handle) = manifest::begin(root, claim).await? else {
         return Ok(());
     };
-    let output = |name: &&str| Output {
-        name: name.to_string(),
-        path: format!("runs/tiny/{name}"),
-        version: (*name != "adapter").then_some(1),
+    let run = handle.claim.run.clone();
+    let output = |name: &&str| {
+        let (file, version) = match *name {
+            "adapter" => ("adapter", None),
+            "centroids" => ("centroids.safetensors", None),
+            table => (table, Some(1)),
+        };
+        Output { name: name.to_string(), path: format!("runs/{run}/{file}"), version }
     };
     handle.finish(outputs.iter().map(output).collect(), facts).await?;
     Ok(())

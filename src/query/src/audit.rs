@@ -21,6 +21,9 @@ use crate::error::QueryError;
 /// The tables that every schema has.
 pub const TABLES: [&str; 6] = ["runs", "stages", "inputs", "outputs", "releases", "tables"];
 
+/// What vote makes of public vectors alone, before its mechanism counts a vote.
+const BEFORE_THE_VOTES: [&str; 2] = ["clusters", "centroids"];
+
 /// Runs, or tables, read at a time.
 const CONCURRENCY: usize = 16;
 
@@ -140,7 +143,7 @@ impl Audit {
         RecordBatch::try_from_iter_with_nullable(columns)
     }
 
-    /// One row per mechanism and output: the mechanism, what it claims to cost, what it read and what it wrote.
+    /// One row per mechanism and output that it has a part in: what it claims to cost, what it read and what it wrote.
     fn releases(&self) -> Result<RecordBatch, ArrowError> {
         let rows: Vec<(&Stage, &Value, &Value, &Output)> = self
             .stages
@@ -148,9 +151,7 @@ impl Audit {
             .flat_map(|stage| {
                 let facts = stage.done.as_ref().map_or(&Value::Null, |done| &done.facts);
                 let events = facts["events"].as_array().map_or(&[][..], Vec::as_slice);
-                events
-                    .iter()
-                    .flat_map(move |event| outputs_of(stage).map(move |(_, output)| (stage, facts, event, output)))
+                events.iter().flat_map(move |event| released(stage).map(move |output| (stage, facts, event, output)))
             })
             .collect();
         let corpus = |stage: &Stage| stage.claim.inputs.iter().find(|input| input.name == "corpus").cloned();
@@ -200,6 +201,12 @@ async fn read_run(root: &ReleaseRoot, run: &str) -> Result<Vec<Stage>, QueryErro
 fn outputs_of(stage: &Stage) -> impl Iterator<Item = (&Stage, &Output)> {
     let outputs = stage.done.as_ref().map_or(&[][..], |done| done.outputs.as_slice());
     outputs.iter().map(move |output| (stage, output))
+}
+
+/// The outputs in which the stage's mechanism has a part.
+fn released(stage: &Stage) -> impl Iterator<Item = &Output> {
+    let is_public = |output: &Output| stage.claim.stage == "vote" && BEFORE_THE_VOTES.contains(&output.name.as_str());
+    outputs_of(stage).map(|(_, output)| output).filter(move |output| !is_public(output))
 }
 
 /// `(run, table)` of all Delta tables of one run, or of all runs, sorted.
