@@ -1,6 +1,6 @@
 //! One conversation as the later steps see it, and how it is laid out in the four shapes that we read.
 
-use crate::config::{Config, Shape, UnitRule};
+use crate::config::{Config, Language, Shape, UnitRule};
 
 /// A conversation, reduced to what the steps need. No `Debug`: it holds private text.
 #[derive(Clone, PartialEq, Eq, Default)]
@@ -68,8 +68,8 @@ pub struct Layout {
     pub unit: Option<String>,
     /// How the unit follows from its column.
     pub unit_rule: UnitRule,
-    /// Column of the language.
-    pub language: String,
+    /// Column of the language; `None` where all languages stay and no column was named.
+    pub language: Option<String>,
     /// Whether a row without a language is an error, since the operator named the column.
     pub language_required: bool,
 }
@@ -93,12 +93,13 @@ impl Layout {
             Shape::Openai => ("messages", Some(OPENAI_TURN), "id"),
         };
         let unit = config.unit_column.as_deref().unwrap_or(default_unit);
+        let default_language = (config.language != Language::Any).then(|| "language".to_owned());
         let layout = Self {
             body: body.to_owned(),
             turns,
             unit: (!config.unit_rule.is_record()).then(|| unit.to_owned()),
             unit_rule: config.unit_rule.clone(),
-            language: config.language_column.clone().unwrap_or_else(|| "language".to_owned()),
+            language: config.language_column.clone().or(default_language),
             language_required: config.language_column.is_some(),
         };
         let mut columns = layout.columns();
@@ -123,7 +124,8 @@ impl Layout {
 
     /// All columns that this layout reads where they exist.
     pub fn columns(&self) -> Vec<&str> {
-        let mut columns = vec![self.body.as_str(), self.language.as_str(), REDACTED, MODERATION];
+        let mut columns = vec![self.body.as_str(), REDACTED, MODERATION];
+        columns.extend(self.language.as_deref());
         columns.extend(self.unit.as_deref());
         columns
     }

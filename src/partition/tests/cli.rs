@@ -931,6 +931,49 @@ fn a_copy_of_an_input_makes_no_units_of_its_own() {
     }
 }
 
+#[test]
+fn a_language_that_tells_nothing_is_passed_over() {
+    let texts = [sentence(0), "Schreibe bitte eine kurze Geschichte über einen Drachen, der malen lernt.".to_owned()];
+    let setting = Setting::new();
+    let parquet = |name: &str, language: ArrayRef| {
+        let (ids, text) = (strings(["a", "b"]), strings(texts.iter().map(String::as_str)));
+        let batch = RecordBatch::try_from_iter_with_nullable([
+            ("id", ids, false),
+            ("text", text, false),
+            ("language", language, true),
+        ]);
+        setting.input(name, parquet_of(&batch.expect("a batch")))
+    };
+    let lines = |name: &str, languages: [serde_json::Value; 2]| {
+        let line = |index: usize, language: &serde_json::Value| {
+            serde_json::json!({"id": index, "text": texts[index], "language": language}).to_string()
+        };
+        setting.input(name, [line(0, &languages[0]), line(1, &languages[1])].join("\n"))
+    };
+    let check = |corpus: &str, input: &str, flags: &[&str], expected: &[String]| {
+        setting.run_as(corpus, corpus, &[&["--input", input], flags].concat()).check(0, &[]);
+        let found: Vec<String> = setting.rows(corpus).into_iter().map(|row| row.2).collect();
+        assert_eq!(found, expected, "{corpus}");
+    };
+    let nulls = parquet("nulls.parquet", Arc::new(NullArray::new(2)));
+    let numbers = parquet("numbers.parquet", Arc::new(Int64Array::from(vec![1, 2])));
+    let mixed = lines("mixed.jsonl", [serde_json::json!(["en"]), serde_json::json!(7)]);
+    // A detector judges, as it does of nulls in JSON.
+    check("c", &nulls, &[], &texts[..1]);
+    check("d", &lines("nulls.jsonl", [serde_json::Value::Null, serde_json::Value::Null]), &[], &texts[..1]);
+    for (corpus, input) in [("e", &nulls), ("f", &numbers), ("g", &mixed)] {
+        check(corpus, input, &["--language", "any"], &texts);
+    }
+
+    // Where it tells something, or should, it is still looked at.
+    setting.run_as("r", "h", &["--input", &numbers]).check(3, &["field `language` is an integer"]);
+    setting.run_as("r", "h", &["--input", &mixed]).check(3, &["row 1", "field `language` is an array"]);
+    for input in [&nulls, &numbers] {
+        let named = ["--input", input.as_str(), "--language", "any", "--language-column", "language"];
+        setting.run_as("r", "h", &named).check(3, &["field `language` is"]);
+    }
+}
+
 /// ShareGPT as the demo has it: 17,671 whole records, then cut off.
 #[test]
 fn the_real_sharegpt_gives_enough_to_train_on() {

@@ -353,9 +353,10 @@ impl RawRecord<'_> {
             }
             (Body::Turns(text), _) => text?.map(Cow::into_owned),
         };
-        let language = match self.language {
-            absent if absent.is_absent() && !layout.language_required => None,
-            given => Some(given.text(&layout.language)?.into_owned()),
+        let language = match (&layout.language, self.language) {
+            (None, _) => None,
+            (Some(_), absent) if absent.is_absent() && !layout.language_required => None,
+            (Some(column), given) => Some(given.text(column)?.into_owned()),
         };
         let redacted = match self.redacted {
             Scalar::Bool(redacted) => redacted,
@@ -395,7 +396,7 @@ impl<'de> Visitor<'de> for RecordSeed<'_> {
                 };
             } else if layout.unit.as_deref() == Some(&*key) {
                 raw.unit = object.next_value_seed(ScalarSeed)?;
-            } else if key == layout.language {
+            } else if layout.language.as_deref() == Some(&*key) {
                 raw.language = object.next_value_seed(ScalarSeed)?;
             } else if key == REDACTED {
                 raw.redacted = object.next_value_seed(ScalarSeed)?;

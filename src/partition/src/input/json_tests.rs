@@ -7,7 +7,7 @@ fn layout(body: &str, turns: Option<TurnFields>) -> Layout {
         turns,
         unit: Some("id".to_owned()),
         unit_rule: UnitRule::Whole,
-        language: "language".to_owned(),
+        language: Some("language".to_owned()),
         language_required: false,
     }
 }

@@ -238,8 +238,8 @@ impl Rows {
     /// Finds the columns of `layout` in `batch`; a column of another type is a [`FieldProblem`] of the whole batch.
     pub fn new(batch: &RecordBatch, layout: Arc<Layout>) -> Result<Self, FieldProblem> {
         let column = |name: &str| batch.column_by_name(name);
-        // Nulls mark nothing, as in JSON.
-        let mark = |name: &str| column(name).filter(|array| *array.data_type() != DataType::Null);
+        // A column of nulls says nothing, as nulls in JSON.
+        let told = |name: &str| column(name).filter(|array| *array.data_type() != DataType::Null);
         let body = column(&layout.body).ok_or_else(|| FieldProblem::new(&layout.body, "missing", "a column"))?;
         let unit = match &layout.unit {
             None => None,
@@ -248,19 +248,21 @@ impl Rows {
                 Some(ids(array).ok_or_else(|| FieldProblem::unit(name, kind(array.data_type())))?)
             }
         };
-        let language = match column(&layout.language) {
-            None if layout.language_required => {
-                return Err(FieldProblem::new(&layout.language, "missing", "a column of strings"));
+        let language = match &layout.language {
+            None => None,
+            Some(name) if layout.language_required => {
+                let array = column(name).ok_or_else(|| FieldProblem::new(name, "missing", "a column of strings"))?;
+                Some(strings(array, name)?)
             }
-            found => found.map(|array| strings(array, &layout.language)).transpose()?,
+            Some(name) => told(name).map(|array| strings(array, name)).transpose()?,
         };
         Ok(Self {
             len: batch.num_rows(),
             body: find_body(body, &layout)?,
             unit,
             language,
-            redacted: mark(REDACTED).map(|array| booleans(array, REDACTED)).transpose()?,
-            flagged: mark(MODERATION).map(find_flags).transpose()?,
+            redacted: told(REDACTED).map(|array| booleans(array, REDACTED)).transpose()?,
+            flagged: told(MODERATION).map(find_flags).transpose()?,
             layout,
         })
     }
@@ -282,14 +284,12 @@ impl Rows {
             (Some(ids), Some(name)) => value(ids, row).ok_or_else(|| FieldProblem::unit(name, "null"))?,
             _ => "",
         };
-        let language = match &self.language {
-            None => None,
-            Some(languages) => match value(languages, row) {
-                None if layout.language_required => {
-                    return Err(FieldProblem::new(&layout.language, "null", "a string"));
-                }
+        let language = match (&self.language, &layout.language) {
+            (Some(languages), Some(name)) => match value(languages, row) {
+                None if layout.language_required => return Err(FieldProblem::new(name, "null", "a string")),
                 language => language.map(str::to_owned),
             },
+            _ => None,
         };
         Ok(Record {
             source: source.to_owned(),
