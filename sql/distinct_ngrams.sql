@@ -1,5 +1,6 @@
 -- How varied is the wording, before and after resampling? distinct-n: distinct n-grams of words over all n-grams.
 -- The ratio falls as a set grows, so compare sets of equal size.
+-- For runs that voted on their own `synthetic`: with another table (vote --candidates), that one came before.
 WITH sizes AS (
   SELECT unnest([1, 2, 3, 4]) AS n
 ),

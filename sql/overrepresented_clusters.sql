@@ -1,5 +1,6 @@
 -- Which kinds of instruction did sampling give more of than the private votes want?
 -- The ten clusters with the largest excess, each with the three texts nearest to its centre, cut at 100 characters.
+-- For runs that voted on their own `synthetic`; with another table (vote --candidates) there are no examples.
 WITH shares AS (
   SELECT
     bin,

@@ -1,5 +1,6 @@
 -- Does every synthesis shard supply the selection alike?
 -- Shards differ in their seeds alone, so a rate that stands out points at a shard that went wrong.
+-- For runs that voted on their own `synthetic`; of another table (vote --candidates) no shard supplied anything.
 SELECT
   shard,
   count(*) AS instructions,

@@ -1,4 +1,5 @@
 -- How much text is there to train on, before and after resampling?
+-- Tokens are known of sampled texts: of a selection from another table than the run's `synthetic` they are NULL.
 SELECT
   'synthetic' AS set,
   count(*) AS instructions,
@@ -11,8 +12,8 @@ SELECT
   'selected' AS set,
   count(*) AS instructions,
   sum(tokens) AS tokens,
-  sum(character_length(synthetic.text)) AS characters,
+  sum(character_length(selected.text)) AS characters,
   round(avg(tokens), 1) AS mean_tokens
 FROM selected
-JOIN synthetic ON synthetic.id = selected.id
+LEFT JOIN synthetic ON synthetic.id = selected.id
 ORDER BY set DESC;

@@ -1,5 +1,6 @@
 -- Which kinds of instruction do the private votes want more of than sampling gave?
 -- The ten clusters with the largest lack, each with the three texts nearest to its centre, cut at 100 characters.
+-- For runs that voted on their own `synthetic`; with another table (vote --candidates) there are no examples.
 WITH shares AS (
   SELECT
     bin,

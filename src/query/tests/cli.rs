@@ -458,3 +458,21 @@ fn the_tables_of_all_runs_are_listed() {
     // All rows would not be the answer to this.
     fails(release.path(), &["SHOW TABLES LIKE 'emb%'"], 2, &["SHOW TABLES"]);
 }
+
+#[test]
+fn a_selection_from_another_table_is_counted_without_its_tokens() {
+    let release = release();
+    let columns: Vec<(&str, ArrayRef)> = vec![
+        ("id", Arc::new(StringArray::from(vec!["x", "y"]))),
+        ("text", Arc::new(StringArray::from(vec!["four", "three"]))),
+    ];
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let options = StorageOptions { timeout: Duration::from_secs(30) };
+        let root = ReleaseRoot::open(&release.path().display().to_string(), &options).await.unwrap();
+        append(&root, "selected", RecordBatch::try_from_iter(columns).unwrap(), 0).await;
+    });
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../sql/token_totals.sql");
+    let totals = succeeds(release.path(), &["--run", "demo", "--file", file, "--output", "csv"]);
+    assert_eq!(totals, "set,instructions,tokens,characters,mean_tokens\nsynthetic,2,8,20,4.0\nselected,2,,9,\n");
+}
