@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use arrow::array::{
-    Array, ArrayRef, ArrowPrimitiveType, AsArray, Float64Builder, ListArray, ListBuilder, PrimitiveArray, StringBuilder,
+    Array, ArrayRef, ArrowPrimitiveType, AsArray, Float64Builder, Int64Array, ListArray, ListBuilder, PrimitiveArray,
+    StringArray, StringBuilder,
 };
 use arrow::datatypes::{DataType, Field, Float32Type, Float64Type, Int64Type};
 use datafusion::common::{exec_err, plan_err, utils::take_function_args};
@@ -134,7 +135,8 @@ fn cosine<N: Copy + Into<f64>>(a: &[N], b: &[N]) -> Option<f64> {
 
 /// `word_ngrams(text, n)`: the runs of n words of a text, lower-cased, words being what white space separates.
 ///
-/// NULL where an argument is NULL; an empty list for fewer than n words; an error for n < 1.
+/// NULL where an argument is NULL; an empty list for fewer than n words; an error for n < 1, and where the runs of one
+/// batch of rows outgrow its offsets of 32 bits.
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub struct WordNgrams {
     signature: Signature,
@@ -177,25 +179,40 @@ impl ScalarUDFImpl for WordNgrams {
     fn invoke_with_args(&self, arguments: ScalarFunctionArgs) -> Result<ColumnarValue> {
         let arrays = ColumnarValue::values_to_arrays(&arguments.args)?;
         let [texts, sizes] = take_function_args(self.name(), arrays)?;
-        let mut lists = ListBuilder::new(StringBuilder::new());
-        for (text, n) in texts.as_string::<i32>().iter().zip(sizes.as_primitive::<Int64Type>().iter()) {
-            let (Some(text), Some(n)) = (text, n) else {
-                lists.append_null();
-                continue;
-            };
-            let n = match usize::try_from(n) {
-                Ok(n) if n > 0 => n,
-                _ => return exec_err!("word_ngrams expects n to be at least 1, found {n}"),
-            };
-            let text = text.to_lowercase();
-            let words: Vec<&str> = text.split_whitespace().collect();
-            for ngram in words.windows(n) {
-                lists.values().append_value(ngram.join(" "));
-            }
-            lists.append(true);
-        }
-        Ok(ColumnarValue::Array(Arc::new(lists.finish())))
+        let ngrams = word_ngrams(texts.as_string::<i32>(), sizes.as_primitive::<Int64Type>(), i32::MAX as usize)?;
+        Ok(ColumnarValue::Array(Arc::new(ngrams)))
     }
+}
+
+/// The lists of a batch, whose n-grams have `most_bytes` together; none is empty, so there are no more of them than that.
+fn word_ngrams(texts: &StringArray, sizes: &Int64Array, most_bytes: usize) -> Result<ListArray> {
+    let mut lists = ListBuilder::new(StringBuilder::new());
+    let mut bytes = 0;
+    for (text, n) in texts.iter().zip(sizes) {
+        let (Some(text), Some(n)) = (text, n) else {
+            lists.append_null();
+            continue;
+        };
+        let n = match usize::try_from(n) {
+            Ok(n) if n > 0 => n,
+            _ => return exec_err!("word_ngrams expects n to be at least 1, found {n}"),
+        };
+        let text = text.to_lowercase();
+        let words: Vec<&str> = text.split_whitespace().collect();
+        for ngram in words.windows(n) {
+            let ngram = ngram.join(" ");
+            bytes += ngram.len();
+            if bytes > most_bytes {
+                return exec_err!(
+                    "word_ngrams: the n-grams of one batch of rows take more than {most_bytes} bytes\n\
+                     help: leave out the longest texts, or take a smaller n"
+                );
+            }
+            lists.values().append_value(ngram);
+        }
+        lists.append(true);
+    }
+    Ok(lists.finish())
 }
 
 #[cfg(test)]
@@ -249,5 +266,13 @@ mod tests {
         check("word_ngrams('The  quick\nbrown fox', 2)", "[the quick, quick brown, brown fox]");
         check("word_ngrams('one', 2)", "[]");
         check("word_ngrams(NULL, 2)", "");
+    }
+
+    #[test]
+    fn word_ngrams_that_outgrow_a_batch_are_refused() {
+        let (texts, sizes) = (StringArray::from(vec!["a b c", "d e"]), Int64Array::from(vec![2, 2]));
+        assert_eq!(word_ngrams(&texts, &sizes, 9).unwrap().len(), 2);
+        let told = word_ngrams(&texts, &sizes, 8).unwrap_err().to_string();
+        assert!(told.contains("more than 8 bytes") && told.contains("help:"), "{told}");
     }
 }
