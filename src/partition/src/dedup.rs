@@ -1,9 +1,13 @@
 //! Deduplication as in the paper's Appendix E: equal texts first, then texts that share a run of words.
 //!
-//! A text is dropped when it shares an n-gram of words with an earlier *kept* one. The paper's code also drops a text
-//! that repeats an n-gram within itself, and lets the n-grams of dropped texts count; both make the outcome depend on
-//! texts that are not in the corpus, so we do neither. Words are runs of letters and digits, and each other visible
-//! character by itself, close to the tokenizer that the paper used; upper and lower case differ.
+//! A text is dropped when it shares an n-gram of words with an earlier one that stayed here. The paper's code also drops
+//! a text that repeats an n-gram within itself, and lets the n-grams of duplicates count, so that texts go which repeat
+//! nothing that stays; we do neither. The bound per unit comes later: a text that it drops has counted all the same, and
+//! may have taken others' texts with it. That is part of the condition that the guarantee holds for the corpus as
+//! partitioned.
+//!
+//! Words are runs of letters and digits, and each other visible character by itself, close to the tokenizer that the
+//! paper used; upper and lower case differ.
 //!
 //! State is one 64-bit hash for each distinct text and n-gram, in open addressing: 11 to 22 bytes each, 32 while the
 //! table doubles. Past [`IN_MEMORY`] n-grams go to disk, and which texts stay is told at the end ([`spill`]). Hashes are
