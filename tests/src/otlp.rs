@@ -43,6 +43,8 @@ pub struct Span {
 /// One exported metric.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Metric {
+    /// `service.instance.id` of the process that told it.
+    pub instance: String,
     /// Name, such as `doppel.tokens`.
     pub name: String,
     /// Attributes of each point, as text.
@@ -98,12 +100,13 @@ impl Collector {
 
     /// All metrics so far.
     pub fn metrics(&self) -> Vec<Metric> {
-        let metrics = self.parts("/v1/metrics", "resourceMetrics");
+        let mut metrics = Vec::new();
+        for resource in self.parts("/v1/metrics", "resourceMetrics") {
+            let instance = attributes(&resource["resource"]["attributes"]).remove("service.instance.id");
+            let instance = instance.unwrap_or_default();
+            metrics.extend(items(&resource, &["scopeMetrics", "metrics"]).iter().map(|metric| read(&instance, metric)));
+        }
         metrics
-            .iter()
-            .flat_map(|resource| items(resource, &["scopeMetrics", "metrics"]))
-            .map(|metric| read(&metric))
-            .collect()
     }
 
     /// Everything received, as text: for tests that look for what must not be there.
@@ -125,12 +128,13 @@ impl Collector {
     }
 }
 
-fn read(metric: &Value) -> Metric {
+fn read(instance: &str, metric: &Value) -> Metric {
     let points: Vec<Value> =
         ["sum", "histogram", "gauge"].iter().flat_map(|kind| items(&metric[kind], &["dataPoints"])).collect();
     let number = |value: &Value| value.as_f64().or_else(|| value.as_str()?.parse().ok());
     let value = |point: &Value| ["asInt", "asDouble", "sum"].iter().find_map(|key| number(&point[key])).unwrap_or(0.0);
     Metric {
+        instance: instance.to_string(),
         name: text(&metric["name"]),
         attributes: points.iter().map(|point| attributes(&point["attributes"])).collect(),
         sum: points.iter().map(value).sum(),

@@ -109,14 +109,14 @@ impl Shell {
             Err(failure) => return tell_failure(&failure),
         };
         let span = telemetry::root_span(self.stage, flags.run.as_deref());
-        let result = self.execute(&telemetry, &span, work);
+        let result = self.execute(&telemetry, &span, started, work);
         let result = result.and_then(|summary| tell(&summary, flags.format));
         let (outcome, code) = match &result {
             Ok(()) => ("done", 0),
             Err(failure) => (failure.kind(), failure.exit_code()),
         };
         span.in_scope(|| tell_end(self.stage, outcome, code, flags.verbosity.log_format));
-        Telemetry::ended(&span, outcome, code, started.elapsed());
+        Telemetry::ended(outcome, code, started.elapsed());
         drop(span);
         if !telemetry.flush(FLUSH) {
             tracing::warn!("telemetry: the collector did not take everything within {} s", FLUSH.as_secs());
@@ -129,6 +129,7 @@ impl Shell {
         self,
         telemetry: &Arc<Telemetry>,
         span: &tracing::Span,
+        started: Instant,
         work: impl FnOnce() -> F,
     ) -> Result<Summary, Failure>
     where
@@ -145,7 +146,7 @@ impl Shell {
                 false => Some(watch(SignalKind::hangup())?),
             };
             let (interrupt, terminate) = (watch(SignalKind::interrupt())?, watch(SignalKind::terminate())?);
-            runtime.spawn(end_on_signal(telemetry.clone(), interrupt, terminate, hang_up));
+            runtime.spawn(end_on_signal(telemetry.clone(), started, interrupt, terminate, hang_up));
         }
         let result =
             panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(async { work().instrument(span.clone()).await })));
@@ -214,6 +215,7 @@ fn start(stage: &'static str, flags: &Flags) -> Result<Telemetry, Failure> {
 /// may be deep in a computation that awaits nothing. Copies on this machine are deleted. Exit code 128 + signal.
 async fn end_on_signal(
     telemetry: Arc<Telemetry>,
+    started: Instant,
     mut interrupt: Signal,
     mut terminate: Signal,
     mut hang_up: Option<Signal>,
@@ -224,20 +226,21 @@ async fn end_on_signal(
             None => std::future::pending().await,
         }
     };
-    let (name, code) = tokio::select! {
+    let (name, code): (_, u8) = tokio::select! {
         _ = interrupt.recv() => ("SIGINT", 130),
         _ = terminate.recv() => ("SIGTERM", 143),
         () = hung_up => ("SIGHUP", 129),
     };
     tracing::warn!(signal = name, exit_code = code, "stopped; the same command continues");
     let last = move || {
+        Telemetry::cut_off(code, started.elapsed());
         telemetry.flush(FLUSH_ON_SIGNAL);
         lake::delete_temporary_folders();
     };
     let _ = tokio::task::spawn_blocking(last).await;
     // SAFETY: `_exit` takes a number and does not return. `exit` would run destructors of libraries whose threads
     // still work.
-    unsafe { libc::_exit(code) }
+    unsafe { libc::_exit(i32::from(code)) }
 }
 
 /// Logs how the stage ended. A collector of logs needs the level of a failure; a person reads its text below.

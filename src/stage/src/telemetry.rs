@@ -4,6 +4,9 @@
 //! span named there (`TRACEPARENT`, W3C Trace Context). Trouble with the collector is a warning, never a failure, and
 //! costs a few seconds at most, at the end.
 //!
+//! Every process is an instance of its own (`service.instance.id`): a backend keeps the counters of shards that run
+//! side by side apart, instead of taking each for a newer value of the other.
+//!
 //! PRIVACY: only spans and events of our own crates are exported. A stage opens a span by a fixed label ([`phase`]) and
 //! gives it numbers as [`Fact`]s, which are public by what they are; there is no way to attach free text to one.
 //!
@@ -21,7 +24,7 @@ use std::time::Duration;
 
 use opentelemetry::metrics::{Counter, Meter};
 use opentelemetry::propagation::TextMapPropagator;
-use opentelemetry::trace::{Status, TracerProvider};
+use opentelemetry::trace::{Status, TraceContextExt, TracerProvider};
 use opentelemetry::{Context, KeyValue, global};
 use opentelemetry_otlp::{ExporterBuildError, MetricExporter, Protocol, SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
@@ -121,16 +124,17 @@ impl Telemetry {
         if set("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true")) {
             return telemetry;
         }
+        let resource = resource(stage);
         if let Some(exporter) =
             telemetry.asked("TRACES", |protocol| SpanExporter::builder().with_http().with_protocol(protocol).build())
         {
-            let provider = SdkTracerProvider::builder().with_resource(resource(stage)).with_batch_exporter(exporter);
+            let provider = SdkTracerProvider::builder().with_resource(resource.clone()).with_batch_exporter(exporter);
             telemetry.tracer = Some(provider.build());
         }
         if let Some(exporter) =
             telemetry.asked("METRICS", |protocol| MetricExporter::builder().with_http().with_protocol(protocol).build())
         {
-            let provider = SdkMeterProvider::builder().with_resource(resource(stage)).with_periodic_exporter(exporter);
+            let provider = SdkMeterProvider::builder().with_resource(resource).with_periodic_exporter(exporter);
             let provider = provider.build();
             global::set_meter_provider(provider.clone());
             telemetry.meter = Some(provider);
@@ -167,14 +171,25 @@ impl Telemetry {
     }
 
     /// Records how the stage ended.
-    pub(crate) fn ended(span: &Span, outcome: &'static str, exit_code: u8, duration: Duration) {
-        span.set_attribute("outcome", outcome);
-        span.set_attribute("exit_code", i64::from(exit_code));
-        // The message stays on standard error; the kind is enough to find it.
-        span.set_status(if exit_code == 0 { Status::Ok } else { Status::error(outcome) });
+    pub(crate) fn ended(outcome: &'static str, exit_code: u8, duration: Duration) {
+        if let Some(context) = ROOT.get() {
+            let span = context.span();
+            span.set_attribute(KeyValue::new("outcome", outcome));
+            span.set_attribute(KeyValue::new("exit_code", i64::from(exit_code)));
+            // The message stays on standard error; the kind is enough to find it.
+            span.set_status(if exit_code == 0 { Status::Ok } else { Status::error(outcome) });
+        }
         let [stage] = attributes();
         let histogram = meter().f64_histogram("doppel.stage.duration").with_unit("s").build();
         histogram.record(duration.as_secs_f64(), &[stage, KeyValue::new("outcome", outcome)]);
+    }
+
+    /// Records that a signal ended the stage, and ends its span, which the work that it cuts off still holds.
+    pub(crate) fn cut_off(exit_code: u8, duration: Duration) {
+        Self::ended("stopped", exit_code, duration);
+        if let Some(context) = ROOT.get() {
+            context.span().end();
+        }
     }
 
     /// Sends what is left, for at most `limit`; `false` when the collector did not take it in time.
@@ -213,10 +228,18 @@ pub(crate) fn root_span(stage: &'static str, run: Option<&str>) -> Span {
 }
 
 fn resource(stage: &str) -> Resource {
-    let builder = Resource::builder().with_attribute(KeyValue::new("service.version", crate::shell::version()));
-    let named = set("OTEL_SERVICE_NAME").is_some()
-        || set("OTEL_RESOURCE_ATTRIBUTES").is_some_and(|attributes| attributes.contains("service.name="));
-    if named { builder.build() } else { builder.with_service_name(crate::shell::binary_name(stage)).build() }
+    let declared = set("OTEL_RESOURCE_ATTRIBUTES").unwrap_or_default();
+    let declares = |name: &str| {
+        declared.split(',').filter_map(|pair| pair.split_once('=')).any(|(declared, _)| declared.trim() == name)
+    };
+    let mut builder = Resource::builder().with_attribute(KeyValue::new("service.version", crate::shell::version()));
+    if !declares("service.instance.id") {
+        builder = builder.with_attribute(KeyValue::new("service.instance.id", uuid::Uuid::new_v4().to_string()));
+    }
+    if set("OTEL_SERVICE_NAME").is_none() && !declares("service.name") {
+        builder = builder.with_service_name(crate::shell::binary_name(stage));
+    }
+    builder.build()
 }
 
 /// The variable of one signal, or else of all.

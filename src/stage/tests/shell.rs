@@ -245,6 +245,41 @@ fn spans_and_metrics_of_a_run_reach_the_collector_in_one_trace() {
 }
 
 #[test]
+fn processes_side_by_side_are_told_apart() {
+    let collector = Collector::start().unwrap();
+    let run = |attributes: &str| {
+        let mut command = probe();
+        command.args(["--run", "r1"]).envs(collector.env()).env("OTEL_RESOURCE_ATTRIBUTES", attributes);
+        assert_eq!(command.output().unwrap().status.code(), Some(0));
+        let metrics = collector.metrics();
+        metrics.into_iter().rfind(|metric| metric.name == "doppel.rows").unwrap().instance
+    };
+    let (one, other) = (run(""), run("deployment.environment=test"));
+    assert!(!one.is_empty() && !other.is_empty() && one != other, "{one:?} {other:?}");
+    assert_eq!(run("a=b, service.instance.id=mine"), "mine");
+}
+
+#[test]
+fn a_stage_that_a_signal_ends_is_told_like_any_other() {
+    let collector = Collector::start().unwrap();
+    let mut command = probe();
+    command.args(["--run", "r1", "--behave", "spin"]).envs(collector.env());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "spinning\n");
+    assert!(Command::new("kill").args(["-s", "TERM", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+    let spans = collector.spans();
+    let stage = spans.iter().find(|span| span.name == "doppel.probe").unwrap_or_else(|| panic!("{spans:?}"));
+    let told = (stage.status, stage.attributes["outcome"].as_str(), stage.attributes["exit_code"].as_str());
+    assert_eq!(told, (2, "stopped", "143"));
+    let metrics = collector.metrics();
+    let duration = metrics.iter().find(|metric| metric.name == "doppel.stage.duration").unwrap();
+    assert_eq!(duration.attributes[0]["outcome"], "stopped");
+}
+
+#[test]
 fn a_failed_stage_ends_its_span_with_its_kind_but_not_its_text() {
     let collector = Collector::start().unwrap();
     let output = probe().args(["--run", "r1", "--behave", "fail-on-input"]).envs(collector.env()).output().unwrap();
