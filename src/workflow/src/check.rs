@@ -168,9 +168,8 @@ fn arguments_fit(task: &Task, template: &Template, findings: &mut Findings) {
 }
 
 fn retry_texts(retry: &Option<Retry>) -> impl Iterator<Item = &Text> {
-    let texts = retry.iter().flat_map(|retry| {
-        [&retry.limit, &retry.policy, &retry.duration, &retry.factor, &retry.cap, &retry.max_duration]
-    });
+    let texts =
+        retry.iter().flat_map(|retry| [&retry.limit, &retry.policy, &retry.duration, &retry.factor, &retry.cap]);
     texts.flatten()
 }
 

@@ -1,7 +1,7 @@
 //! YAML nodes → [`crate::model`]. Every field of Argo's schema is named here once: decoded, passed over because it only
 //! concerns a cluster, or refused.
 
-use crate::fields::{Fields, Known, below, place, scalar, text};
+use crate::fields::{Fields, Known, below, entry, place, scalar, text};
 use crate::finding::Findings;
 use crate::model::*;
 use crate::yaml::{Node, Value};
@@ -144,7 +144,12 @@ const MOUNT: Known = Known {
     unsupported: &["subPath", "subPathExpr"],
 };
 const RETRY: Known = Known { cluster: &["affinity"], unsupported: &[] };
-const BACKOFF: Known = Known { cluster: &[], unsupported: &[] };
+// A cluster measures from the first attempt, and ends a later one that runs at that time, too.
+const BACKOFF: Known = Known { cluster: &[], unsupported: &["maxDuration"] };
+
+/// A dag that is tried again begins with new tasks, each with all its attempts.
+pub(crate) const RETRY_OF_DAG: &str =
+    "the local runner tries a container again, not a dag; declare it in the templates of its tasks";
 
 /// Decodes a whole file.
 pub(crate) fn workflow(root: &Node, findings: &mut Findings) -> Option<Workflow> {
@@ -231,8 +236,7 @@ fn template(node: &Node, path: &str, findings: &mut Findings) -> Option<Template
     let container = container_node.and_then(|node| self::container(node, &below(path, "container"), findings));
     let dag = dag_node.and_then(|node| self::dag(node, &below(path, "dag"), findings));
     if let (Some(node), Some(_)) = (retry_node, dag_node) {
-        let message = "the local runner tries a container again, not a dag; declare it in the templates of its tasks";
-        findings.add(node.at, &below(path, "retryStrategy"), message);
+        findings.add(node.at, &below(path, "retryStrategy"), RETRY_OF_DAG);
     }
     if container_node.is_some() && dag_node.is_some() {
         findings.add(node.at, path, "has both `container` and `dag`; a template has one of them");
@@ -249,8 +253,29 @@ fn dag(node: &Node, path: &str, findings: &mut Findings) -> Option<Dag> {
     fields.required("tasks");
     let nodes = fields.list("tasks");
     fields.finish(&DAG);
+    waiting_as_a_cluster_takes_it(&nodes, findings);
     let tasks = nodes.into_iter().filter_map(|(node, path)| task(node, &path, findings)).collect();
     Some(Dag { tasks, fail_fast })
+}
+
+/// Findings for what a cluster refuses of a dag as a whole: two ways to wait, and names that begin with a digit where
+/// tasks wait.
+fn waiting_as_a_cluster_takes_it(tasks: &[(&Node, String)], findings: &mut Findings) {
+    let by_depends = tasks.iter().any(|(task, _)| entry(task, "depends").is_some());
+    for (task, path) in tasks {
+        let dependencies = entry(task, "dependencies").filter(|node| node.value != Value::List(Vec::new()));
+        if let Some(node) = dependencies.filter(|_| by_depends) {
+            let message = "stands beside `depends`, which a cluster refuses; a dag has one of them";
+            findings.add(node.at, &below(path, "dependencies"), message);
+        }
+        if (by_depends || dependencies.is_some())
+            && let Some(Node { at, value: Value::String(name) }) = entry(task, "name")
+            && name.starts_with(|c: char| c.is_ascii_digit())
+        {
+            let message = "begins with a digit, which a cluster refuses beside `depends` and `dependencies`";
+            findings.add(*at, &below(path, "name"), message);
+        }
+    }
 }
 
 fn task(node: &Node, path: &str, findings: &mut Findings) -> Option<Task> {
@@ -264,9 +289,6 @@ fn task(node: &Node, path: &str, findings: &mut Findings) -> Option<Task> {
     };
     let mut dependencies = fields.texts("dependencies");
     if let Some(depends) = fields.text("depends") {
-        if !dependencies.is_empty() {
-            fields.findings.add(depends.at, &depends.path, "stands beside `dependencies`; a task has one of them");
-        }
         dependencies.extend(self::depends(&depends, fields.findings));
     }
     let arguments = fields.get("arguments");
@@ -454,12 +476,12 @@ fn retry(node: &Node, path: &str, findings: &mut Findings) -> Option<Retry> {
     let expression = fields.text("expression");
     let backoff = fields.get("backoff");
     fields.finish(&RETRY);
-    let mut retry = Retry { limit, policy, expression, duration: None, factor: None, cap: None, max_duration: None };
+    let place = place(node, path);
+    let mut retry = Retry { place, limit, policy, expression, duration: None, factor: None, cap: None };
     if let Some(mut fields) = backoff.and_then(|node| Fields::open(node, &below(path, "backoff"), findings)) {
         retry.duration = fields.scalar("duration");
         retry.factor = fields.scalar("factor");
         retry.cap = fields.scalar("cap");
-        retry.max_duration = fields.scalar("maxDuration");
         fields.finish(&BACKOFF);
     }
     Some(retry)

@@ -32,6 +32,15 @@ pub(crate) fn place(node: &Node, path: &str) -> Text {
     Text { raw: String::new(), at: node.at, path: path.to_owned() }
 }
 
+/// The value under `key` of a mapping, without accounting for it; `null` counts as absent.
+pub(crate) fn entry<'a>(node: &'a Node, key: &str) -> Option<&'a Node> {
+    let Value::Map(entries) = &node.value else {
+        return None;
+    };
+    let entry = entries.iter().find(|entry| entry.key == key)?;
+    (entry.value.value != Value::Null).then_some(&entry.value)
+}
+
 impl<'a, 'f> Fields<'a, 'f> {
     /// Opens `node`, which must be a mapping.
     pub fn open(node: &'a Node, path: &str, findings: &'f mut Findings) -> Option<Self> {

@@ -184,6 +184,8 @@ pub enum VariableValue {
 /// `retryStrategy`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Retry {
+    /// Where it stands; `raw` is unused.
+    pub place: Text,
     /// Retries after the first attempt; without it there is no limit.
     pub limit: Option<Text>,
     /// `Always`, `OnFailure`, `OnError` or `OnTransientError`.
@@ -194,8 +196,6 @@ pub struct Retry {
     pub factor: Option<Text>,
     /// Longest pause.
     pub cap: Option<Text>,
-    /// Time since the first attempt after which there is no retry.
-    pub max_duration: Option<Text>,
     /// Condition on the last exit code.
     pub expression: Option<Text>,
 }

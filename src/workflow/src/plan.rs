@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use crate::counter::Format;
+use crate::decode::RETRY_OF_DAG;
 use crate::finding::{Findings, Position, suggestion};
 use crate::model::*;
 use crate::quantity;
@@ -254,6 +255,10 @@ impl<'a> Builder<'a, '_> {
     }
 
     fn dag(&mut self, dag: &'a Dag, scope: &Scope, place: Place) -> Vec<usize> {
+        if let Some(retry) = &self.workflow.retry {
+            // On a cluster it is that of every template, of this dag as of the containers in it.
+            self.findings.add(retry.place.at, &retry.place.path, RETRY_OF_DAG);
+        }
         let index = self.dags.len();
         self.dags.push(DagScope { fail_fast: dag.fail_fast, parent: place.dag });
         let prefix = if place.dag.is_none() { String::new() } else { format!("{}.", place.name) };

@@ -73,8 +73,6 @@ pub struct Retry {
     pub factor: u32,
     /// Longest pause.
     pub cap: Option<Duration>,
-    /// Time since the first attempt after which there is no retry.
-    pub max_duration: Option<Duration>,
     /// Condition on the exit code.
     pub condition: Option<Condition>,
 }
@@ -82,19 +80,11 @@ pub struct Retry {
 impl Retry {
     /// No retries.
     pub fn never() -> Self {
-        Self {
-            limit: Some(0),
-            policy: Policy::OnFailure,
-            pause: Duration::ZERO,
-            factor: 1,
-            cap: None,
-            max_duration: None,
-            condition: None,
-        }
+        Self { limit: Some(0), policy: Policy::OnFailure, pause: Duration::ZERO, factor: 1, cap: None, condition: None }
     }
 
     /// The pause before the next attempt after `attempts` of them, the last with `outcome`; `None` where it is final.
-    pub fn next(&self, attempts: u32, elapsed: Duration, outcome: &Outcome) -> Option<Duration> {
+    pub fn next(&self, attempts: u32, outcome: &Outcome) -> Option<Duration> {
         if outcome.success() || self.limit.is_some_and(|limit| attempts > limit) {
             return None;
         }
@@ -112,22 +102,19 @@ impl Retry {
             return None;
         }
         let growth = self.factor.max(1).checked_pow(attempts.saturating_sub(1)).unwrap_or(u32::MAX);
-        let pause = self.pause.saturating_mul(growth).min(self.cap.unwrap_or(Duration::MAX));
-        let late = self.max_duration.is_some_and(|most| elapsed.saturating_add(pause) > most);
-        (!late).then_some(pause)
+        Some(self.pause.saturating_mul(growth).min(self.cap.unwrap_or(Duration::MAX)))
     }
 }
 
 /// Resolves a declaration; what cannot be read becomes a finding.
 pub(crate) fn resolve(declared: &model::Retry, scope: &Scope, findings: &mut Findings) -> Retry {
     let mut read = |text: &Option<Text>| text.as_ref().map(|text| (text.clone(), expand(text, scope, findings)));
-    let [limit, policy, pause, factor, cap, max, expression] = [
+    let [limit, policy, pause, factor, cap, expression] = [
         read(&declared.limit),
         read(&declared.policy),
         read(&declared.duration),
         read(&declared.factor),
         read(&declared.cap),
-        read(&declared.max_duration),
         read(&declared.expression),
     ];
     let limit = parsed(limit, "a whole number", |text| text.parse().ok(), findings);
@@ -142,7 +129,6 @@ pub(crate) fn resolve(declared: &model::Retry, scope: &Scope, findings: &mut Fin
         pause: parsed(pause, DURATION, quantity::duration, findings).unwrap_or_default(),
         factor: factor.unwrap_or(1),
         cap: parsed(cap, DURATION, quantity::duration, findings),
-        max_duration: parsed(max, DURATION, quantity::duration, findings),
         condition,
     }
 }
@@ -252,7 +238,7 @@ mod tests {
     }
 
     fn seconds(retry: &Retry, attempts: u32, outcome: Outcome) -> Option<u64> {
-        retry.next(attempts, Duration::from_secs(10), &outcome).map(|pause| pause.as_secs())
+        retry.next(attempts, &outcome).map(|pause| pause.as_secs())
     }
 
     #[test]
@@ -263,8 +249,6 @@ mod tests {
         assert_eq!(seconds(&capped, 5, Outcome::Signal(9)), Some(3));
         let endless = Retry { limit: None, ..retry(0) };
         assert_eq!(seconds(&endless, 64, Outcome::Exit(5)), Some(u64::from(u32::MAX)));
-        let short = Retry { max_duration: Some(Duration::from_secs(10)), ..retry(9) };
-        assert_eq!(seconds(&short, 1, Outcome::Exit(5)), None);
     }
 
     #[test]

@@ -376,8 +376,7 @@ impl<'a> Runner<'a> {
             Done::Attempt(index, outcome, tail) => {
                 self.release(index);
                 let progress = &mut self.jobs[index];
-                let elapsed = progress.first_start.map(|start| start.elapsed()).unwrap_or_default();
-                progress.report.elapsed = elapsed;
+                progress.report.elapsed = progress.first_start.map(|start| start.elapsed()).unwrap_or_default();
                 progress.report.tail = tail;
                 let stopping = *self.stop.borrow() != Stop::No;
                 if outcome.success() {
@@ -388,7 +387,7 @@ impl<'a> Runner<'a> {
                     self.end(index, outcome);
                 } else {
                     let attempts = progress.report.attempts;
-                    match self.plan.jobs[index].retry.next(attempts, elapsed, &outcome) {
+                    match self.plan.jobs[index].retry.next(attempts, &outcome) {
                         Some(pause) => self.pause(index, outcome, pause),
                         None => self.fail(index, outcome),
                     }

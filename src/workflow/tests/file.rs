@@ -41,7 +41,7 @@ fn tasks_get_parameters_items_and_defaults() {
         withItems: [{of: a, k: 1}, {of: '{{workflow.parameters.x}}', k: 2.5}]
       - name: sequence
         template: echo
-        dependencies: [plain, items]
+        depends: plain && items
         arguments: {parameters: [{name: text, value: '{{item}}'}]}
         withSequence: {start: 3, count: '{{workflow.parameters.x}}', format: shard-%03d}
       - name: down
@@ -109,7 +109,7 @@ fn resources_and_retries_are_read_and_cluster_fields_passed_over() {
     retryStrategy:
       limit: '{{workflow.parameters.x}}'
       retryPolicy: Always
-      backoff: {duration: 10s, factor: '2', maxDuration: 1h}
+      backoff: {duration: 10s, factor: '2', cap: 1h}
       expression: asInt(lastRetry.exitCode) == 5
     container:
       command: [sh, -c]
@@ -181,6 +181,52 @@ fn retries_of_a_whole_dag_are_refused() {
 ";
     let told = load(&file(X, "      - {name: b, template: inner}\n", &format!("{dag}{ECHO}")), &[]).unwrap_err();
     assert!(told.contains("spec.templates[1].retryStrategy: the local runner tries a container again"), "{told}");
+
+    // That of the workflow is one of its dags, too: nine attempts of a task instead of three.
+    let retry = "  retryStrategy: {limit: 2}\n";
+    let told = load(&file(&format!("{retry}{X}"), "      - {name: b, template: echo}\n", ECHO), &[]).unwrap_err();
+    assert!(told.starts_with("w.yaml: 1 finding\n"), "{told}");
+    assert!(told.contains("spec.retryStrategy: the local runner tries a container again"), "{told}");
+    let container = file(&format!("{retry}{X}"), "      - {name: b, template: echo}\n", ECHO);
+    let plan = load(&container.replace("entrypoint: main", "entrypoint: echo"), &[]).unwrap();
+    assert_eq!(plan.jobs[0].retry.limit, Some(2));
+}
+
+/// Argo's `maxDuration` also ends an attempt that runs, which nothing here does.
+#[test]
+fn a_longest_time_for_all_attempts_is_refused() {
+    let echo = ECHO.replace(
+        "    container:",
+        "    retryStrategy: {limit: 2, backoff: {duration: 1s, maxDuration: 1h}}\n    container:",
+    );
+    let told = load(&file(X, "      - {name: a, template: echo}\n", &echo), &[]).unwrap_err();
+    assert!(told.contains("retryStrategy.backoff.maxDuration: the local runner does not support this field"), "{told}");
+}
+
+/// `validateDAG` in Argo's workflow/validate/validate.go.
+#[test]
+fn a_dag_that_a_cluster_refuses_is_refused() {
+    let told = |fields: [&str; 2]| {
+        let [b, c] = fields;
+        let tasks = format!(
+            "      - {{name: a, template: echo}}\n      - {{name: b, template: echo{b}}}\n      - {{name: 2c, template: echo{c}}}\n"
+        );
+        load(&file(X, &tasks, ECHO), &[]).map(|plan| plan.jobs.len())
+    };
+    let digit = "tasks[2].name: begins with a digit";
+    for (fields, expected) in [
+        ([", dependencies: [a]", ", depends: a"], &["tasks[1].dependencies: stands beside `depends`", digit][..]),
+        ([", depends: a, dependencies: [a]", ""], &["tasks[1].dependencies: stands beside `depends`", digit]),
+        ([", depends: a", ""], &[digit]),
+        (["", ", dependencies: [a]"], &[digit]),
+    ] {
+        let told = told(fields).unwrap_err();
+        assert!(expected.iter().all(|expected| told.contains(expected)), "{fields:?}: {told}");
+        assert_eq!(told.lines().count(), expected.len() + 1, "{fields:?}: {told}");
+    }
+    for fields in [[", dependencies: [a]", ""], [", dependencies: []", ""], ["", ""]] {
+        assert_eq!(told(fields), Ok(3), "{fields:?}");
+    }
 }
 
 #[test]
