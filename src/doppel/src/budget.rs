@@ -371,6 +371,8 @@ pub async fn preflight(invocations: &[Invocation<'_>]) -> Vec<Finding> {
     let mut corpora: BTreeMap<(String, &str), Vec<&Invocation>> = BTreeMap::new();
     for invocation in invocations {
         if let (Some(root), Some(corpus)) = (invocation.given("private"), invocation.one("corpus")) {
+            // One ledger, however its root is written.
+            let root = lake::canonical_url(&root).unwrap_or(root);
             corpora.entry((root, corpus)).or_default().push(invocation);
         }
     }
@@ -489,6 +491,22 @@ mod tests {
         assert_eq!(planned("train", &train), Some(event));
         assert_eq!(planned("train", &[&train[..], &[("no-dp", "")]].concat()), None);
         assert_eq!(planned("embed", &train), None);
+    }
+
+    #[tokio::test]
+    async fn a_root_written_in_two_ways_has_one_budget() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("private").display().to_string();
+        let text = format!(
+            "apiVersion: argoproj.io/v1alpha1\nkind: Workflow\nmetadata: {{name: t}}\nspec:\n  entrypoint: main\n  templates:\n  \
+             - name: main\n    dag: {{tasks: [{{name: set, template: set}}, {{name: vote, template: vote}}]}}\n  \
+             - name: set\n    container: {{command: [doppel, budget, set, --corpus=c, --epsilon=8, --delta=1e-5, \
+             '--private={root}']}}\n  \
+             - name: vote\n    container: {{command: [doppel, vote, --corpus=c, --sigma=10, '--private=file://{root}/']}}\n"
+        );
+        let plan = workflow::load("w.yaml", &text, &[]).unwrap();
+        let invocations: Vec<Invocation> = plan.jobs.iter().filter_map(Invocation::new).collect();
+        assert_eq!(preflight(&invocations).await, []);
     }
 
     #[test]

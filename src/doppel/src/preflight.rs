@@ -79,7 +79,7 @@ pub async fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let (flags, roots, inputs, budget) = futures::join!(
         check_flags(plan),
         check_roots(&invocations),
-        check_inputs(&invocations),
+        check_inputs(plan),
         budget::preflight(&invocations),
     );
     let empty = plan.empty.iter().map(|task| {
@@ -227,6 +227,23 @@ impl<'a> Invocation<'a> {
         let given = given.filter(|given| !given.is_empty())?;
         Some(if flag == "run" { given } else { self.located(&given) })
     }
+
+    /// Whether it writes to the root of `zone`. One that is only read, or named, need not be writable.
+    fn writes(&self, zone: &str) -> bool {
+        let private = zone == PrivateRoot::NAME;
+        match (self.program, self.words.as_slice()) {
+            ("partition", _) => private,
+            ("train", _) => private || self.one("no-dp").is_none(),
+            ("synthesize", _) => !private,
+            ("embed", _) => private == (self.one("of") == Some("corpus")),
+            ("vote", _) => true,
+            ("doppel", ["budget", "set", ..]) => private,
+            ("doppel", ["rerun", ..]) => private || self.one("as").is_some(),
+            ("doppel", ["compact", ..]) => true,
+            ("doppel", ["gc", ..]) => self.one("dry-run").is_none(),
+            _ => false,
+        }
+    }
 }
 
 /// Storage options for a check: whoever waits wants to know soon.
@@ -256,6 +273,10 @@ async fn flags_of(job: &Job) -> Option<(&str, Finding)> {
     command.args(&job.command[1..]).envs(job.env.iter().cloned()).env(CHECK_FLAGS, "1");
     command.env("DOPPEL_LOG_FORMAT", "text").env_remove("TRACEPARENT").env("OTEL_SDK_DISABLED", "true");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+    // Flags may name files by paths from there. That there is no such folder is a finding of its own.
+    if let Some(folder) = job.working_dir.as_ref().filter(|folder| Path::new(folder).is_dir()) {
+        command.current_dir(folder);
+    }
     let output = match command.output().await {
         Ok(output) => output,
         Err(error) => return Some((&job.task, Finding::usage(format!("{}: {error}", job.command[0])))),
@@ -273,10 +294,13 @@ fn gist(said: &str) -> String {
     lines.join("\n").trim_start_matches("error: ").to_owned()
 }
 
-/// Roots are reachable and writable, lie apart, and have room.
+/// Roots lie apart; those that are written to are reachable and writable, and have room.
 async fn check_roots(invocations: &[Invocation<'_>]) -> Vec<Finding> {
-    let roots = |zone: &str| -> BTreeSet<String> { invocations.iter().filter_map(|one| one.given(zone)).collect() };
-    let (privates, releases) = (roots("private"), roots("release"));
+    let named = |zone: &str| -> BTreeSet<String> { invocations.iter().filter_map(|one| one.given(zone)).collect() };
+    let written = |zone: &str| -> BTreeSet<String> {
+        invocations.iter().filter(|one| one.writes(zone)).filter_map(|one| one.given(zone)).collect()
+    };
+    let (privates, releases) = (written(PrivateRoot::NAME), written(ReleaseRoot::NAME));
     let mut findings = Vec::new();
     for url in privates.iter().chain(&releases) {
         if let Some(path) = local(url)
@@ -293,7 +317,8 @@ async fn check_roots(invocations: &[Invocation<'_>]) -> Vec<Finding> {
     for url in &releases {
         findings.extend(writable(ReleaseRoot::open(url, &storage()).await).await);
     }
-    for private in &privates {
+    let releases = named(ReleaseRoot::NAME);
+    for private in &named(PrivateRoot::NAME) {
         for release in &releases {
             findings.extend(lake::check_disjoint_urls(private, release).err().as_ref().map(Finding::from));
         }
@@ -314,22 +339,41 @@ async fn writable<Z: Zone>(root: Result<Z, lake::LakeError>) -> Option<Finding> 
 }
 
 /// Models and raw inputs are there, and are what their flags take.
-async fn check_inputs(invocations: &[Invocation<'_>]) -> Vec<Finding> {
-    let named = invocations.iter().flat_map(|one| {
-        let values = move |flag: &'static str| {
-            let given = one.all(flag).filter(|url| !url.is_empty());
-            given.map(move |url| ((flag, one.located(url)), one.job))
-        };
-        ["input", "model", "encoder"].into_iter().flat_map(values)
-    });
+async fn check_inputs(plan: &Plan) -> Vec<Finding> {
+    let mut inputs: BTreeMap<(&str, String), Vec<&Job>> = BTreeMap::new();
+    for one in plan.jobs.iter().filter_map(Invocation::new) {
+        for flag in ["input", "model", "encoder"] {
+            for url in one.all(flag).filter(|url| !url.is_empty()) {
+                inputs.entry((flag, one.located(url))).or_default().push(one.job);
+            }
+        }
+    }
     // One finding per input, with the first task that reads it.
-    let inputs: BTreeMap<(&str, String), &Job> = named.collect::<Vec<_>>().into_iter().rev().collect();
-    let checks = inputs.into_iter().map(|((flag, url), job)| async move {
+    let checks = inputs.into_iter().map(|((flag, url), jobs)| async move {
         let problem = present(flag, &url).await.err()?;
+        let job = match problem {
+            lake::LakeError::NotFound(_) => jobs.into_iter().find(|job| !follows_others(plan, job))?,
+            _ => jobs[0],
+        };
         let finding = Finding::from(&problem);
         Some(Finding { message: format!("{}: {}", job.task, finding.message), ..finding })
     });
     futures::stream::iter(checks).buffered(8).filter_map(std::future::ready).collect().await
+}
+
+/// Whether a program that is not ours runs before `job`: it may make what is not there yet.
+fn follows_others(plan: &Plan, job: &Job) -> bool {
+    let (mut seen, mut left) = (BTreeSet::new(), job.after.clone());
+    while let Some(before) = left.pop() {
+        let job = &plan.jobs[before];
+        if Invocation::new(job).is_none() {
+            return true;
+        }
+        if seen.insert(before) {
+            left.extend(&job.after);
+        }
+    }
+    false
 }
 
 async fn present(flag: &str, url: &str) -> Result<(), lake::LakeError> {
@@ -450,6 +494,65 @@ mod tests {
         let found = [("train", finding()), ("embed", finding()), ("train", finding())];
         let told: Vec<String> = merged(found.into_iter()).into_iter().map(|finding| finding.message).collect();
         assert_eq!(told, ["train, embed: no `x`\nUsage: y"]);
+    }
+
+    #[test]
+    fn only_what_is_written_to_must_be_writable() {
+        let written = |words: &str| {
+            let job = job(&words.split(' ').collect::<Vec<_>>());
+            let one = Invocation::new(&job).unwrap();
+            ["private", "release"].map(|zone| one.writes(zone))
+        };
+        for (words, expected) in [
+            ("doppel-partition --corpus=c", [true, false]),
+            ("doppel train --corpus=c", [true, true]),
+            ("doppel train --no-dp", [true, false]),
+            ("doppel-synthesize --no-adapter", [false, true]),
+            ("doppel-embed --of=corpus", [true, false]),
+            ("doppel-embed --of synthetic", [false, true]),
+            ("doppel-vote --sigma=1", [true, true]),
+            ("doppel-query --release=r SELECT", [false, false]),
+            ("doppel budget set --corpus=c", [true, false]),
+            ("doppel budget --corpus=c", [false, false]),
+            ("doppel compare demo --private=p", [false, false]),
+            ("doppel rerun demo", [true, false]),
+            ("doppel rerun demo --as=new", [true, true]),
+            ("doppel compact", [true, true]),
+            ("doppel gc --dry-run", [false, false]),
+        ] {
+            assert_eq!(written(words), expected, "{words}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_input_that_another_program_makes_first_need_not_be_there() {
+        let found = async |first: &[&str], after: &[&[usize]]| {
+            let read =
+                |after: &&[usize]| Job { after: after.to_vec(), ..job(&["doppel-partition", "--input=/no/such/file"]) };
+            let jobs = std::iter::once(job(first)).chain(after.iter().map(read)).collect();
+            let (name, parameters) = ("t".to_owned(), BTreeMap::new());
+            let (dags, empty) = (Vec::new(), Vec::new());
+            check_inputs(&Plan { name, parallelism: None, parameters, jobs, dags, empty }).await.len()
+        };
+        let download = ["curl", "-o", "/no/such/file"];
+        assert_eq!(found(&download, &[&[0], &[1]]).await, 0);
+        assert_eq!(found(&download, &[&[]]).await, 1);
+        assert_eq!(found(&download, &[&[0], &[]]).await, 1, "the second does not wait");
+        assert_eq!(found(&["doppel", "budget", "set"], &[&[0], &[1]]).await, 1, "nothing of ours makes an input");
+    }
+
+    #[tokio::test]
+    async fn flags_are_checked_in_the_jobs_folder() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("doppel-query");
+        std::fs::write(&program, "#!/bin/sh\n[ -e here ] || { echo 'error: no file' >&2; exit 2; }\n").unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let job = Job { working_dir: Some(folder.path().display().to_string()), ..job(&["./doppel-query"]) };
+        assert_eq!(flags_of(&job).await, Some(("a", Finding::usage("no file".into()))));
+        std::fs::write(folder.path().join("here"), "").unwrap();
+        assert_eq!(flags_of(&job).await, None);
     }
 
     #[test]
