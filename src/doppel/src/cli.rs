@@ -320,8 +320,9 @@ pub struct PlanArgs {
 /// Compare a run's sets and losses with held-out real records.
 ///
 /// What the training and the resampling bought: the distance of each set of texts to the test records over the bins of
-/// the vote, and the validation loss before and after training. These figures come from private records without a
-/// mechanism, from the private root; they are for whoever may read that root, and no ε covers them.
+/// the vote, and the validation loss before and after training, that of a baseline (`train --no-dp`) too. These figures
+/// come from private records without a mechanism, from the private root; they are for whoever may read that root, and
+/// no ε covers them.
 #[derive(Args, Clone, Debug)]
 pub struct CompareArgs {
     /// Run id.

@@ -25,6 +25,8 @@ struct Comparison {
     sets: Vec<(String, f64)>,
     /// Validation loss by step, nats per token.
     losses: Vec<(i64, f64)>,
+    /// The same of a baseline, which was trained without privacy.
+    baseline: Vec<(i64, f64)>,
 }
 
 /// Reads the comparison of the run that `args` name.
@@ -32,7 +34,7 @@ pub async fn compare(args: CompareArgs) -> Result<Summary, Failure> {
     let root = args.root.open().await?;
     let comparison = read(&root, &args.id).await?;
     let comparison = comparison.expose();
-    if !comparison.voted && comparison.losses.is_empty() {
+    if !comparison.voted && comparison.losses.is_empty() && comparison.baseline.is_empty() {
         return Err(Failure::Input(unknown(&root, &args.id).await?));
     }
     Ok(Summary { text: comparison.text(), json: comparison.json() })
@@ -41,21 +43,28 @@ pub async fn compare(args: CompareArgs) -> Result<Summary, Failure> {
 async fn read(root: &PrivateRoot, run: &str) -> Result<Private<Comparison>, Failure> {
     let table = |name: &str| root.table(&format!("runs/{run}/{name}"));
     let voted = table("comparison").version().await?.is_some();
-    let mut comparison = Comparison { run: run.to_owned(), voted, sets: Vec::new(), losses: Vec::new() };
+    let (losses, baseline) = (losses(&table("train/loss")).await?, losses(&table("train-baseline/loss")).await?);
+    let mut comparison = Comparison { run: run.to_owned(), voted, sets: Vec::new(), losses, baseline };
     for batch in rows(&table("comparison"), &["set", "total_variation"]).await? {
         let (sets, distances) = (batch.column(0).as_string::<i32>(), batch.column(1).as_primitive::<Float64Type>());
         let rows = sets.iter().flatten().map(str::to_owned).zip(distances.values().iter().copied());
         comparison.sets.extend(rows);
     }
-    for batch in rows(&table("train/loss"), &["step", "split", "loss"]).await? {
+    Ok(Private::new(comparison))
+}
+
+/// Validation losses in `table` by step.
+async fn losses(table: &Table) -> Result<Vec<(i64, f64)>, LakeError> {
+    let mut found = Vec::new();
+    for batch in rows(table, &["step", "split", "loss"]).await? {
         let (steps, losses) =
             (batch.column(0).as_primitive::<Int64Type>(), batch.column(2).as_primitive::<Float64Type>());
         let rows = steps.values().iter().zip(batch.column(1).as_string::<i32>()).zip(losses.values());
         let validation = rows.filter(|((_, split), _)| *split == Some("validation"));
-        comparison.losses.extend(validation.map(|((step, _), loss)| (*step, *loss)));
+        found.extend(validation.map(|((step, _), loss)| (*step, *loss)));
     }
-    comparison.losses.sort_by_key(|(step, _)| *step);
-    Ok(Private::new(comparison))
+    found.sort_by_key(|(step, _)| *step);
+    Ok(found)
 }
 
 /// All rows of the latest version of `table`; none where there is no table.
@@ -89,10 +98,14 @@ impl Comparison {
         if let Some(missing) = self.missing() {
             text += &format!("\n\n{missing}");
         }
-        if !self.losses.is_empty() {
-            let rows = self.losses.iter().map(|(step, loss)| vec![when(*step), format!("{loss:.3}")]);
-            let headings = ["", "validation loss (nats per token)"];
-            text += &format!("\n\n{}", table(&headings, &rows.collect::<Vec<_>>(), &[1]));
+        for (losses, heading) in [
+            (&self.losses, "validation loss (nats per token)"),
+            (&self.baseline, "validation loss of the baseline without privacy (nats per token)"),
+        ] {
+            if !losses.is_empty() {
+                let rows = losses.iter().map(|(step, loss)| vec![when(*step), format!("{loss:.3}")]);
+                text += &format!("\n\n{}", table(&["", heading], &rows.collect::<Vec<_>>(), &[1]));
+            }
         }
         text
     }
@@ -109,13 +122,16 @@ impl Comparison {
 
     fn json(&self) -> Value {
         let sets = self.sets.iter().map(|(set, distance)| json!({ "set": set, "total_variation": distance }));
-        let losses = self.losses.iter().map(|(step, loss)| json!({ "steps": step, "nats_per_token": loss }));
+        let by_step = |losses: &[(i64, f64)]| -> Vec<Value> {
+            losses.iter().map(|(step, loss)| json!({ "steps": step, "nats_per_token": loss })).collect()
+        };
         json!({
             "private": NOTICE,
             "run": self.run,
             "sets": sets.collect::<Vec<_>>(),
             "missing": self.missing(),
-            "validation_loss": losses.collect::<Vec<_>>(),
+            "validation_loss": by_step(&self.losses),
+            "baseline_validation_loss": by_step(&self.baseline),
         })
     }
 }
@@ -132,7 +148,7 @@ mod tests {
     fn an_empty_side_is_told_in_words() {
         let told = |voted: bool, sets: &[&str]| {
             let sets = sets.iter().map(|set| ((*set).to_owned(), 0.25)).collect();
-            Comparison { run: "demo".into(), voted, sets, losses: vec![(0, 3.5)] }.text()
+            Comparison { run: "demo".into(), voted, sets, losses: vec![(0, 3.5)], baseline: Vec::new() }.text()
         };
         assert!(told(true, &[]).contains("no held-out real records"));
         let some = told(true, &["base", "synthetic"]);

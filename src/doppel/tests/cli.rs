@@ -413,7 +413,21 @@ async fn the_private_comparison_of_a_run_is_a_table_that_says_what_it_is() {
     write_private(folder.path(), "runs/demo/train/loss", schema::loss(), losses).await;
     let (code, told, _) = compare(&["demo", "--private", "private"]);
     assert_eq!(code, Some(0), "losses are there before the votes");
-    assert!(!told.contains("total variation"), "{told}");
+    assert!(!told.contains("total variation") && !told.contains("baseline"), "{told}");
+
+    let baseline: Vec<ArrayRef> = vec![
+        Arc::new(Int64Array::from(vec![8])),
+        Arc::new(StringArray::from(vec!["validation"])),
+        Arc::new(Float64Array::from(vec![2.75])),
+    ];
+    write_private(folder.path(), "runs/plain/train-baseline/loss", schema::loss(), baseline).await;
+    let (code, told, complaint) = compare(&["plain", "--private", "private"]);
+    assert_eq!(code, Some(0), "{complaint}");
+    assert!(told.contains("validation loss of the baseline") && told.contains("2.750"), "{told}");
+    let (_, told, _) = compare(&["plain", "--private", "private", "--format", "json"]);
+    let json: serde_json::Value = serde_json::from_str(&told).unwrap();
+    assert_eq!(json["baseline_validation_loss"], serde_json::json!([{ "steps": 8, "nats_per_token": 2.75 }]));
+    assert_eq!(json["validation_loss"], serde_json::json!([]));
 
     let sets: Vec<ArrayRef> = vec![
         Arc::new(StringArray::from(vec!["base", "synthetic", "selected"])),
