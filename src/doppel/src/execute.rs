@@ -153,14 +153,16 @@ fn conclude(plan: &Plan, report: &Report, format: Format, signals: &Signals) -> 
     })
 }
 
-/// The failure of the first failed task, with what each of them last said.
+/// The failure of the task that decides, with what each failed one last said.
 fn failure(plan: &Plan, report: &Report) -> Failure {
     let failed = report.failed();
     let mut text = format!("{} of {} tasks failed", failed.len(), plan.jobs.len());
     for &job in &failed {
         text += &format!("\n  {}", complaint(&plan.jobs[job].name, &report.jobs[job]));
     }
-    let code = failed.first().and_then(|job| report.jobs[*job].outcome.as_ref()).map(workflow::retry::Outcome::code);
+    let codes: Vec<i32> = failed.iter().filter_map(|job| Some(report.jobs[*job].outcome.as_ref()?.code())).collect();
+    // What only a person can mend comes before what may mend itself.
+    let code = codes.iter().find(|code| (2..=4).contains(*code)).or(codes.first()).copied();
     text += match code {
         // Final ones: the same command would only fail again.
         Some(2..=4) => "\nhelp: first do what the task asks for; the same command then continues with what is not done",
@@ -213,10 +215,11 @@ fn result_table(plan: &Plan, report: &Report) -> String {
     format!("{table}\n{done} of {} tasks succeeded in {}{before}", plan.jobs.len(), duration(report.elapsed))
 }
 
-/// Whether a task of ours found its work done, by what it said at its end.
+/// Whether a task of ours found its work done, by what it said at its end. What a query or an audit says is an answer:
+/// neither leaves anything that could be done already.
 fn already_done(job: &Job, report: &JobReport) -> bool {
     report.state == State::Succeeded
-        && Invocation::new(job).is_some()
+        && Invocation::new(job).is_some_and(|one| !matches!(one.program, "query" | "audit"))
         && report.tail.iter().any(|line| stage::tells_already_done(line))
 }
 

@@ -115,6 +115,19 @@ fn what_is_final_is_not_said_to_continue_by_itself() {
 }
 
 #[test]
+fn what_failed_for_good_decides_how_the_run_ends() {
+    let folder = TempDir::new().unwrap();
+    let tasks = [
+        ("passing", "", 0, "touch tried; exit 5"),
+        ("final", "", 0, "until [ -e tried ]; do sleep 0.05; done; exit 3"),
+    ];
+    let output = run(folder.path(), &tasks, &["--cpus", "4"]);
+    let told = text(&output.stderr);
+    assert!(told.contains("2 of 2 tasks failed") && told.contains("first do what the task asks for"), "{told}");
+    assert_eq!(output.status.code(), Some(3), "{told}");
+}
+
+#[test]
 fn running_again_continues() {
     let folder = TempDir::new().unwrap();
     let tasks = [("a", "", 0, "[ -e done ] || { touch done; exit 1; }")];
@@ -239,6 +252,32 @@ fn running_again_what_is_done_says_so() {
     assert!(told.contains("all were done already, so nothing was done"), "{told}");
     let json: serde_json::Value = serde_json::from_str(&run(&["--format", "json"])).unwrap();
     assert_eq!((&json["tasks"][0]["state"], &json["tasks"][0]["already_done"]), (&"succeeded".into(), &true.into()));
+}
+
+#[test]
+fn the_answer_of_a_query_is_not_taken_for_work_done_already() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let folder = TempDir::new().unwrap();
+    for name in ["doppel-query", "doppel-vote"] {
+        let program = folder.path().join(name);
+        std::fs::write(&program, "#!/bin/sh\necho 'the homework is done already'\n").unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let file = folder.path().join("w.yaml");
+    let at = folder.path().display();
+    let text_of_file = format!(
+        "apiVersion: argoproj.io/v1alpha1\nkind: Workflow\nmetadata: {{name: t}}\nspec:\n  entrypoint: main\n  templates:\n  \
+         - name: main\n    dag: {{tasks: [{{name: query, template: query}}, {{name: vote, template: vote}}]}}\n  \
+         - name: query\n    container: {{image: none, command: ['{at}/doppel-query']}}\n  \
+         - name: vote\n    container: {{image: none, command: ['{at}/doppel-vote']}}\n"
+    );
+    std::fs::write(&file, text_of_file).unwrap();
+    let output = doppel().args(["run", "--format", "json"]).arg(&file).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let already = |task: usize| json["tasks"][task]["already_done"].as_bool();
+    assert_eq!((already(0), already(1)), (Some(false), Some(true)), "{json}");
 }
 
 #[test]
