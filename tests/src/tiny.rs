@@ -34,6 +34,13 @@ impl Task {
     }
 }
 
+/// A command line with `to` in place of `from`, which must be there: nothing to replace would be another test.
+#[track_caller]
+pub fn with(line: &str, from: &str, to: &str) -> String {
+    assert!(line.contains(from), "expected {from:?} in {line:?}");
+    line.replace(from, to)
+}
+
 /// A folder with conversations and models, for lakes and workflows.
 pub struct Workplace {
     folder: TempDir,

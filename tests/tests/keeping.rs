@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use arrow::array::{AsArray, RecordBatch};
 use lake::{AppTransaction, ReleaseRoot, StorageOptions, Table, Zone};
 use scenarios::binaries::{self, Ran};
-use scenarios::tiny::{RUN, Workplace, wait_for};
+use scenarios::tiny::{RUN, Workplace, wait_for, with};
 use serde_json::Value;
 
 const LAKE: &str = "lake";
@@ -226,7 +226,7 @@ fn a_dropped_run_stays_paid_and_its_lineage_is_told_without_private_figures() {
     let elsewhere = place.path("elsewhere");
     std::fs::create_dir_all(&elsewhere).expect("a folder");
     for stage in [place.train(LAKE), place.vote(LAKE)] {
-        let stage = stage.replace(&place.release(LAKE), &elsewhere.display().to_string());
+        let stage = with(&stage, &place.release(LAKE), &elsewhere.display().to_string());
         let refused = run(&stage, 2).stderr;
         assert!(refused.contains("was dropped") && refused.contains("help:"), "{refused}");
     }

@@ -12,7 +12,7 @@ use scenarios::binaries;
 use scenarios::lakes::{self, assert_same, command, results, settled};
 use scenarios::proxy::Proxy;
 use scenarios::s3::{Key, S3, environment};
-use scenarios::tiny::Workplace;
+use scenarios::tiny::{Workplace, with};
 use serde_json::{Value, json};
 
 /// Conversations in the input: their vectors are three commits.
@@ -160,8 +160,11 @@ const STAGES: [&str; 6] = ["partition", "train", "synthesize", "embed", "embed-c
 /// The command of the stage `name` on the lake called `lake`.
 fn line(place: &Workplace, name: &str, lake: &str) -> String {
     match name {
-        "partition" => place.partition(lake).replace("--dedup=exact", "--dedup=none"),
-        "train" => place.train(lake).replace("--steps=2", "--steps=6 --checkpoint-every=1").replace("=200", "=3000"),
+        "partition" => with(&place.partition(lake), "--dedup=exact", "--dedup=none"),
+        "train" => {
+            let longer = with(&place.train(lake), "--steps=2", "--steps=6 --checkpoint-every=1");
+            with(&longer, "--records=200", "--records=3000")
+        }
         "synthesize" => synthesize(place, lake, "--no-adapter"),
         "embed" => place.embed(lake, "--of=synthetic"),
         "embed-corpus" => place.embed_corpus(lake),
@@ -171,7 +174,8 @@ fn line(place: &Workplace, name: &str, lake: &str) -> String {
 
 fn synthesize(place: &Workplace, lake: &str, which: &str) -> String {
     let count = format!("--count={SAMPLES} --batch-size=256");
-    place.synthesize(lake, which).replace("--count=60", &count).replace("--max-new-tokens=24", "--max-new-tokens=6")
+    let more = with(&place.synthesize(lake, which), "--count=60", &count);
+    with(&more, "--max-new-tokens=24", "--max-new-tokens=6")
 }
 
 /// A place with enough conversations that stages take a while.

@@ -10,7 +10,7 @@ use lake::{AppTransaction, PrivateRoot, ReleaseRoot, StorageOptions, Zone, schem
 use safetensors::SafeTensors;
 use scenarios::binaries::{self, Ran};
 use scenarios::s3::{Key, S3};
-use scenarios::tiny::{RUN, Workplace};
+use scenarios::tiny::{RUN, Workplace, with};
 use serde_json::{Value, json};
 
 const LAKE: &str = "lake";
@@ -327,7 +327,7 @@ fn a_new_release_reads_the_old_snapshots_under_new_noise_and_pays_for_it() {
 fn a_pin_reads_that_version_and_one_of_another_table_is_refused() {
     let place = ran_and_moved_on();
     let train = |run: &str, pin: &str| {
-        let command = place.train(LAKE).replace(&format!("--run={RUN}"), &format!("--run={run} --pin={pin}"));
+        let command = with(&place.train(LAKE), &format!("--run={RUN}"), &format!("--run={run} --pin={pin}"));
         let mut words = command.split(' ').map(str::to_owned);
         let mut train = binaries::command(&words.next().expect("a program"));
         train.args(words.filter(|word| !word.is_empty()));

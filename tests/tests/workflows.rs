@@ -6,7 +6,7 @@ use std::process::Command;
 
 use scenarios::binaries;
 use scenarios::repository;
-use scenarios::tiny::{RUN, Task, Workplace, wait_for};
+use scenarios::tiny::{RUN, Task, Workplace, wait_for, with};
 use serde_json::Value;
 
 /// The commands that a workflow of this repository expands to, by task.
@@ -96,7 +96,8 @@ fn a_preflight_finds_wrong_values_of_flags_before_anything_starts() {
 #[test]
 fn a_preflight_finds_an_epsilon_that_no_noise_attains() {
     let place = Workplace::new();
-    let train = place.train("lake").replace("--noise-multiplier=1", "--target-epsilon=0.1 --delta=1e-5 --vote-sigma=5");
+    let target = "--target-epsilon=0.1 --delta=1e-5 --vote-sigma=5";
+    let train = with(&place.train("lake"), "--noise-multiplier=1", target);
     let tasks = [Task::new("budget", &[], &place.budget("lake", "50")), Task::new("train", &["budget"], &train)];
     let told = binaries::run(&mut place.run(&tasks), 2).stderr;
     assert!(
@@ -110,17 +111,18 @@ fn a_preflight_tells_everything_about_storage_models_and_budget_at_once() {
     let place = Workplace::new();
     std::fs::write(place.path("file"), "").expect("a file is written");
     std::fs::create_dir(place.path("empty")).expect("a folder is made");
+    let missing = with(&place.partition("lake"), "conversations.json", "missing.json");
     let inside = format!("--release={}", place.path("lake/private/inside").display());
     let tasks = [
         Task::new("budget", &[], &place.budget("lake", "0.01")),
-        Task::new("partition", &[], &place.partition("lake").replace("conversations.json", "missing.json")),
+        Task::new("partition", &[], &missing),
         // Nested roots, a folder without a model, and more ε than the budget.
         Task::new("train", &["budget"], &{
-            let train = place.train("lake").replace("/llama", "/empty");
-            train.replace(&format!("--release={}", place.release("lake")), &inside)
+            let train = with(&place.train("lake"), "/llama", "/empty");
+            with(&train, &format!("--release={}", place.release("lake")), &inside)
         }),
         // A root below a file can be made by nobody.
-        Task::new("embed", &[], &place.embed("file", "--of=synthetic").replace("/bert", "/missing")),
+        Task::new("embed", &[], &with(&place.embed("file", "--of=synthetic"), "/bert", "/missing")),
     ];
     let told = binaries::run(&mut place.run(&tasks), 2).stderr;
     for expected in [
@@ -136,7 +138,7 @@ fn a_preflight_tells_everything_about_storage_models_and_budget_at_once() {
     }
     assert!(!place.path("lake/private/corpora").exists() && !place.path("lake/private/ledger").exists());
 
-    let tasks = [Task::new("partition", &[], &place.partition("lake").replace("conversations.json", "missing.json"))];
+    let tasks = [Task::new("partition", &[], &missing)];
     binaries::run(&mut place.run(&tasks), 3);
     let tasks = [
         Task::new("budget", &[], &place.budget("lake", "0.01")),
