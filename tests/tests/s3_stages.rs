@@ -121,7 +121,7 @@ fn variable(name: &str) -> String {
 #[ignore = "started by tests that need an input in the bucket"]
 async fn child_upload() {
     let bucket = PrivateRoot::open(&format!("s3://{PRIVATE_BUCKET}"), &StorageOptions::default()).await.unwrap();
-    bucket.upload(variable("TEST_FILE").as_ref(), RAW).await.unwrap();
+    bucket.put(RAW, std::fs::read(variable("TEST_FILE")).unwrap().into()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,10 +13,6 @@ impl<T> Private<T> {
     pub fn expose(&self) -> &T {
         &self.0
     }
-    /// Takes the value out, under the same condition as [`Private::expose`].
-    pub fn into_exposed(self) -> T {
-        self.0
-    }
 }
 
 impl<T> std::fmt::Debug for Private<T> {

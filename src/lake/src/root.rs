@@ -69,11 +69,6 @@ pub trait Zone: Sealed + Clone + std::fmt::Debug + Send + Sync + 'static {
         self.store().put(path, body)
     }
 
-    /// Uploads the local file `from`, in parts, with memory bounded by a few of them; visible only when whole.
-    fn upload(&self, from: &Path, path: &str) -> impl Future<Output = Result<(), LakeError>> + Send {
-        self.store().upload(from, path)
-    }
-
     /// Writes one object unless it exists; `false` when it did. Of many writers at once, exactly one gets `true`.
     fn put_if_absent(&self, path: &str, body: Bytes) -> impl Future<Output = Result<bool, LakeError>> + Send {
         self.store().put_if_absent(path, body)

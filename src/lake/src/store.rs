@@ -193,58 +193,25 @@ impl Store {
 
     /// Writes one object, replacing what was there.
     pub(crate) async fn put(&self, path: &str, body: Bytes) -> Result<(), LakeError> {
-        if body.len() > 2 * PART {
-            let parts = (0..body.len()).step_by(PART).map(|from| Ok(body.slice(from..(from + PART).min(body.len()))));
-            return self.put_parts(path, futures::stream::iter(parts.collect::<Vec<_>>())).await;
-        }
         let at = self.0.location.join(path)?;
         let url = self.url_of(path).to_string();
+        if body.len() > 2 * PART {
+            return self.put_parts(&at, &url, body).await;
+        }
         self.within(&url, self.0.objects.put(&at, body.into())).await.map(drop)
     }
 
-    /// Uploads a local file, in parts, with memory bounded by a few of them.
-    pub(crate) async fn upload(&self, from: &std::path::Path, path: &str) -> Result<(), LakeError> {
-        let name = from.display().to_string();
-        let file = tokio::fs::File::open(from).await.map_err(|error| explain_io(&name, &error))?;
-        let parts = futures::stream::try_unfold(file, move |mut file| {
-            let name = name.clone();
-            async move {
-                use tokio::io::AsyncReadExt;
-                let mut part = Vec::with_capacity(PART);
-                let read = (&mut file).take(PART as u64).read_to_end(&mut part).await;
-                read.map_err(|error| explain_io(&name, &error))?;
-                Ok::<_, LakeError>((!part.is_empty()).then(|| (Bytes::from(part), file)))
-            }
-        });
-        self.put_parts(path, parts).await
-    }
-
-    /// Uploads `parts` as one object, visible only when whole; an upload that fails is aborted.
-    async fn put_parts(
-        &self,
-        path: &str,
-        parts: impl futures::Stream<Item = Result<Bytes, LakeError>> + Send,
-    ) -> Result<(), LakeError> {
-        let mut parts = std::pin::pin!(parts.peekable());
-        let first = match parts.as_mut().next().await {
-            Some(first) => first?,
-            None => Bytes::new(),
-        };
-        let at = self.0.location.join(path)?;
-        let url = self.url_of(path).to_string();
-        if parts.as_mut().peek().await.is_none() {
-            return self.within(&url, self.0.objects.put(&at, first.into())).await.map(drop);
-        }
-        let mut upload = self.within(&url, self.0.objects.put_multipart(&at)).await?;
+    /// Writes one object in parts, visible only when whole; what fails is aborted.
+    async fn put_parts(&self, at: &Path, url: &str, body: Bytes) -> Result<(), LakeError> {
+        let mut upload = self.within(url, self.0.objects.put_multipart(at)).await?;
         let mut sent = futures::stream::FuturesUnordered::new();
         let result = async {
-            let mut next = Some(first);
-            while let Some(part) = next {
-                sent.push(self.within(&url, upload.put_part(part.into())));
+            for from in (0..body.len()).step_by(PART) {
                 while sent.len() >= IN_FLIGHT {
                     sent.try_next().await?;
                 }
-                next = parts.as_mut().try_next().await?;
+                let part = body.slice(from..(from + PART).min(body.len()));
+                sent.push(self.within(url, upload.put_part(part.into())));
             }
             while sent.try_next().await?.is_some() {}
             Ok::<(), LakeError>(())
@@ -252,7 +219,7 @@ impl Store {
         let result = result.await;
         drop(sent);
         match result {
-            Ok(()) => self.within(&url, upload.complete()).await.map(drop),
+            Ok(()) => self.within(url, upload.complete()).await.map(drop),
             Err(error) => {
                 // The store drops parts of aborted uploads; that the abort fails too changes nothing for the caller.
                 let _ = tokio::time::timeout(Duration::from_secs(5), upload.abort()).await;

@@ -6,7 +6,7 @@
 //! the result is divided by `expected_batch_size`, a public constant.
 
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::AccountingError;
 use crate::event::Event;
@@ -14,33 +14,13 @@ use crate::gaussian::{Lattice, add_noise};
 use crate::keyed::{Context, KeyedHasher, NoiseKey};
 
 /// Public parameters of DP training (Yu et al. 2024, Algorithm 1).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "Parameters")]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TrainingMechanism {
     sampling_probability: f64,
     noise_multiplier: f64,
     steps: u64,
     clip_norm: f64,
     expected_batch_size: f64,
-}
-
-/// What is on disk, before it was checked.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Parameters {
-    sampling_probability: f64,
-    noise_multiplier: f64,
-    steps: u64,
-    clip_norm: f64,
-    expected_batch_size: f64,
-}
-
-impl TryFrom<Parameters> for TrainingMechanism {
-    type Error = AccountingError;
-
-    fn try_from(p: Parameters) -> Result<Self, AccountingError> {
-        Self::new(p.sampling_probability, p.noise_multiplier, p.steps, p.clip_norm, p.expected_batch_size)
-    }
 }
 
 /// A sum of clipped unit gradients over a logical batch, in whole multiples of a lattice's spacing.
@@ -181,12 +161,7 @@ impl TrainingMechanism {
         self.expected_batch_size
     }
 
-    /// Whether `unit` joins `step`: a keyed coin for each (step, unit), independent of all other units.
-    pub fn includes(&self, key: &NoiseKey, context: &Context, step: u64, unit: &str) -> bool {
-        self.sampler(key, context, step).includes(unit)
-    }
-
-    /// The coins of one step, for a loop over units; says the same as [`TrainingMechanism::includes`].
+    /// The coins of one step: a keyed one for each unit, independent of all other units and steps.
     pub fn sampler(&self, key: &NoiseKey, context: &Context, step: u64) -> StepSampler {
         let context = context.clone().field("purpose", b"sample").field("step", &step.to_le_bytes());
         // Scaling by a power of two is exact; what `as` cuts off makes the coin rarer by < 2⁻⁶⁴, never likelier.
