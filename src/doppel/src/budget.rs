@@ -102,13 +102,7 @@ fn unknown(root: &PrivateRoot, corpus: &str, known: &BTreeSet<String>) -> String
 
 /// The stage contract's failure for a ledger's error.
 fn failure(error: LedgerError) -> Failure {
-    let message = error.to_string();
-    match error {
-        LedgerError::OverBudget(_) => Failure::Budget(message),
-        LedgerError::Usage(_) | LedgerError::Accounting(_) => Failure::Usage(message),
-        LedgerError::Lake(error) => error.into(),
-        _ => Failure::Input(message),
-    }
+    Failure::coded(error.exit_code(), error)
 }
 
 /// One line of a statement.

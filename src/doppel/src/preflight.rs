@@ -41,12 +41,7 @@ impl From<Failure> for Finding {
 
 impl From<&lake::LakeError> for Finding {
     fn from(error: &lake::LakeError) -> Self {
-        let code = match error {
-            lake::LakeError::Usage(_) | lake::LakeError::Conflict(_) => 2,
-            lake::LakeError::Transient(_) => 5,
-            _ => 3,
-        };
-        Self { message: error.to_string(), code }
+        Self { message: error.to_string(), code: error.exit_code() }
     }
 }
 

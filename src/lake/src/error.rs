@@ -34,6 +34,15 @@ pub enum LakeError {
 }
 
 impl LakeError {
+    /// The exit code of the stage contract, for `stage::Failure::coded`: this crate does not know stages.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            LakeError::Usage(_) | LakeError::Conflict(_) => 2,
+            LakeError::NotFound(_) | LakeError::NoBucket(_) | LakeError::Malformed(_) | LakeError::Forbidden(_) => 3,
+            LakeError::Transient(_) => 5,
+        }
+    }
+
     /// The same error in other words.
     pub(crate) fn map(self, words: impl FnOnce(String) -> String) -> Self {
         match self {

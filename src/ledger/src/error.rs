@@ -30,9 +30,7 @@ impl LedgerError {
             LedgerError::OverBudget(_) => 4,
             LedgerError::Malformed(_) => 3,
             LedgerError::Usage(_) | LedgerError::Accounting(_) => 2,
-            LedgerError::Lake(LakeError::Usage(_) | LakeError::Conflict(_)) => 2,
-            LedgerError::Lake(LakeError::Transient(_)) => 5,
-            LedgerError::Lake(_) => 3,
+            LedgerError::Lake(error) => error.exit_code(),
         }
     }
 }

@@ -71,12 +71,7 @@ impl Failure {
 
 impl From<lake::LakeError> for Failure {
     fn from(error: lake::LakeError) -> Self {
-        let message = error.to_string();
-        match error {
-            lake::LakeError::Usage(_) | lake::LakeError::Conflict(_) => Failure::Usage(message),
-            lake::LakeError::Transient(_) => Failure::Transient(message),
-            _ => Failure::Input(message),
-        }
+        Failure::coded(error.exit_code(), error)
     }
 }
 
