@@ -32,9 +32,9 @@
 //!
 //! *What conditions it*: a filter that compares records with each other (deduplication) makes the guarantee hold for the
 //! corpus *as partitioned*, not for the raw data, since a record can keep another out. The ledger says so, and the filter
-//! can be turned off. On CUDA, where kernels may add up in another order when a batch has another shape, it holds up to
-//! that rounding. It also rests on ChaCha20 and BLAKE3 being pseudo-random, and on the secret staying in the private
-//! root: who has it can subtract the noise.
+//! can be turned off. On CUDA and on x86 CPUs without AVX2, where kernels may add up in another order when a batch has
+//! another shape, it holds up to that rounding. It also rests on ChaCha20 and BLAKE3 being pseudo-random, and on the
+//! secret staying in the private root: who has it can subtract the noise.
 //!
 //! *What is public*: every setting, among them q, the noise multiplier, the number of steps, the expected batch size and
 //! the clip norm, the privacy unit's name, and ε itself. The number of records is private unless the operator declares it.
