@@ -5,7 +5,7 @@ generating function of the composed loss, each moment integrated by the trapezoi
 even for tiny δ. Where few units are drawn the loss has two humps and no such line is near both: there its distribution is
 put on a grid, masses of both neighbours kept, and convolved term by term, which keeps every probability's relative
 precision. Needs numpy. Prints the values of `laplace_inversion_agrees` and of `rare_draws_are_not_drowned_by_rounding` in
-src/privacy/tests/golden.rs; the second takes some minutes.
+src/privacy/tests/golden.rs; the second takes a minute.
 """
 
 import math
@@ -89,15 +89,22 @@ def on_grid(event, interval):
         yield first, masses
 
 
-def epsilon_by_convolution(event, delta, interval, highest=12.0):
-    worst = 0.0
+def together(one, other, widest):
+    """The sum of two losses: (first index, masses, mass above the grid); beyond `widest`, losses count as more."""
+    start, masses = one[0] + other[0], np.convolve(one[1], other[1])
+    low, high = max(-widest - start, 0), max(widest - start, 0)
+    masses[low] += masses[:low].sum()
+    return start + low, masses[low:high], one[2] + other[2] + masses[high:].sum()
+
+
+def epsilon_by_convolution(event, delta, interval, highest):
+    worst, nothing, widest = 0.0, (0, np.ones(1), 0.0), round(highest / interval)
     for first, masses in on_grid(event, interval):
-        start, total, infinite = 0, np.ones(1), 0.0
-        for _ in range(event[2]):
-            start, total = start + first, np.convolve(total, masses)
-            # Losses so far above ε count whole, whatever they are.
-            end = int(highest / interval) - start
-            infinite, total = infinite + total[end:].sum(), total[:end]
+        step, steps = together((first, masses, 0.0), nothing, widest), nothing
+        for digit in f"{event[2]:b}":
+            steps = together(steps, steps, widest)
+            steps = together(steps, step, widest) if digit == "1" else steps
+        start, total, infinite = steps
         losses = (start + np.arange(len(total))) * interval
         low, high = 0.0, highest
         while high - low > 1e-7:
@@ -113,5 +120,8 @@ if __name__ == "__main__":
     print(epsilon([(0.1005, 15.04, 38_880)], 9.939e-11, 8.895, 8.915))
     print(epsilon([(0.01163, 0.7893, 1794), (2.272e-5, 1.437, 505), (1, 4.175, 1)], 7.013e-12, 9.285, 9.305))
     print(epsilon([(1, 27.17, 1), (0.001623, 0.6161, 1161), (0.02044, 0.5932, 64)], 5.534e-12, 12.59, 12.61))
-    for rare in [(1e-4, 1.0, 1), (1e-6, 0.5, 10)]:
-        print(epsilon_by_convolution(rare, 1e-12 if rare[2] == 1 else 1e-10, 5e-4))
+    print(epsilon_by_convolution((1e-4, 1.0, 1), 1e-12, 5e-4, 4.0))
+    print(epsilon_by_convolution((1e-6, 0.5, 10), 1e-10, 5e-4, 4.0))
+    print(epsilon_by_convolution((1e-6, 0.45, 100), 1e-11, 5e-4, 4.0))
+    print(epsilon_by_convolution((1e-6, 0.5, 10_000), 1e-10, 1e-4, 2.0))
+    print(epsilon_by_convolution((1e-5, 0.7, 10_000), 1e-10, 1e-4, 1.0))
