@@ -57,13 +57,6 @@ impl Lattice {
         self.clip_norm + self.slack
     }
 
-    /// Nearest lattice index; a non-finite value counts as zero, and huge ones saturate.
-    pub fn index(&self, value: f64) -> i64 {
-        let scaled = libm::rint(value / self.granularity);
-        // `as` saturates, so an absurd input cannot overflow; half the range leaves room to add noise.
-        if scaled.is_finite() { (scaled as i64).clamp(i64::MIN / 2, i64::MAX / 2) } else { 0 }
-    }
-
     /// The value of a lattice index.
     pub fn value(&self, index: i64) -> f64 {
         index as f64 * self.granularity
@@ -225,11 +218,6 @@ mod tests {
                 assert_eq!(lattice.granularity().log2().fract(), 0.0);
             }
         }
-        let lattice = Lattice::new(1.0, 10);
-        assert_eq!(lattice.index(f64::NAN), 0);
-        assert_eq!(lattice.index(f64::INFINITY), 0);
-        assert_eq!(lattice.index(1e300), i64::MAX / 2);
-        assert_eq!(lattice.value(lattice.index(0.25)), 0.25);
     }
 
     #[test]

@@ -58,7 +58,7 @@
 //! | to check | read |
 //! |---|---|
 //! | that what is accounted is what runs | [`training`]: one value makes the event, the coins and the noise |
-//! | what one unit can change | [`training::ClippedSum`], [`histogram`] |
+//! | what one unit can change | [`training::ClippedSum`], train's `step.rs`, which clips for it, and [`histogram`] |
 //! | what a mechanism is, as the ledger stores it | [`event`] |
 //! | that ε is an upper bound | [`accounting`], then its modules `loss` (one step) and `compose` (their sum) |
 //! | Gaussian noise, and its guard against floating point | [`gaussian`] |

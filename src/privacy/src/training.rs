@@ -25,10 +25,10 @@ pub struct TrainingMechanism {
 
 /// A sum of clipped unit gradients over a logical batch, in whole multiples of a lattice's spacing.
 ///
-/// Guarantee: adding or removing one unit moves the sum by at most [`ClippedSum::sensitivity`] in L2, without exception:
-/// a unit is clipped, rounded to the lattice and added as integers, so neither the order of units, nor the micro-batches
-/// they came in, nor the other units' values can change what one gradient adds (float sums do not have that property;
-/// Casacuberta et al. 2022).
+/// Guarantee: adding or removing one unit moves the sum by at most [`ClippedSum::sensitivity`] in L2, without exception,
+/// where `train` clips by the rule of [`ClippedSum::add_rounded`]: a unit is clipped, rounded to the lattice and added as
+/// integers, so neither the order of units, nor the micro-batches they came in, nor the other units' values can change what
+/// one gradient adds (float sums do not have that property; Casacuberta et al. 2022).
 #[derive(Clone, PartialEq)]
 pub struct ClippedSum {
     clip_norm: f64,
@@ -37,32 +37,21 @@ pub struct ClippedSum {
 }
 
 impl ClippedSum {
-    /// Clips `unit`'s gradient (all tensors, in order; summed over its records) and adds it.
-    ///
-    /// A non-finite gradient counts as zero. Errors when the shapes differ from those that the sum was made for.
-    pub fn add(&mut self, unit: &[&[f32]]) -> Result<(), AccountingError> {
-        self.check_lengths(unit.iter().map(|tensor| tensor.len()))?;
-        // A finite f32 squared stays finite in f64, so the norm is non-finite exactly when a gradient is.
-        let squares: f64 = unit.iter().flat_map(|t| t.iter()).map(|&x| f64::from(x) * f64::from(x)).sum();
-        let factor = clip_factor(self.clip_norm, libm::sqrt(squares));
-        if factor == 0.0 {
-            return Ok(());
-        }
-        for (sum, tensor) in self.tensors.iter_mut().zip(unit) {
-            for (sum, &x) in sum.iter_mut().zip(*tensor) {
-                *sum = sum.saturating_add(self.lattice.index(f64::from(x) * factor));
-            }
-        }
-        Ok(())
-    }
-
-    /// Adds what was summed elsewhere, such as on a GPU, by the rule of [`ClippedSum::add`]: every unit's gradient times
-    /// its clip factor, divided by [`ClippedSum::granularity`], rounded to whole numbers, and these added exactly.
+    /// Adds what was summed where the gradients are, such as on a GPU: every unit's gradient (all tensors together, summed
+    /// over its records) times its clip factor, divided by [`ClippedSum::granularity`], rounded to whole numbers, and these
+    /// added exactly. A gradient that is not finite must add nothing. Errors when the shapes differ from those that the sum
+    /// was made for.
     ///
     /// float32 is precise enough for all but the addition. Squares, factor and product then err by at most 1.25 · 2⁻²³
     /// of the norm together, and rounding by half the lattice's slack; the other half is at least 2⁻²² of it.
     pub fn add_rounded(&mut self, tensors: &[Vec<i64>]) -> Result<(), AccountingError> {
-        self.check_lengths(tensors.iter().map(Vec::len))?;
+        let lengths = |tensors: &[Vec<i64>]| -> Vec<usize> { tensors.iter().map(Vec::len).collect() };
+        let (expected, found) = (lengths(&self.tensors), lengths(tensors));
+        if expected != found {
+            return Err(AccountingError(format!(
+                "gradient: expected tensors of lengths {expected:?}, found {found:?}"
+            )));
+        }
         for (sum, &index) in self.tensors.iter_mut().flatten().zip(tensors.iter().flatten()) {
             *sum = sum.saturating_add(index);
         }
@@ -84,15 +73,6 @@ impl ClippedSum {
     pub fn without_noise(&self, expected_batch_size: f64) -> Vec<Vec<f32>> {
         let mean = |&index: &i64| (self.lattice.value(index) / expected_batch_size) as f32;
         self.tensors.iter().map(|tensor| tensor.iter().map(mean).collect()).collect()
-    }
-
-    fn check_lengths(&self, found: impl Iterator<Item = usize>) -> Result<(), AccountingError> {
-        let (expected, found): (Vec<usize>, Vec<usize>) =
-            (self.tensors.iter().map(Vec::len).collect(), found.collect());
-        if expected == found {
-            return Ok(());
-        }
-        Err(AccountingError(format!("gradient: expected tensors of lengths {expected:?}, found {found:?}")))
     }
 }
 
@@ -172,10 +152,16 @@ impl TrainingMechanism {
     /// Factor that clips a gradient of L2 norm `norm` to `clip_norm`; a non-finite norm gives 0 (the caller must then
     /// also zero the gradient, since 0 × ∞ is not 0).
     pub fn clip_factor(&self, norm: f64) -> f64 {
-        clip_factor(self.clip_norm, norm)
+        if !norm.is_finite() {
+            0.0
+        } else if norm <= self.clip_norm {
+            1.0
+        } else {
+            self.clip_norm / norm
+        }
     }
 
-    /// An empty sum over tensors of these lengths, which clips and adds units exactly.
+    /// An empty sum over tensors of these lengths, which adds clipped units exactly.
     pub fn empty_sum(&self, lengths: &[usize]) -> ClippedSum {
         ClippedSum {
             clip_norm: self.clip_norm,
@@ -228,16 +214,6 @@ impl StepSampler {
     /// Whether `unit` joins the step.
     pub fn includes(&self, unit: &str) -> bool {
         u128::from(self.hasher.hash(unit.as_bytes())) < self.threshold
-    }
-}
-
-fn clip_factor(clip_norm: f64, norm: f64) -> f64 {
-    if !norm.is_finite() {
-        0.0
-    } else if norm <= clip_norm {
-        1.0
-    } else {
-        clip_norm / norm
     }
 }
 

@@ -1,7 +1,5 @@
-//! The pitfalls of DP training (jax_privacy's list among them), each as a test with its name, and the guarantee of the
-//! clipped sum as a property.
-
-use proptest::prelude::*;
+//! The pitfalls of DP training (jax_privacy's list among them), each as a test with its name. That clipping keeps the
+//! guarantee of the clipped sum is tested where train clips.
 
 use super::*;
 
@@ -17,19 +15,14 @@ fn context() -> Context {
     Context::new("train").field("run", b"r")
 }
 
-/// A sum of units with these gradients, in one tensor.
-fn sum_of(mechanism: &TrainingMechanism, units: &[Vec<f32>]) -> ClippedSum {
-    let mut sum = mechanism.empty_sum(&[units.first().map_or(0, Vec::len)]);
-    units.iter().for_each(|unit| sum.add(&[unit]).unwrap());
-    sum
-}
-
 #[test]
 fn divides_by_the_expected_batch_size_not_the_realised() {
     // Whoever was sampled, the divisor is the public 32: twice the units are twice the release.
     let mechanism = mechanism(1e-9);
     let released = |units: usize| {
-        let sum = sum_of(&mechanism, &vec![vec![0.1, 0.2, 0.3]; units]);
+        let mut sum = mechanism.empty_sum(&[3]);
+        let unit = [0.1, 0.2, 0.3].map(|value| (value / sum.granularity()).round() as i64);
+        (0..units).for_each(|_| sum.add_rounded(&[unit.to_vec()]).unwrap());
         mechanism.release(&key(), &context(), 0, sum).unwrap().value()[0].clone()
     };
     for (place, value) in [0.1, 0.2, 0.3].into_iter().enumerate() {
@@ -49,30 +42,15 @@ fn an_empty_batch_is_a_step_like_any_other() {
 }
 
 #[test]
-fn a_non_finite_gradient_counts_as_zero() {
-    let mechanism = mechanism(1.0);
-    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        assert_eq!(mechanism.clip_factor(f64::from(bad)), 0.0);
-        let mut sum = mechanism.empty_sum(&[2]);
-        sum.add(&[&[0.1, 0.2]]).unwrap();
-        let before = sum.clone();
-        sum.add(&[&[0.3, bad]]).unwrap();
-        assert!(sum == before);
-    }
-    // Finite in f32, but its square is not.
-    let mut sum = mechanism.empty_sum(&[2]);
-    sum.add(&[&[f32::MAX, f32::MAX]]).unwrap();
-    let released = mechanism.release(&key(), &context(), 0, sum).unwrap();
-    assert!(released.value()[0].iter().all(|x| x.is_finite()));
-}
-
-#[test]
 fn clip_factor_clips_to_the_norm_and_is_idempotent() {
     let mechanism = mechanism(1.0);
     for norm in [0.0, 1e-300, 0.49, 0.5, 0.51, 1.0, 1e300] {
         let clipped = norm * mechanism.clip_factor(norm);
         assert!(clipped <= 0.5 * (1.0 + 1e-15) && clipped <= norm);
         assert!((clipped * mechanism.clip_factor(clipped) - clipped).abs() <= 1e-15);
+    }
+    for norm in [f64::NAN, f64::INFINITY] {
+        assert_eq!(mechanism.clip_factor(norm), 0.0);
     }
 }
 
@@ -164,65 +142,9 @@ fn what_is_accounted_is_what_runs() {
 fn sums_of_other_shapes_or_mechanisms_are_refused() {
     let mechanism = mechanism(1.0);
     let mut sum = mechanism.empty_sum(&[2, 3]);
-    assert!(sum.add(&[&[0.0; 2]]).is_err());
-    assert!(sum.add(&[&[0.0; 3], &[0.0; 2]]).is_err());
-    assert!(sum.add_rounded(&[vec![0; 5]]).is_err());
+    for lengths in [&[2][..], &[5], &[3, 2]] {
+        assert!(sum.add_rounded(&lengths.iter().map(|&length| vec![0; length]).collect::<Vec<_>>()).is_err());
+    }
     let other = TrainingMechanism::new(0.25, 1.0, 10, 0.6, 32.0).unwrap();
     assert!(other.release(&key(), &context(), 0, sum).is_err());
-}
-
-fn norm_of(difference: impl Iterator<Item = f64>) -> f64 {
-    difference.map(|x| x * x).sum::<f64>().sqrt()
-}
-
-proptest! {
-    #[test]
-    fn one_unit_moves_the_clipped_sum_by_at_most_clip_norm(
-        units in prop::collection::vec(prop::collection::vec(-1e3f32..1e3, 24), 1..12),
-        magnitudes in prop::collection::vec(-8i32..30, 12),
-        removed in any::<prop::sample::Index>(),
-    ) {
-        let mechanism = mechanism(1.0);
-        let removed = removed.index(units.len());
-        let (mut with, mut without) = (mechanism.empty_sum(&[16, 8]), mechanism.empty_sum(&[16, 8]));
-        for (i, unit) in units.iter().enumerate() {
-            let unit: Vec<f32> = unit.iter().map(|x| x * 10f32.powi(magnitudes[i])).collect();
-            let tensors: [&[f32]; 2] = [&unit[..16], &unit[16..]];
-            with.add(&tensors).unwrap();
-            if i != removed {
-                without.add(&tensors).unwrap();
-            }
-        }
-        let pairs = with.tensors.iter().flatten().zip(without.tensors.iter().flatten());
-        let moved = norm_of(pairs.map(|(a, b)| with.lattice.value(a - b)));
-        prop_assert!(moved <= with.sensitivity());
-        prop_assert!(with.sensitivity() <= 0.5 * (1.0 + 2f64.powi(-20)));
-    }
-
-    #[test]
-    fn neither_order_nor_micro_batches_change_the_sum(
-        units in prop::collection::vec(prop::collection::vec(-2f32..2.0, 5), 1..20),
-        size in 1usize..9,
-    ) {
-        let mechanism = mechanism(1.0);
-        let mut joined = mechanism.empty_sum(&[5]);
-        units.chunks(size).for_each(|chunk| joined.add_rounded(&sum_of(&mechanism, chunk).tensors).unwrap());
-        let reversed: Vec<_> = units.iter().rev().cloned().collect();
-        prop_assert!(joined == sum_of(&mechanism, &units) && joined == sum_of(&mechanism, &reversed));
-    }
-
-    #[test]
-    fn rounding_in_float32_stays_within_the_sensitivity(
-        unit in prop::collection::vec(-1e3f32..1e3, 1..400),
-        magnitude in -12i32..8,
-    ) {
-        let mechanism = mechanism(1.0);
-        let unit: Vec<f32> = unit.iter().map(|x| x * 10f32.powi(magnitude)).collect();
-        let sum = mechanism.empty_sum(&[unit.len()]);
-        // The rule of `add_rounded`, all in float32 but the sum of squares.
-        let norm = unit.iter().map(|x| f64::from(x * x)).sum::<f64>().sqrt();
-        let scale = (mechanism.clip_factor(norm) / sum.granularity()) as f32;
-        let moved = norm_of(unit.iter().map(|x| f64::from((x * scale).round_ties_even()) * sum.granularity()));
-        prop_assert!(moved <= sum.sensitivity(), "{moved}");
-    }
 }
