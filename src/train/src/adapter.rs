@@ -1,7 +1,7 @@
 //! The adapter in training, and AdamW (Loshchilov and Hutter 2019) on its averaged gradients.
 //!
 //! PRIVACY: [`PrivateAdapter`] changes by noised gradients alone, which makes it releasable; a [`BaselineAdapter`] is
-//! another type, without a way to the release zone.
+//! another type, which [`crate::publish`] takes for the private zone alone.
 
 use lm::LmError;
 use lm::adapter::Lora;

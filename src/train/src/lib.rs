@@ -1,8 +1,8 @@
 //! Algorithm 1 of Yu et al. 2024 (arXiv 2402.13659): LoRA fine-tuning with DP-Adam on the private instructions.
 //!
 //! The only crate that holds private text, libtorch and noise together, so it stays short. Read [`step`] first: one
-//! step of the algorithm in the paper's order. [`publish`] alone names the release zone, and takes only an adapter
-//! that noised gradients made.
+//! step of the algorithm in the paper's order. [`publish`] alone writes an adapter to the release zone, and only one that
+//! noised gradients made; [`mod@run`] writes the run's claim and manifest there.
 
 pub mod adapter;
 pub mod args;

@@ -1,11 +1,11 @@
-//! The only file of this crate that writes to the release zone, and what it accepts: an adapter made by noised
-//! gradients.
+//! The only file of this crate that writes adapters, and what each zone accepts: the release zone one made by noised
+//! gradients, the private zone a baseline's. What else goes to the release zone are claims and manifests, by `run.rs`.
 
-use lake::{Output, ReleaseRoot, Zone};
+use lake::{Output, PrivateRoot, ReleaseRoot, Zone};
 use lm::adapter::Lora;
 use stage::Failure;
 
-use crate::adapter::PrivateAdapter;
+use crate::adapter::{BaselineAdapter, PrivateAdapter};
 
 /// Writes `adapter` as a PEFT folder into the release zone.
 pub async fn publish(
@@ -17,12 +17,22 @@ pub async fn publish(
     write(release, run, base_model, &adapter.training().lora).await
 }
 
+/// Writes `adapter` as a PEFT folder into the private zone.
+pub async fn publish_baseline(
+    private: &PrivateRoot,
+    run: &str,
+    base_model: &str,
+    adapter: &BaselineAdapter,
+) -> Result<Output, Failure> {
+    write(private, run, base_model, &adapter.training().lora).await
+}
+
 /// Writes a PEFT folder to `runs/<run>/adapter` of `zone`; the configuration comes last, so that its presence means
 /// that the weights are there.
 ///
 /// What is there already stays. PRIVACY: two adapters under equal noise, such as those of two machines that round
 /// differently, would differ by something private, so the first is the only one.
-pub(crate) async fn write<Z: Zone>(zone: &Z, run: &str, base_model: &str, lora: &Lora) -> Result<Output, Failure> {
+async fn write<Z: Zone>(zone: &Z, run: &str, base_model: &str, lora: &Lora) -> Result<Output, Failure> {
     let folder = format!("runs/{run}/adapter");
     let mut files = lora.to_peft(base_model).map_err(crate::failure)?;
     files.sort_by_key(|(name, _)| name.ends_with(".json"));

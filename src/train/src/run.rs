@@ -109,8 +109,8 @@ async fn train_baseline(
     let adapter = BaselineAdapter::new(setting.resume().await?);
     setting.conclude(adapter.training()).await?;
     let Base { private, .. } = setting.base;
-    let lora = &adapter.training().lora;
-    let output = publish::write(private, &handle.claim.run, claimed_model(&handle.claim)?, lora).await?;
+    let (run, model) = (&handle.claim.run, claimed_model(&handle.claim)?);
+    let output = publish::publish_baseline(private, run, model, &adapter).await?;
     handle.finish(vec![output], json!({ "sampler": "poisson", "private": false })).await?;
     Ok(())
 }
