@@ -4,9 +4,11 @@
 
 use std::path::Path;
 
+use clap::ValueEnum;
 use rand_chacha::ChaCha20Rng;
 use rand_core::{RngCore, SeedableRng};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::Serialize;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -16,15 +18,16 @@ const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 
 /// A projection that LoRA can adapt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(ValueEnum, Serialize, Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[serde(rename_all = "snake_case")]
 pub enum Target {
-    /// q_proj
+    /// Query.
     Q,
-    /// k_proj
+    /// Key.
     K,
-    /// v_proj
+    /// Value.
     V,
-    /// o_proj
+    /// Output.
     O,
 }
 

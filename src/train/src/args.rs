@@ -56,7 +56,7 @@ pub struct Args {
     pub alpha: f64,
     /// Projections to adapt, of q, k, v, o.
     #[arg(long, value_delimiter = ',', default_value = "q,k,v,o")]
-    pub targets: Vec<TargetName>,
+    pub targets: Vec<Target>,
     /// Dropout on the adapter's input while training.
     #[arg(long, default_value_t = 0.0)]
     pub dropout: f64,
@@ -132,20 +132,6 @@ pub struct Args {
     pub no_dp: bool,
 }
 
-/// A projection's name on the command line.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TargetName {
-    /// Query.
-    Q,
-    /// Key.
-    K,
-    /// Value.
-    V,
-    /// Output.
-    O,
-}
-
 /// Learning-rate schedule.
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -168,7 +154,7 @@ pub struct Config {
     /// LoRA alpha.
     pub alpha: f64,
     /// Adapted projections.
-    pub targets: Vec<TargetName>,
+    pub targets: Vec<Target>,
     /// LoRA dropout.
     pub dropout: f64,
     /// Peak learning rate.
@@ -384,18 +370,7 @@ impl Args {
 impl Config {
     /// The adapter's shape.
     pub fn lora(&self) -> LoraConfig {
-        let target = |name: &TargetName| match name {
-            TargetName::Q => Target::Q,
-            TargetName::K => Target::K,
-            TargetName::V => Target::V,
-            TargetName::O => Target::O,
-        };
-        LoraConfig {
-            rank: self.rank,
-            alpha: self.alpha,
-            targets: self.targets.iter().map(target).collect(),
-            dropout: self.dropout,
-        }
+        LoraConfig { rank: self.rank, alpha: self.alpha, targets: self.targets.clone(), dropout: self.dropout }
     }
 
     /// Learning rate of `step`, from 0.
