@@ -158,15 +158,17 @@ fn standing(ledger: &Ledger, request: &Request) -> Result<Option<u64>, LedgerErr
         }
         // PRIVACY: the fingerprint itself depends on the records and is not told.
         if *fingerprint != request.fingerprint && differs.is_empty() {
-            differs.push("a setting, or the content of an input, changed".to_string());
+            let changed =
+                "a setting, the content of an input, or the device or precision that auto came to mean, changed";
+            differs.push(changed.to_string());
         }
         if differs.is_empty() {
             return Ok(Some(entry.sequence));
         }
         return Err(LedgerError::Usage(format!(
             "run `{run}`, stage {stage}: entry {} of the ledger of `{}` reserved for something else: {}\n\
-             help: a run id stands for one use of the budget; repeat it as it was, or choose a new --run, which is \
-             paid for anew",
+             help: a run id stands for one use of the budget; repeat it as it was, on a machine like the first one, or \
+             choose a new --run, which is paid for anew; where machines differ, name --dtype and --device from the start",
             entry.sequence,
             ledger.corpus,
             differs.join("; ")

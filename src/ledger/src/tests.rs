@@ -163,7 +163,8 @@ async fn a_run_id_reserved_for_something_else_is_refused_naming_what_differs() {
         assert!(!text.contains("f1") && !text.contains("f2"), "the fingerprint is private: {text}");
     };
     let fingerprint = "f2".to_string();
-    check(Request { fingerprint: fingerprint.clone(), ..votes("a") }, "a setting, or the content of an input").await;
+    let changed = "a setting, the content of an input, or the device or precision that auto came to mean, changed";
+    check(Request { fingerprint: fingerprint.clone(), ..votes("a") }, changed).await;
     check(Request { version: 4, fingerprint, ..votes("a") }, "the corpus was at version 3, now it is 4").await;
     check(Request { unit: "user".into(), ..votes("a") }, "unit was `conversation_id`, now it is `user`").await;
     let event = Event::DiscreteGaussian { noise_multiplier: 9.0 };

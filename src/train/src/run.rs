@@ -209,12 +209,16 @@ impl<'a> Base<'a> {
     async fn fingerprint(&self, claim: &Claim, compute: Compute) -> Result<String, Failure> {
         let version = corpus_version(claim)?;
         let corpus = self.corpus.digest(version).await?;
-        let device = if compute.device.is_cuda() { "cuda" } else { "cpu" };
-        let kind = if compute.kind == Kind::BFloat16 { "bf16" } else { "f32" };
-        let inputs = json!([version, corpus, self.model_digest]);
-        let identity = json!([claim.run, claim.stage, claim.config, inputs, device, kind]);
-        Ok(blake3::hash(identity.to_string().as_bytes()).to_hex().to_string())
+        Ok(plan_digest(claim, &json!([version, corpus, self.model_digest]), compute))
     }
+}
+
+/// What [`Base::fingerprint`] says. Of the device its kind alone: another one of that kind may take up the run.
+fn plan_digest(claim: &Claim, inputs: &serde_json::Value, compute: Compute) -> String {
+    let device = if compute.device.is_cuda() { "cuda" } else { "cpu" };
+    let kind = if compute.kind == Kind::BFloat16 { "bf16" } else { "f32" };
+    let identity = json!([claim.run, claim.stage, claim.config, inputs, device, kind]);
+    blake3::hash(identity.to_string().as_bytes()).to_hex().to_string()
 }
 
 /// The model, and all else that must work with the settings before a run id is bound or anything is reserved.
@@ -473,6 +477,7 @@ fn accounting(error: privacy::AccountingError) -> Failure {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use tch::Device;
 
     use super::*;
     use crate::testing;
@@ -490,6 +495,32 @@ mod tests {
         manifest::close(&args.common.private_root().await.unwrap(), "one").await.unwrap();
         let told = run(args).await.unwrap_err();
         assert!(matches!(&told, Failure::Usage(told) if told.contains("run one was dropped")), "{told}");
+    }
+
+    #[test]
+    fn a_plan_is_bound_to_the_kind_of_device_and_the_precision() {
+        let claim = Claim {
+            run: "one".into(),
+            stage: "train".into(),
+            shard: None,
+            inputs: Vec::new(),
+            // What auto came to mean does not stand in the settings.
+            config: json!({ "dtype": "auto" }),
+            seeds: vec![0],
+            binary: stage::binary("doppel-train"),
+            started: chrono::Utc::now(),
+            command: stage::command(),
+        };
+        let of = |device, kind| plan_digest(&claim, &json!([3, "c0ffee", "beef"]), Compute { device, kind });
+        let mut plans = Vec::new();
+        for device in [Device::Cpu, Device::Cuda(0)] {
+            plans.extend([Kind::Float, Kind::BFloat16].map(|kind| of(device, kind)));
+        }
+        assert_eq!(plans[0], of(Device::Cpu, Kind::Float));
+        assert_eq!(plans[2], of(Device::Cuda(1), Kind::Float), "another GPU of the machine");
+        plans.sort();
+        plans.dedup();
+        assert_eq!(plans.len(), 4);
     }
 
     #[test]

@@ -414,6 +414,7 @@ fn an_unfinished_run_goes_on_with_the_same_data_and_noise_only() {
     place.within(async |root| write_corpus(&root, "other words").await);
     let told = ended(&mut place.dp("one"), 2);
     assert!(told.contains("reserved for something else"), "{told}");
+    assert!(told.contains("the content of an input, or the device or precision"), "{told}");
     assert_eq!(files(&place.path("private/ledger")), entries);
     assert!(!place.path("release/runs/one/adapter").exists());
 }
