@@ -40,7 +40,7 @@ pub struct DecoderConfig {
     pub rope_scaling: Option<Llama3Scaling>,
     /// Longest context.
     pub max_positions: i64,
-    /// Whether the output product reuses the embedding.
+    /// Whether the output product reuses the embedding, unless the weights have another output.
     pub tied_embeddings: bool,
     /// Whether q, k, v have a bias (Qwen2).
     pub qkv_bias: bool,

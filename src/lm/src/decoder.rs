@@ -50,11 +50,7 @@ impl Decoder {
                 .map(|layer| Layer::load(checkpoint, &config, layer, compute))
                 .collect::<Result<_, _>>()?;
             let norm = checkpoint.tensor("model.norm.weight", &[config.hidden_size], compute)?;
-            let output = match config.tied_embeddings {
-                true => embedding.shallow_clone(),
-                false => checkpoint.tensor("lm_head.weight", &wide, compute)?,
-            };
-            let output = output.into();
+            let output = output(checkpoint, &config, &embedding, compute)?.into();
             let rope = rope::Rope::new(&config, compute)?;
             let spare = compute.device.is_cuda().then(device::free_cuda_memory).flatten();
             if let Some(bytes) = spare {
@@ -143,6 +139,23 @@ impl Decoder {
                 self.config.vocab_size
             ))),
         }
+    }
+}
+
+/// The output's weight. As in transformers, one that stands beside an embedding it should be tied to and differs is kept.
+fn output(
+    checkpoint: &Checkpoint,
+    config: &DecoderConfig,
+    embedding: &Tensor,
+    compute: Compute,
+) -> Result<Tensor, LmError> {
+    if config.tied_embeddings && !checkpoint.has("lm_head.weight") {
+        return Ok(embedding.shallow_clone());
+    }
+    let own = checkpoint.tensor("lm_head.weight", &[config.vocab_size, config.hidden_size], compute)?;
+    match config.tied_embeddings && own.f_equal(embedding)? {
+        true => Ok(embedding.shallow_clone()),
+        false => Ok(own),
     }
 }
 

@@ -167,6 +167,24 @@ fn weights_in_two_files_are_those_in_one() {
 }
 
 #[test]
+fn an_output_of_its_own_is_kept_where_the_configuration_ties_it() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(golden("smollm2").join("config.json"), folder.path().join("config.json")).unwrap();
+    let load = |output: Tensor| {
+        let mut tensors = Tensor::read_safetensors(golden("smollm2").join("model.safetensors")).unwrap();
+        tensors.push(("lm_head.weight".to_owned(), output));
+        Tensor::write_safetensors(&tensors, folder.path().join("model.safetensors")).unwrap();
+        Decoder::load(&Checkpoint::open(folder.path()).unwrap(), cpu(DtypeChoice::F32)).unwrap()
+    };
+    let embedding = tiny("smollm2").embedding;
+    let (ids, expected) = golden_values("smollm2");
+    let other = load(&embedding * 2.0);
+    assert!(largest_difference(&other.logits(&ids).unwrap(), &(expected * 2.0)) < 2e-4);
+    let same = load(embedding);
+    assert_eq!(same.output.data_ptr(), same.embedding.data_ptr(), "one copy in memory");
+}
+
+#[test]
 fn a_missing_tensor_is_named() {
     let folder = std::env::temp_dir().join(format!("doppel-lm-missing-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
