@@ -276,7 +276,8 @@ fn read_config(path: &Path) -> Result<LoraConfig, LmError> {
             return Err(malformed(format!("{flag} is not supported")));
         }
     }
-    for list in ["rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"] {
+    let lists = ["rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "alora_invocation_tokens"];
+    for list in lists {
         let empty = match &config[list] {
             Value::Null => true,
             Value::Array(items) => items.is_empty(),

@@ -73,7 +73,7 @@ impl Encoder {
         if transformer.kind != "Transformer" || pooling.kind != "Pooling" {
             return Err(unsupported(folder, "expected a Transformer first and a Pooling second"));
         }
-        refuse_default_prompt(folder)?;
+        refuse_defaults(folder)?;
         let mean_width = pooling.mean_pooling()?;
         let (model, longest, width) = load_transformer(&transformer.folder, compute)?;
         if mean_width != width {
@@ -333,7 +333,8 @@ impl Module {
     /// The longest text in tokens, as older folders state it (`max_seq_length`) or newer ones (the tokenizer's).
     fn longest_text(&self, settings: &Value) -> Result<Option<u64>, LmError> {
         let tokenizer = self.optional_json("tokenizer_config.json")?;
-        let stated = settings.get("max_seq_length").or_else(|| tokenizer.get("model_max_length"));
+        let own = settings.get("max_seq_length").filter(|limit| !limit.is_null());
+        let stated = own.or_else(|| tokenizer.get("model_max_length"));
         // Where a tokenizer has no limit, transformers writes 1e30.
         Ok(stated.and_then(Value::as_u64).filter(|limit| *limit <= u64::from(u32::MAX)))
     }
@@ -358,10 +359,29 @@ impl Module {
 
     /// A step after pooling, with the width that leaves it.
     fn step(&self, width: i64, device: Device) -> Result<(Step, i64), LmError> {
+        self.refuse_other_features()?;
         match self.kind.as_str() {
             "Normalize" => Ok((Step::Normalize, width)),
             "Dense" => self.dense(width, device),
             other => Err(self.malformed(&format!("found {other}, expected Dense or Normalize after Pooling"))),
+        }
+    }
+
+    /// Refuses a step that takes or gives anything but the vector of a text, or adds what it took to what it gives.
+    fn refuse_other_features(&self) -> Result<(), LmError> {
+        let config = self.optional_json("config.json")?;
+        let expected = [
+            ("module_input_name", Value::from("sentence_embedding")),
+            ("module_output_name", Value::from("sentence_embedding")),
+            ("use_residual", Value::from(false)),
+        ];
+        let other = |(key, expected): &(&str, Value)| !config[*key].is_null() && config[*key] != *expected;
+        match expected.iter().find(|setting| other(setting)) {
+            None => Ok(()),
+            Some((key, expected)) => {
+                let path = self.folder.join("config.json");
+                Err(refused(&path, key, &config[*key], &expected.to_string(), "use another encoder"))
+            }
         }
     }
 
@@ -412,22 +432,30 @@ fn load_transformer(folder: &Path, compute: Compute) -> Result<(Transformer, Opt
     }
 }
 
-/// Refuses a text that sentence-transformers would put before every other.
-fn refuse_default_prompt(folder: &Path) -> Result<(), LmError> {
+/// Refuses what sentence-transformers would do besides the modules: a prompt before every text, and vectors cut short.
+fn refuse_defaults(folder: &Path) -> Result<(), LmError> {
     let path = folder.join("config_sentence_transformers.json");
     if !path.is_file() {
         return Ok(());
     }
     let config = read_json(&path)?;
-    let name = config["default_prompt_name"].as_str().unwrap_or_default();
-    match config["prompts"][name].as_str().unwrap_or_default() {
-        "" => Ok(()),
-        _ => Err(LmError::Malformed(format!(
-            "{}: default_prompt_name: found {name:?}, expected none\n\
-             help: texts are embedded as they are; use another encoder, or set it to null",
-            path.display()
-        ))),
+    let name = &config["default_prompt_name"];
+    let prompt = config["prompts"][name.as_str().unwrap_or_default()].as_str().unwrap_or_default();
+    if !prompt.is_empty() {
+        let help = "texts are embedded as they are; use another encoder, or set it to null";
+        return Err(refused(&path, "default_prompt_name", name, "none", help));
     }
+    let cut = &config["truncate_dim"];
+    if !cut.is_null() {
+        let help = "vectors are taken whole; use another encoder, or set it to null";
+        return Err(refused(&path, "truncate_dim", cut, "none", help));
+    }
+    Ok(())
+}
+
+/// A setting that would give other vectors than those computed here.
+fn refused(path: &Path, key: &str, found: &Value, expected: &str, help: &str) -> LmError {
+    LmError::Malformed(format!("{}: {key}: found {found}, expected {expected}\nhelp: {help}", path.display()))
 }
 
 fn unsupported(folder: &Path, what: &str) -> LmError {

@@ -93,14 +93,20 @@ impl Tokenizer {
 
     /// The same tokenizer, cutting texts at `limit` tokens, those that it adds included.
     pub(crate) fn truncated(mut self, limit: usize) -> Result<Self, LmError> {
+        let added = self.encode("", true)?.len();
+        let no_room = || {
+            LmError::Malformed(format!(
+                "sentence_bert_config.json: max_seq_length, or else tokenizer_config.json: model_max_length: found \
+                 {limit}, expected more than {added}, which begin and end a text\nhelp: raise it"
+            ))
+        };
+        // The library would subtract below zero, and cut nothing.
+        if limit <= added {
+            return Err(no_room());
+        }
         for tokenizer in [&mut self.parsing, &mut self.plain] {
             let truncation = TruncationParams { max_length: limit, ..TruncationParams::default() };
-            tokenizer.with_truncation(Some(truncation)).map_err(|_| {
-                LmError::Malformed(format!(
-                    "sentence_bert_config.json: max_seq_length {limit} has no room for the tokens that begin and end \
-                     a text\nhelp: raise it"
-                ))
-            })?;
+            tokenizer.with_truncation(Some(truncation)).map_err(|_| no_room())?;
         }
         self.limit = Some(limit);
         Ok(self)

@@ -100,6 +100,7 @@ fn what_would_change_the_meaning_is_refused() {
         ("target_modules", json!(["gate_proj"])),
         ("target_modules", json!([])),
         ("rank_pattern", json!({"q_proj": 2})),
+        ("alora_invocation_tokens", json!([5, 6])),
         ("r", json!(0)),
         ("r", json!("four")),
         ("peft_type", json!("IA3")),

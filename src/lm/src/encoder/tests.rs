@@ -204,6 +204,76 @@ fn a_prompt_before_every_text_is_refused() {
     assert!(told.contains("default_prompt_name: found \"query\", expected none"), "{told}");
 }
 
+/// Sets keys of a JSON file that a folder has, or gets.
+fn set(folder: &Path, name: &str, settings: Value) {
+    let path = folder.join(name);
+    let mut value = if path.is_file() { read_json(&path).unwrap() } else { serde_json::json!({}) };
+    value.as_object_mut().unwrap().extend(settings.as_object().unwrap().clone());
+    std::fs::write(path, value.to_string()).unwrap();
+}
+
+#[test]
+fn vectors_that_would_be_cut_are_refused() {
+    let folder = copy();
+    let cut = |to: Value| {
+        set(folder.path(), "config_sentence_transformers.json", serde_json::json!({ "truncate_dim": to }));
+    };
+    cut(Value::Null);
+    Encoder::load(folder.path(), CPU).map(drop).unwrap();
+    cut(16.into());
+    let told = error(folder.path());
+    assert!(told.contains("config_sentence_transformers.json: truncate_dim: found 16, expected none"), "{told}");
+}
+
+#[test]
+fn steps_that_are_not_a_plain_chain_are_refused() {
+    for (name, key, value, told) in [
+        ("2_Dense", "use_residual", Value::from(true), "found true, expected false"),
+        ("2_Dense", "module_input_name", "token_embeddings".into(), "found \"token_embeddings\", expected \"sentence_"),
+        ("2_Dense", "module_output_name", "projected".into(), "found \"projected\", expected \"sentence_embedding\""),
+        (
+            "3_Normalize",
+            "module_input_name",
+            "projected".into(),
+            "found \"projected\", expected \"sentence_embedding\"",
+        ),
+    ] {
+        let folder = copy();
+        let file = format!("{name}/config.json");
+        set(folder.path(), &file, serde_json::json!({ key: Value::Null }));
+        Encoder::load(folder.path(), CPU).map(drop).unwrap();
+        set(folder.path(), &file, serde_json::json!({ key: value }));
+        let message = error(folder.path());
+        assert!(message.contains(&format!("{file}: {key}: {told}")) && message.contains("help: "), "{message}");
+    }
+}
+
+#[test]
+fn a_limit_that_is_null_leaves_the_tokenizers() {
+    let folder = copy();
+    set(folder.path(), "tokenizer_config.json", serde_json::json!({ "model_max_length": 9 }));
+    let tokens = |limit: Value| {
+        set(folder.path(), "sentence_bert_config.json", serde_json::json!({ "max_seq_length": limit }));
+        let encoder = Encoder::load(folder.path(), CPU).unwrap();
+        encoder.tokenizer.encode(&"a word ".repeat(20), true).unwrap().len()
+    };
+    assert_eq!(tokens(Value::Null), 9);
+    assert_eq!(tokens(7.into()), 7);
+}
+
+#[test]
+fn a_limit_without_room_for_a_word_is_refused() {
+    // T5 ends a text with one token.
+    let folder = copy();
+    for limit in [0, 1] {
+        set(folder.path(), "sentence_bert_config.json", serde_json::json!({ "max_seq_length": limit }));
+        let told = error(folder.path());
+        assert!(told.contains(&format!("found {limit}, expected more than 1, ")), "{told}");
+    }
+    set(folder.path(), "sentence_bert_config.json", serde_json::json!({ "max_seq_length": 2 }));
+    Encoder::load(folder.path(), CPU).map(drop).unwrap();
+}
+
 #[test]
 fn a_token_that_the_model_was_not_given_is_refused() {
     let folder = copy();
