@@ -164,6 +164,9 @@ fn render(source: &str, tokenizer: &Tokenizer, turns: &[(&str, &str)]) -> Result
         context! {
             messages,
             add_generation_prompt => false,
+            // transformers passes both, with none where there are none.
+            tools => (),
+            documents => (),
             bos_token => named.bos.as_deref().unwrap_or_default(),
             eos_token => named.eos.as_deref().unwrap_or_default(),
         },

@@ -39,7 +39,8 @@ pub(crate) struct NamedTokens {
 }
 
 impl Tokenizer {
-    /// From `tokenizer.json` of a Hugging Face folder, with `tokenizer_config.json` and `chat_template.jinja`.
+    /// From `tokenizer.json` of a Hugging Face folder, with `tokenizer_config.json`, `special_tokens_map.json` and
+    /// `chat_template.jinja`.
     pub fn from_folder(folder: &Path) -> Result<Self, LmError> {
         let path = folder.join("tokenizer.json");
         if !path.is_file() {
@@ -65,7 +66,12 @@ impl Tokenizer {
             ),
             false => config.get("chat_template").and_then(default_template),
         };
-        let named = NamedTokens { bos: token_text(&config, "bos_token"), eos: token_text(&config, "eos_token") };
+        // As in transformers: what lists no added tokens is of a time when special ones had a file of their own.
+        let special = folder.join("special_tokens_map.json");
+        let is_old = config.get("added_tokens_decoder").is_none() && special.is_file();
+        let special = if is_old { read_json(&special)? } else { Value::Null };
+        let named = |key: &str| token_text(&special, key).or_else(|| token_text(&config, key));
+        let named = NamedTokens { bos: named("bos_token"), eos: named("eos_token") };
         Ok(Self::new(tokenizer, chat_template, named))
     }
 
@@ -220,7 +226,7 @@ fn ids(encoding: &tokenizers::Encoding) -> Vec<i64> {
     encoding.get_ids().iter().map(|&id| i64::from(id)).collect()
 }
 
-/// A special token of `tokenizer_config.json`: a string, or an object with its content.
+/// A special token of `tokenizer_config.json` or `special_tokens_map.json`: a string, or an object with its content.
 fn token_text(config: &Value, key: &str) -> Option<String> {
     let value = config.get(key)?;
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)

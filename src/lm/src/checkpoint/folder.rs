@@ -168,8 +168,14 @@ impl Fields<'_> {
 /// BLAKE3 over the names and contents of the files that a result depends on.
 pub(super) fn digest(folder: &Path) -> Result<String, LmError> {
     let mut names = weight_files(folder)?;
-    let settings =
-        ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+    let settings = [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    ];
     names.extend(settings.iter().filter(|name| folder.join(name).is_file()).map(|name| name.to_string()));
     digest_of(folder, &names)
 }

@@ -175,6 +175,8 @@ fn the_digest_follows_the_content_and_not_the_place() {
     let digest = |folder: &tempfile::TempDir| Checkpoint::open(folder.path()).unwrap().digest().unwrap();
     assert_eq!(digest(&first), digest(&second));
     assert_ne!(digest(&first), digest(&folder(&with("rms_norm_eps", json!(1e-6)))));
+    std::fs::write(first.path().join("special_tokens_map.json"), "{}").unwrap();
+    assert_ne!(digest(&first), digest(&second));
 }
 
 fn smollm2() -> Checkpoint {

@@ -90,6 +90,14 @@ fn llama_2_has_no_token_that_ends_a_user_turn_and_takes_eos() {
 }
 
 #[test]
+fn tools_and_documents_are_none() {
+    let optional = "{% if tools is not none or documents is not none %}{{ '<|im_start|>tools\n' }}{% endif %}";
+    let source = format!("{optional}{CHATML}");
+    let whole = "<|im_start|>system\nYou are helpful<|im_end|>\n<|im_start|>user\n";
+    check(&source, &CHATML_TOKENS, Template::Chat, whole, "<|im_end|>");
+}
+
+#[test]
 fn unconditional_begins_with_what_separated_documents() {
     let chatml = tokenizer(&CHATML_TOKENS, None);
     let prompt = Prompt::new(Template::None, &chatml, &config(vec![1])).unwrap();

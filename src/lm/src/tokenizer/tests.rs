@@ -210,6 +210,20 @@ fn a_folder_without_a_tokenizer_says_so() {
 }
 
 #[test]
+fn special_tokens_of_an_old_folder_have_a_file_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    let named = || Tokenizer::from_folder(folder.path()).unwrap().named().clone();
+    std::fs::copy(cache().join("models/all-minilm-l6-v2/tokenizer.json"), folder.path().join("tokenizer.json"))
+        .unwrap();
+    write("special_tokens_map.json", r#"{ "bos_token": { "content": "[CLS]" } }"#);
+    write("tokenizer_config.json", r#"{ "eos_token": "[SEP]" }"#);
+    assert_eq!((named().bos.as_deref(), named().eos.as_deref()), (Some("[CLS]"), Some("[SEP]")));
+    write("tokenizer_config.json", r#"{ "eos_token": "[SEP]", "added_tokens_decoder": {} }"#);
+    assert_eq!((named().bos.as_deref(), named().eos.as_deref()), (None, Some("[SEP]")));
+}
+
+#[test]
 fn of_several_chat_templates_the_default_is_taken() {
     let listed = serde_json::json!([{ "name": "tool", "template": "t" }, { "name": "default", "template": "d" }]);
     assert_eq!(default_template(&listed).as_deref(), Some("d"));
