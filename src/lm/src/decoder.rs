@@ -113,6 +113,13 @@ impl Decoder {
         layer::rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)
     }
 
+    /// Bytes of one copy of the weights, with an output of its own: packed, it is not the embedding.
+    pub(crate) fn bytes(&self) -> usize {
+        let layer = |layer: &Layer| [&layer.qkv, &layer.o, &layer.gate_up, &layer.down].map(|part| part.numel());
+        let layers: usize = self.layers.iter().flat_map(layer).sum();
+        (layers + self.embedding.numel() + self.output.numel()) * self.compute.kind.elt_size_in_bytes()
+    }
+
     /// The weights packed for sampling on CPU; `None` where libtorch has to compute.
     pub(crate) fn packed(&self) -> Result<Option<Packed>, LmError> {
         if let Some(packed) = self.packed.get() {

@@ -101,7 +101,8 @@ fn draw(
     let mut requests = requests.map(|request| check(decoder, sampling, request)).fuse();
     let Some(first) = requests.next().transpose()? else { return Ok(()) };
     let packed = decoder.packed()?;
-    let fit = room::sequences(decoder, first.prompt.len() + sampling.max_new_tokens);
+    let copies = 1 + usize::from(packed.is_some());
+    let fit = room::sequences(decoder, copies, first.prompt.len() + sampling.max_new_tokens);
     let mut requests = std::iter::once(Ok(first)).chain(requests);
     match packed {
         Some(Packed::Bf16(model)) => pool::run(&model, sampling, requests, batch.min(fit), &mut done),

@@ -23,19 +23,20 @@ pub(super) fn usual(device: Device) -> usize {
     if device.is_cuda() { CUDA_ROWS } else { ROWS }
 }
 
-/// Sequences of `room` tokens that fit beside the loaded model, at least one.
-pub(super) fn sequences(decoder: &Decoder, room: usize) -> usize {
-    fitting(&decoder.config, decoder.compute.kind, room, budget(decoder.compute.device))
-}
-
-/// On CUDA an eighth of what is free is left for the activations of a step. On CPU a quarter of the machine, since shards
-/// may run side by side; what is free right now would make a rerun's batches differ.
-fn budget(device: Device) -> usize {
-    let known = match device {
-        Device::Cpu => device::physical_memory().map(|bytes| bytes / 4),
+/// Sequences of `room` tokens that fit beside the loaded model, of which there are that many copies, at least one.
+pub(super) fn sequences(decoder: &Decoder, copies: usize, room: usize) -> usize {
+    let known = match decoder.compute.device {
+        Device::Cpu => device::physical_memory().map(|bytes| beside(decoder.bytes().saturating_mul(copies), bytes)),
+        // An eighth of what is free is left for the activations of a step.
         _ => device::free_cuda_memory().map(|bytes| bytes / 8 * 7),
     };
-    known.unwrap_or(DEFAULT_BUDGET)
+    fitting(&decoder.config, decoder.compute.kind, room, known.unwrap_or(DEFAULT_BUDGET))
+}
+
+/// Bytes for caches on a CPU: a quarter of the machine, since shards may run side by side, but not what the weights take,
+/// nor an eighth for all else. What is free right now would make a rerun's batches differ.
+fn beside(weights: usize, memory: usize) -> usize {
+    (memory / 4).min((memory - memory / 8).saturating_sub(weights))
 }
 
 fn fitting(config: &DecoderConfig, kind: Kind, room: usize, budget: usize) -> usize {
@@ -106,6 +107,15 @@ mod tests {
         assert_eq!(tiles(GPU, 256, fit), (256, 1));
         assert_eq!(tiles(GPU, usize::MAX, fit), (256, 1));
         assert_eq!(tiles(GPU, 700, 10_000), (512, 2));
+    }
+
+    #[test]
+    fn on_cpu_caches_leave_room_for_the_weights() {
+        // Of 64 GB, two copies of SmolLM2-135M, of Llama-2-13B and of Llama-2-70B in bfloat16.
+        assert_eq!(beside(2 * 270_000_000, 64 * GB), 16 * GB);
+        assert_eq!(beside(2 * 26 * GB, 64 * GB), 4 * GB);
+        assert_eq!(beside(2 * 138 * GB, 64 * GB), 0);
+        assert_eq!(fitting(&config(80, 8, 128, 32_000), Kind::BFloat16, 1084, 0), 1);
     }
 
     #[test]
