@@ -6,6 +6,8 @@
 use std::error::Error;
 use std::io::ErrorKind;
 
+use crate::durable::Unsure;
+
 /// What can go wrong with storage, by what the caller can do about it.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -80,6 +82,10 @@ pub fn explain(url: &str, error: &object_store::Error) -> LakeError {
             LakeError::Usage(format!("{url}: this store cannot do what doppel needs of it"))
         }
         E::InvalidPath { .. } => LakeError::Usage(format!("{url}: not a valid object path")),
+        E::Generic { source, .. } if source.is::<Unsure>() => LakeError::Forbidden(format!(
+            "{url}: written, but the disk did not confirm it, so a loss of power may take it back\n\
+             help: check the disk and its file system, then run again"
+        )),
         _ => by_cause(url, error),
     }
 }
