@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use crate::backoff::Backoff;
 use crate::delta::{self, Commit};
-use crate::files::{DataFile, files, merged_name, writer};
+use crate::files::{DataFile, files, logged_paths, merged_name, writer};
 use crate::rows::{self, Encoder};
 use crate::table::properties;
 use crate::{LakeError, Table};
@@ -48,7 +48,8 @@ impl Table {
         let table = self.latest().await?;
         self.require_plain(&table)?;
         let mut merged = Vec::new();
-        for from in groups(files(&table)?, target_size, writers) {
+        let plain = plainly_logged(&table)?;
+        for from in groups(files(&table)?, target_size, writers, |file| plain.contains(&file.path)) {
             merged.push(self.merge(&table, from).await?);
         }
         match merged.is_empty() {
@@ -140,12 +141,26 @@ fn remove(file: &DataFile) -> Remove {
     }
 }
 
-/// Runs of neighbouring small files that become one each. A file of half the target or more is large enough.
-fn groups(files: Vec<DataFile>, target_size: u64, writers: Writers) -> Vec<Vec<DataFile>> {
+/// Files that the log calls by names which every program writes alike. Others cannot be removed: readers compare the
+/// letters of a removal with those of the addition, and `deltalake` encodes names in its own way.
+fn plainly_logged(table: &DeltaTable) -> Result<HashSet<String>, LakeError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '/' | '-');
+    let paths = logged_paths(table)?.into_iter();
+    Ok(paths.filter(|(path, logged)| path == logged && path.chars().all(plain)).map(|(path, _)| path).collect())
+}
+
+/// Runs of neighbouring small files that become one each, of those that are `removable`. A file of half the target or
+/// more is large enough.
+fn groups(
+    files: Vec<DataFile>,
+    target_size: u64,
+    writers: Writers,
+    removable: impl Fn(&DataFile) -> bool,
+) -> Vec<Vec<DataFile>> {
     if files.len() < FEW {
         return Vec::new();
     }
-    let small = |file: &DataFile| file.size < target_size / 2;
+    let small = |file: &DataFile| file.size < target_size / 2 && removable(file);
     let mut groups: Vec<(u64, Vec<DataFile>)> = Vec::new();
     for file in files {
         let joins = |(size, group): &(u64, Vec<DataFile>)| {
@@ -182,7 +197,7 @@ mod tests {
         // Neighbours behind the files that matter, too large to be merged, so that there are not too few.
         let more = (0..FEW).map(|index| file(&format!("z-{index:08}-0123456789ab.parquet"), 1000));
         let all: Vec<DataFile> = files.iter().map(|(path, size)| file(path, *size)).chain(more).collect();
-        let found: Vec<Vec<String>> = groups(all, 100, writers)
+        let found: Vec<Vec<String>> = groups(all, 100, writers, |file| !file.path.contains('%'))
             .into_iter()
             .map(|group| group.into_iter().map(|file| file.path).collect())
             .collect();
@@ -214,6 +229,18 @@ mod tests {
         ];
         grouped(&files, Writers::Running, &[&[0, 1], &[2, 3]]);
         grouped(&files, Writers::Ended, &[&[0, 1, 2, 3]]);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_removed_stands_between_its_neighbours() {
+        let files = [
+            ("a-00000000-0.parquet", 10),
+            ("a-00000001-0.parquet", 10),
+            ("a-00000002-%.parquet", 10),
+            ("a-00000003-0.parquet", 10),
+            ("a-00000004-0.parquet", 10),
+        ];
+        grouped(&files, Writers::Ended, &[&[0, 1], &[3, 4]]);
     }
 
     async fn table(folder: &tempfile::TempDir) -> Table {
@@ -317,7 +344,7 @@ mod tests {
             append(&table, 0, chunk).await;
         }
         let stale = table.latest().await.unwrap();
-        let from = groups(files(&stale).unwrap(), 1 << 20, Writers::Running).remove(0);
+        let from = groups(files(&stale).unwrap(), 1 << 20, Writers::Running, |_| true).remove(0);
         let merged = [table.merge(&stale, from).await.unwrap()];
         append(&table, 1, 0).await;
         assert!(table.replace(stale.clone(), &merged, 1 << 20).await.unwrap());

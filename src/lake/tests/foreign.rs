@@ -134,6 +134,45 @@ async fn a_file_is_found_however_its_name_is_written_in_the_log() {
 }
 
 #[tokio::test]
+async fn compaction_leaves_a_file_whose_name_is_written_in_another_way() {
+    let lake = Lake::new().await;
+    let schema = schema_of(&[("number", DataType::Int64)]);
+    let table = lake.root.table(TABLE);
+    table.create(schema.clone()).await.unwrap();
+    for chunk in 0..10 {
+        append(&table, chunk, &schema, vec![Arc::new(Int64Array::from(vec![chunk]))]).await;
+    }
+    let rows: Vec<i64> = (0..10).collect();
+    // A code that no name needs, in small and in capital letters, and one that a name needs.
+    for (chunk, encoded) in [(2, "%2d"), (5, "%2D"), (7, "-%7C")] {
+        let path = lake.added(chunk + 1)["path"].as_str().unwrap().to_owned();
+        let (start, random) = path.rsplit_once('-').unwrap();
+        let name = if chunk == 7 { format!("{start}-|{random}") } else { path.clone() };
+        let folder = lake.folder.path().join(TABLE);
+        std::fs::rename(folder.join(&path), folder.join(name)).unwrap();
+        let text = std::fs::read_to_string(lake.commit_path(chunk + 1)).unwrap();
+        let logged = format!("{start}{encoded}{random}");
+        std::fs::write(lake.commit_path(chunk + 1), text.replace(&path, &logged)).unwrap();
+    }
+    // A checkpoint of the commits as they were would have the former names.
+    let log = lake.commit_path(0).parent().unwrap().to_path_buf();
+    for entry in std::fs::read_dir(log).unwrap().map(|entry| entry.unwrap().path()) {
+        if entry.extension().is_none_or(|end| end == "parquet") {
+            std::fs::remove_file(entry).unwrap();
+        }
+    }
+    let root = open(lake.folder.path()).await;
+    let table = root.table(TABLE);
+    let before = table.pin().await.unwrap();
+    assert_eq!(numbers(&root, before).await, rows);
+    assert!(table.compact(1 << 20, Writers::Ended).await.unwrap());
+    assert_eq!(table.pin().await.unwrap(), before + 1);
+    let root = open(lake.folder.path()).await;
+    assert_eq!(numbers(&root, before + 1).await, rows);
+    assert_eq!(root.table(TABLE).count(before + 1).await.unwrap(), 10);
+}
+
+#[tokio::test]
 async fn gc_leaves_a_file_of_which_rows_were_deleted() {
     for actions in [adds_first, |add, remove| [remove, add]] {
         let lake = Lake::new().await;
