@@ -59,6 +59,21 @@ impl Location {
         Ok(self.path.parts().chain(below.parts()).collect())
     }
 
+    /// The location of a table at `relative`, or of those below it. Readers of logs decode paths once more than they were
+    /// encoded, so that a folder which is really called `lake%20one` is not found again.
+    pub fn join_table(&self, relative: &str) -> Result<Path, LakeError> {
+        let path = self.join(relative)?;
+        match path.parts().find(|part| has_code(part.as_ref())) {
+            Some(part) => Err(LakeError::Usage(format!(
+                "{}: no table can be in `{}`, where two hexadecimal digits follow a `%`: its readers take that for a \
+                 code\nhelp: choose a name without it",
+                self.url_of(relative),
+                part.as_ref()
+            ))),
+            None => Ok(path),
+        }
+    }
+
     /// The URL of `relative` below this location.
     pub fn url_of(&self, relative: &str) -> Url {
         let mut url = self.url.clone();
@@ -127,6 +142,11 @@ impl Location {
         url.set_path(&trimmed);
         Ok(Self { url, path, store })
     }
+}
+
+/// Whether decoding changes `text`.
+fn has_code(text: &str) -> bool {
+    text.as_bytes().windows(3).any(|code| code[0] == b'%' && code[1..].iter().all(u8::is_ascii_hexdigit))
 }
 
 fn refuse_parents(text: &str) -> Result<(), LakeError> {
@@ -201,6 +221,24 @@ mod tests {
         let local = Location::parse(&text).unwrap();
         assert_eq!(local.local_path().unwrap(), folder.path().canonicalize().unwrap().join("my läke 100%"));
         assert_eq!(Location::parse(local.url.as_str()).unwrap(), local);
+    }
+
+    #[test]
+    fn a_name_that_decodes_to_another_holds_no_table() {
+        let folder = tempfile::tempdir().unwrap();
+        let local = |name: &str| folder.path().join(name).display().to_string();
+        let root = |text: &str| Location::parse(text).unwrap().join_table("runs/demo/loss");
+        for text in [local("lake%20one"), local("a/100%25/b"), "s3://bucket/my%2520lake".into()] {
+            let refused = root(&text);
+            assert!(matches!(&refused, Err(LakeError::Usage(told)) if told.contains("help:")), "{text}: {refused:?}");
+        }
+        let encoded = format!("file://{}", local("my%20lake"));
+        for text in [local("my lake 100% #1"), encoded, "s3://bucket/my%20lake".into(), "s3://bucket/my lake".into()] {
+            root(&text).unwrap();
+        }
+        let plain = Location::parse("s3://bucket/lake").unwrap();
+        plain.join_table("corpora/a%2Fb").unwrap_err();
+        assert_eq!(plain.join("corpora/a%2Fb").unwrap().as_ref(), "lake/corpora/a%2Fb");
     }
 
     #[test]

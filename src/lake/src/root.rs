@@ -137,6 +137,7 @@ impl<K: Kind> Root<K> {
     /// is refused; nothing else is read yet, and nothing written.
     pub async fn open(url: &str, options: &StorageOptions) -> Result<Self, LakeError> {
         let store = Store::open(url, options)?;
+        store.location().join_table("")?;
         store.refuse_other_zone(K::NAME).await?;
         Ok(Self { store, pins: Arc::default(), kind: PhantomData })
     }
