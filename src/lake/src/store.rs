@@ -216,16 +216,16 @@ impl Store {
             while sent.try_next().await?.is_some() {}
             Ok::<(), LakeError>(())
         };
-        let result = result.await;
+        let mut result = result.await;
         drop(sent);
-        match result {
-            Ok(()) => self.within(url, upload.complete()).await.map(drop),
-            Err(error) => {
-                // The store drops parts of aborted uploads; that the abort fails too changes nothing for the caller.
-                let _ = tokio::time::timeout(Duration::from_secs(5), upload.abort()).await;
-                Err(error)
-            }
+        if result.is_ok() {
+            result = self.within(url, upload.complete()).await.map(drop);
         }
+        if result.is_err() {
+            // The store drops parts of aborted uploads; that the abort fails too changes nothing for the caller.
+            let _ = tokio::time::timeout(Duration::from_secs(5), upload.abort()).await;
+        }
+        result
     }
 
     /// Writes one object unless it exists.
