@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
+use futures::{StreamExt, TryStreamExt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -104,6 +105,9 @@ pub struct RunHandle<Z: Zone> {
     pub claim: Claim,
     zone: Z,
 }
+
+/// How many objects are read at a time: a run of many shards has a claim and a manifest for each.
+const PARALLEL_READS: usize = 16;
 
 /// Marks a run whose results were removed while its claims stay on record; in the run's folder.
 pub(crate) const DROPPED: &str = "dropped.json";
@@ -281,6 +285,12 @@ async fn read<Z: Zone, T: DeserializeOwned>(zone: &Z, path: &str) -> Result<Opti
     }
 }
 
+/// What is at each of `paths`; `None` where it is gone by now.
+async fn read_each<Z: Zone, T: DeserializeOwned>(zone: &Z, paths: Vec<String>) -> Result<Vec<Option<T>>, LakeError> {
+    let reads = paths.into_iter().map(|path| async move { read(zone, &path).await });
+    futures::stream::iter(reads).buffered(PARALLEL_READS).try_collect().await
+}
+
 async fn stage_objects<Z: Zone>(zone: &Z, below: &str) -> Result<Vec<String>, LakeError> {
     let mut paths = zone.list(below).await?;
     paths.retain(|path| {
@@ -291,19 +301,16 @@ async fn stage_objects<Z: Zone>(zone: &Z, below: &str) -> Result<Vec<String>, La
 }
 
 async fn read_all<Z: Zone, T: DeserializeOwned>(zone: &Z, below: &str, claims: bool) -> Result<Vec<T>, LakeError> {
-    let mut found = Vec::new();
-    for path in stage_objects(zone, below).await? {
-        if path.ends_with(".claim.json") == claims {
-            found.extend(read(zone, &path).await?);
-        }
-    }
-    Ok(found)
+    let mut paths = stage_objects(zone, below).await?;
+    paths.retain(|path| path.ends_with(".claim.json") == claims);
+    Ok(read_each(zone, paths).await?.into_iter().flatten().collect())
 }
 
 /// A run is cut into shards once: others would write the same rows again under other transaction ids. And all shards
 /// have the same settings and inputs: their rows stand in one table, under one name.
 async fn refuse_other_shards<Z: Zone>(zone: &Z, claim: &Claim) -> Result<(), LakeError> {
     let own = Paths::new(&claim.run, &claim.stage, claim.shard).claim;
+    let mut others = Vec::new();
     for path in stage_objects(zone, &format!("runs/{}/stages", claim.run)).await? {
         let name = path.rsplit('/').next().unwrap_or_default();
         let Some(rest) = name.strip_suffix(".claim.json").and_then(|name| name.strip_prefix(&claim.stage)) else {
@@ -315,10 +322,13 @@ async fn refuse_other_shards<Z: Zone>(zone: &Z, claim: &Claim) -> Result<(), Lak
             Some(shard) => shard.split_once("-of-").and_then(|(_, count)| count.parse().ok()),
         };
         refuse_other_count(zone, &path, earlier, claim)?;
-        if path != own
-            && let Some(other) = read(zone, &path).await?
-        {
-            compare(zone, &path, &other, claim)?;
+        if path != own {
+            others.push(path);
+        }
+    }
+    for (path, other) in others.iter().zip(read_each(zone, others.clone()).await?) {
+        if let Some(other) = other {
+            compare(zone, path, &other, claim)?;
         }
     }
     Ok(())
