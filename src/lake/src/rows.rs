@@ -315,7 +315,8 @@ fn parquet_error(url: &str, error: ParquetError) -> LakeError {
     match cause.downcast::<LakeError>().map(|error| *error) {
         Ok(LakeError::NotFound(_)) => LakeError::Malformed(format!(
             "{url}: the data file is not there, though the table's log names it\n\
-             help: restore the file, or write the table again"
+             help: restore the file, or write the table again; or, for an older version, take a newer one: doppel gc \
+             removes what nothing pins"
         )),
         Ok(error) => error,
         Err(_) => damaged(url),

@@ -312,7 +312,9 @@ impl Table {
         let (_, mut parts) = self.store.stream(&format!("{}/{}", self.path, file.path)).await.map_err(|error| {
             match self.veiled(&file.path, error) {
                 LakeError::NotFound(message) => LakeError::Malformed(format!(
-                    "{message}, though the table's log names it\nhelp: restore the file, or write the table again"
+                    "{message}, though the table's log names it\n\
+                     help: restore the file, or write the table again; or, for an older version, take a newer one: \
+                     doppel gc removes what nothing pins"
                 )),
                 other => other,
             }
@@ -570,7 +572,7 @@ impl Table {
 
     /// The table's log, which takes `url`, a place in `root`, for its own.
     fn log_store_as(&self, url: &Url, root: Arc<dyn ObjectStore>) -> Result<LogStoreRef, LakeError> {
-        let place = self.store.location().join(&self.path)?;
+        let place = self.store.location().join_table(&self.path)?;
         let prefixed = Arc::new(PrefixStore::new(self.store.objects(), place));
         Ok(default_logstore(prefixed, root, url, &StorageConfig::default()))
     }
