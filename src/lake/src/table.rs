@@ -22,7 +22,6 @@ use deltalake::protocol::{DeltaOperation, SaveMode};
 use deltalake::{DeltaTable, DeltaTableError, TableProperty};
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
-use object_store::ObjectStore;
 use object_store::prefix::PrefixStore;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
@@ -125,7 +124,7 @@ impl Table {
             self.store.require_conditional_puts().await?;
             let failed = self.blame_commit();
             let create = CreateBuilder::new()
-                .with_log_store(self.nameless_log()?)
+                .with_log_store(self.log_store_as(&self.nameless()?)?)
                 .with_columns(wanted.fields().cloned())
                 .with_save_mode(SaveMode::ErrorIfExists)
                 .with_configuration_property(TableProperty::CheckpointInterval, Some(CHECKPOINT_INTERVAL))
@@ -556,25 +555,22 @@ impl Table {
     }
 
     pub(crate) fn log_store(&self) -> Result<LogStoreRef, LakeError> {
-        self.log_store_as(&self.url, self.store.objects())
+        self.log_store_as(&self.url)
     }
 
-    /// The log at the table's place without the root: the first commit records it, and a release must not tell of one
-    /// machine.
-    fn nameless_log(&self) -> Result<LogStoreRef, LakeError> {
-        let url = Url::parse("file:///")
+    /// The table's log, which takes `url` for its place.
+    fn log_store_as(&self, url: &Url) -> Result<LogStoreRef, LakeError> {
+        let prefix = self.store.location().join_table(&self.path)?;
+        let objects = self.store.objects();
+        let prefixed = Arc::new(PrefixStore::new(objects.clone(), prefix));
+        Ok(default_logstore(prefixed, objects, url, &StorageConfig::default()))
+    }
+
+    /// The table's place without the root: the first commit records it, and a release must not tell of one machine.
+    fn nameless(&self) -> Result<Url, LakeError> {
+        Url::parse("file:///")
             .and_then(|root| root.join(&self.path))
-            .map_err(|_| LakeError::Usage(format!("{}: no path for a table", self.url)))?;
-        // The commit is read back by that name, and outside the root we may not even look.
-        let root = PrefixStore::new(self.store.objects(), self.store.location().path.clone());
-        self.log_store_as(&url, Arc::new(root))
-    }
-
-    /// The table's log, which takes `url`, a place in `root`, for its own.
-    fn log_store_as(&self, url: &Url, root: Arc<dyn ObjectStore>) -> Result<LogStoreRef, LakeError> {
-        let place = self.store.location().join_table(&self.path)?;
-        let prefixed = Arc::new(PrefixStore::new(self.store.objects(), place));
-        Ok(default_logstore(prefixed, root, url, &StorageConfig::default()))
+            .map_err(|_| LakeError::Usage(format!("{}: no path for a table", self.url)))
     }
 
     fn missing(&self) -> LakeError {
@@ -600,24 +596,4 @@ fn discreet(is_private: bool, error: LakeError) -> LakeError {
 
 fn version_of(table: &DeltaTable) -> Option<i64> {
     table.version().and_then(|version| i64::try_from(version).ok())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{ReleaseRoot, StorageOptions, Zone, schema};
-
-    #[tokio::test]
-    async fn the_log_without_a_name_is_found_below_the_root() {
-        let folder = tempfile::tempdir().unwrap();
-        let root = folder.path().join("my lake");
-        let root = ReleaseRoot::open(&root.display().to_string(), &StorageOptions::default()).await.unwrap();
-        let table = root.table("runs/demo/loss");
-        table.create(schema::loss()).await.unwrap();
-        let log = table.nameless_log().unwrap();
-        assert_eq!(log.root_url().path().trim_end_matches('/'), "/runs/demo/loss");
-        let mut nameless = DeltaTable::new(log);
-        nameless.load().await.unwrap();
-        assert_eq!(version_of(&nameless), Some(0));
-    }
 }
