@@ -49,6 +49,11 @@ pub struct ExampleGradients {
     pub gradients: Vec<Tensor>,
 }
 
+/// `[rows]` f64: the square of each row's norm, of `[rows, n]` f32 gradients: on CPU, bit for bit whatever rows are beside it.
+pub fn squared_norms(gradients: &Tensor) -> Result<Tensor, LmError> {
+    ops::squares(gradients)
+}
+
 /// Loss of each example = sum of its token losses ÷ `block_length`, and its gradient for each adapter tensor.
 pub fn example_gradients(
     decoder: &Decoder,

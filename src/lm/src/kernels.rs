@@ -111,6 +111,8 @@ kernels! {
     fn cross_entropy / cross_entropy_body<E: Element>(
         logits: &mut [E], vocab: usize, labels: &[i64], losses: &mut [f32],
     );
+    /// Σ x² of each of as many rows as there are sums, squares in float32 and their sum in float64.
+    fn squares / squares_body(rows: &[f32], sums: &mut [f64]);
     /// Softmax of rows of `scale` · scores, each `width` wide, which is whole vectors. Of each row as many are seen as
     /// `visible` says; the others weigh 0. The scores are used up.
     fn softmax / softmax_body<E: Element>(
@@ -163,6 +165,21 @@ pub(crate) fn sum<T: Copy, const N: usize>(rows: [&[T]; N], f: impl Fn([T; N]) -
     }
     let tail: f32 = (0..rows[0].len() % LANES).map(|at| f(parts.map(|(_, rest)| rest[at]))).sum();
     reduced(partial, |a, b| a + b) + tail
+}
+
+#[inline(always)]
+fn squares_body(rows: &[f32], sums: &mut [f64]) {
+    let width = rows.len() / sums.len().max(1);
+    for (row, sum) in rows.chunks_exact(width.max(1)).zip(sums) {
+        let (blocks, rest) = row.as_chunks::<LANES>();
+        let mut partial = [0f64; LANES];
+        for block in blocks {
+            for (partial, x) in partial.iter_mut().zip(block) {
+                *partial += f64::from(x * x);
+            }
+        }
+        *sum = partial.iter().sum::<f64>() + rest.iter().map(|x| f64::from(x * x)).sum::<f64>();
+    }
 }
 
 /// All lanes as one, by halves: one after the other, each would wait for the one before.

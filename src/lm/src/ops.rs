@@ -235,6 +235,18 @@ fn product<E: Factor>(
     Ok(out)
 }
 
+/// `[rows]` f64: Σ x² of each row of `[rows, n]` f32, squares in float32. On CPU a row's sum is the same bits whatever rows
+/// are beside it, which libtorch promises of no sum.
+pub(crate) fn squares(x: &Tensor) -> Result<Tensor, LmError> {
+    if x.device() != Device::Cpu {
+        return Ok(x.f_square()?.f_sum_dim_intlist(1, false, Kind::Double)?);
+    }
+    let x = x.f_contiguous()?;
+    let mut sums = vec![0f64; x.size2()?.0 as usize];
+    kernels::squares(values(&x)?, &mut sums);
+    Ok(Tensor::f_from_slice(&sums)?)
+}
+
 /// RMSNorm of the last dimension.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor, LmError> {
     on_cpu!(x, E => {
@@ -669,6 +681,19 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn squares_of_a_row_do_not_depend_on_its_company() {
+        let x = wave(1, &[5, 40_003]);
+        let all = squares(&x).unwrap();
+        let expected = x.square().sum_dim_intlist(1, false, Kind::Double);
+        assert!((&all / expected - 1.0).abs().max().double_value(&[]) < 1e-12);
+        for row in 0..5 {
+            assert_eq!(squares(&x.narrow(0, row, 1)).unwrap(), all.narrow(0, row, 1));
+        }
+        assert_eq!(squares(&x.narrow(0, 0, 0)).unwrap().size(), [0]);
+        assert_eq!(squares(&x.narrow(1, 0, 0)).unwrap(), Tensor::zeros([5], (Kind::Double, Device::Cpu)));
     }
 
     #[test]

@@ -213,10 +213,10 @@ fn add_clipped(
 }
 
 /// What each unit's gradient is multiplied by; 0 for a gradient that is not finite.
-fn clip_factors(mechanism: &Mechanism, gradients: &[Tensor]) -> Result<Vec<f64>, LmError> {
-    let mut squares = Tensor::f_zeros([], (Kind::Double, device(gradients)))?;
-    for gradient in gradients {
-        squares = squares.f_add(&gradient.f_square()?.f_sum_dim_intlist(1, false, Kind::Double)?)?;
+fn clip_factors(mechanism: &Mechanism, tensors: &[Tensor]) -> Result<Vec<f64>, LmError> {
+    let mut squares = Tensor::f_zeros([], (Kind::Double, device(tensors)))?;
+    for gradient in tensors {
+        squares = squares.f_add(&gradients::squared_norms(gradient)?)?;
     }
     let norms = Vec::<f64>::try_from(squares.f_sqrt()?.f_to_device(Device::Cpu)?)?;
     let factor = |norm: f64| match mechanism {
