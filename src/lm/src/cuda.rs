@@ -28,6 +28,31 @@ unsafe extern "C" {
         found: *mut *mut c_void,
     ) -> *mut c_char;
 
+    fn doppel_cached_attention(
+        q: *const c_void,
+        k: *const c_void,
+        v: *const c_void,
+        queries: *const c_void,
+        starts: *const c_void,
+        lengths: *const c_void,
+        capacity: i64,
+        found: *mut *mut c_void,
+    ) -> *mut c_char;
+
+    fn doppel_causal_attention_backward(
+        gradient: *const c_void,
+        q: *const c_void,
+        k: *const c_void,
+        v: *const c_void,
+        output: *const c_void,
+        normaliser: *const c_void,
+        offsets: *const c_void,
+        longest: i64,
+        one: *const c_void,
+        other: *const c_void,
+        found: *mut *mut c_void,
+    ) -> *mut c_char;
+
     fn doppel_rms_norm_backward(
         gradient: *const c_void,
         x: *const c_void,
@@ -110,26 +135,62 @@ impl Attention {
     pub(crate) fn backward(self, gradient: &Tensor, sequences: &Sequences) -> Result<Tensor, LmError> {
         let Self { joint, heads, output, normaliser, dropout: [one, other] } = self;
         let [q, k, v] = apart(&joint, heads)?;
-        let (of_q, of_k, of_v) = Tensor::f_internal_flash_attention_backward(
-            &gradient.f_reshape(output.size())?,
-            &q,
-            &k,
-            &v,
-            &output,
-            &normaliser,
-            &sequences.offsets,
-            &sequences.offsets,
-            sequences.longest,
-            sequences.longest,
-            0.0,
-            true,
-            &one,
-            &other,
-            None,
-            None,
-            None,
-        )?;
+        let gradient = gradient.f_reshape(output.size())?;
+        let mut found = [ptr::null_mut(); 3];
+        // SAFETY: all are live tensors; the function fills `found` with new ones or returns a text.
+        let [of_q, of_k, of_v] = unsafe {
+            let failure = doppel_causal_attention_backward(
+                raw(&gradient),
+                raw(&q),
+                raw(&k),
+                raw(&v),
+                raw(&output),
+                raw(&normaliser),
+                raw(&sequences.offsets),
+                sequences.longest,
+                raw(&one),
+                raw(&other),
+                found.as_mut_ptr(),
+            );
+            taken(failure, found)?
+        };
         Ok(Tensor::f_cat(&[of_q, of_k, of_v], 1)?.f_reshape(joint.size())?)
+    }
+}
+
+/// How far the rows of a cache are filled.
+pub(crate) struct Filled {
+    /// `[rows + 1]` i32: the first query of each row, of which it has one, and the end.
+    queries: Tensor,
+    /// `[rows + 1]` i32: its first position among all rows', and the end.
+    starts: Tensor,
+    /// `[rows]` i32: positions that it sees.
+    lengths: Tensor,
+    /// Positions that a row has room for.
+    capacity: i64,
+}
+
+impl Filled {
+    /// Of rows with room for `capacity` positions, of which each sees so many.
+    pub(crate) fn new(lengths: &Tensor, capacity: i64) -> Result<Self, LmError> {
+        let queries = Tensor::f_arange(lengths.size1()? + 1, (Kind::Int, lengths.device()))?;
+        let starts = queries.f_mul_scalar(capacity)?;
+        Ok(Self { queries, starts, lengths: lengths.f_to_kind(Kind::Int)?, capacity })
+    }
+
+    /// What attention gives for a query of each row, `[rows, heads, head_dim]`, of keys and values
+    /// `[rows, capacity, key-value heads, head_dim]`. A row depends on no other, nor on how far any is filled.
+    pub(crate) fn attend(&self, q: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor, LmError> {
+        let (k, v) = (keys.f_flatten(0, 1)?, values.f_flatten(0, 1)?);
+        let (queries, starts, lengths) = (raw(&self.queries), raw(&self.starts), raw(&self.lengths));
+        let mut found = [ptr::null_mut()];
+        // SAFETY: all are live tensors; the function fills `found` with a new one or returns a text.
+        let [output] = unsafe {
+            let (q, k, v, found_at) = (raw(q), raw(&k), raw(&v), found.as_mut_ptr());
+            let failure = doppel_cached_attention(q, k, v, queries, starts, lengths, self.capacity, found_at);
+            taken(failure, found)?
+        };
+        Ok(output)
     }
 }
 
@@ -196,5 +257,73 @@ unsafe fn taken<const N: usize>(failure: *mut c_char, found: [*mut c_void; N]) -
         let text = CStr::from_ptr(failure).to_string_lossy().into_owned();
         libc::free(failure.cast());
         Err(TchError::Torch(text))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decoder::tests::{largest_difference, tiny, wave};
+    use crate::device::{Compute, DeviceChoice, DtypeChoice};
+    use crate::ops;
+
+    /// Where there is a GPU: rows that are filled to different lengths, with heads that share keys and without.
+    #[test]
+    fn cached_attention_sees_what_is_filled() {
+        let Ok(compute) = Compute::resolve(DeviceChoice::Cuda, DtypeChoice::Bf16) else { return };
+        let (capacity, width, lengths) = (128, 64, [1i64, 65, 128, 17, 100]);
+        let rows = lengths.len() as i64;
+        for (heads, kv_heads) in [(4, 4), (8, 2)] {
+            let value = |seed: usize, shape: &[i64]| wave(seed, shape).to_kind(Kind::BFloat16);
+            let q = value(1, &[rows, heads, width]);
+            let (keys, values) =
+                (value(2, &[rows, capacity, kv_heads, width]), value(3, &[rows, capacity, kv_heads, width]));
+            let on_gpu = |tensor: &Tensor| tensor.to_device(compute.device);
+            let filled = Filled::new(&on_gpu(&Tensor::from_slice(&lengths)), capacity).unwrap();
+            let found = filled.attend(&on_gpu(&q), &on_gpu(&keys), &on_gpu(&values)).unwrap();
+            let found = found.to_device(Device::Cpu).to_kind(Kind::Float);
+            for (row, length) in lengths.into_iter().enumerate() {
+                let of = |cache: &Tensor| {
+                    let seen = cache.get(row as i64).narrow(0, 0, length).to_kind(Kind::Float).transpose(0, 1);
+                    seen.repeat_interleave_self_int(heads / kv_heads, 0, None)
+                };
+                let q = q.get(row as i64).to_kind(Kind::Float).unsqueeze(1);
+                let scores = q.matmul(&of(&keys).transpose(1, 2)) / (width as f64).sqrt();
+                let expected = scores.softmax(-1, Kind::Float).matmul(&of(&values)).squeeze_dim(1);
+                let difference = largest_difference(&found.get(row as i64), &expected);
+                assert!(difference < 0.01, "{heads} heads, {length}: {difference}");
+            }
+        }
+    }
+
+    /// Where there is a GPU: sequences so long that many threads add to the gradient of one query.
+    #[test]
+    fn attention_of_long_sequences_has_the_same_gradient_each_time() {
+        let Ok(compute) = Compute::resolve(DeviceChoice::Cuda, DtypeChoice::Bf16) else { return };
+        let config = DecoderConfig { heads: 8, kv_heads: 4, head_dim: 64, ..tiny("smollm2").config };
+        let lengths = [700, 1, 1300];
+        let total = lengths.iter().sum::<i64>();
+        let joint = wave(1, &[1, total, 16 * 64]).to_kind(Kind::BFloat16);
+        let gradient = wave(9, &[1, total, 8 * 64]).to_kind(Kind::BFloat16);
+        tch::no_grad(|| {
+            let sequences = Sequences::new(lengths.into_iter(), compute.device).unwrap();
+            let backward = || {
+                let attention = Attention::forward(joint.to_device(compute.device), &config, &sequences).unwrap();
+                attention.backward(&gradient.to_device(compute.device), &sequences).unwrap().to_device(Device::Cpu)
+            };
+            let found = backward();
+            for _ in 0..5 {
+                assert_eq!(backward(), found);
+            }
+            let mut first = 0;
+            for length in lengths {
+                let part = |whole: &Tensor| whole.narrow(1, first, length).to_kind(Kind::Float);
+                let attention = ops::Attention::forward(part(&joint), &config).unwrap();
+                let expected = attention.backward(&part(&gradient)).unwrap();
+                let difference = largest_difference(&part(&found), &expected);
+                assert!(difference < 0.02, "{length}: {difference}");
+                first += length;
+            }
+        });
     }
 }

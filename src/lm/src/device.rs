@@ -10,7 +10,7 @@ use tch::{Cuda, Device, Kind};
 
 use crate::LmError;
 #[cfg(target_arch = "x86_64")]
-use crate::kernels;
+use crate::{kernels, products::amx};
 
 /// Device choice of a flag.
 #[derive(ValueEnum, Serialize, Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +86,7 @@ impl fmt::Display for Compute {
 fn instructions() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     match (kernels::has_avx2(), kernels::has_avx512()) {
+        (_, true) if amx::is_supported() => return "amx",
         (_, true) if cpu_multiplies_bf16() => return "avx512bf16",
         (_, true) => return "avx512",
         (true, false) => return "avx2",

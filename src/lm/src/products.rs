@@ -1,13 +1,15 @@
 //! Matrix products on CPU, with weights packed as the instructions want them.
 //!
-//! A tile is six rows by 64 outputs with AVX-512, by 16 elsewhere, kept in registers while the inputs pass by. Every row of a
-//! tile is summed alone and in order of the inputs, so that it does not matter how rows are dealt into tiles: a row of a
+//! A tile is six rows by 64 outputs with AVX-512, by 16 elsewhere, 32 by 32 with AMX, kept in registers while the inputs pass
+//! by. Every row of a tile is summed alone and in order of the inputs, so that it does not matter how rows are dealt into tiles: a row of a
 //! product is bit for bit the same whatever rows are beside it.
 //!
 //! [`product`] takes a weight that was packed before, or packs it as it goes, which costs no memory and a twentieth of the
 //! time where there are hundreds of rows, as in training and embedding. [`Matrix`] is packed once, for sampling. One
 //! thread: whoever calls has split the work already (see [`crate::workers`]).
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod portable;
@@ -87,8 +89,19 @@ pub(crate) trait Factor: Element {
     const GROUP: usize;
     /// Outputs whose weights stand together in a panel, which is whole strips of them: as many as a tile has.
     fn strip() -> usize;
-    /// The largest tile for at most so many rows, of which the first `columns` are wanted, and its rows.
-    fn tile(rows: usize, columns: usize) -> (usize, Tile<Self>);
+    /// Computes the first of at most so many rows, of which the first `columns` are wanted, as a [`Tile`] does; how many.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn tile(
+        rows: usize,
+        columns: usize,
+        x: Rows<*const Self>,
+        strip: *const Self,
+        groups: usize,
+        start: Option<Rows<*const f32>>,
+        end: End<Self>,
+    ) -> usize;
     /// Puts `GROUP` rows of `columns` elements between each other: the first of each, then the second of each.
     ///
     /// # Safety
@@ -111,6 +124,32 @@ pub(crate) struct Rows<P> {
     stride: usize,
 }
 
+#[cfg(target_arch = "x86_64")]
+impl<T> Rows<*const T> {
+    /// What begins so many rows and elements on.
+    ///
+    /// # Safety
+    /// It is there.
+    unsafe fn from(self, row: usize, element: usize) -> Self {
+        // SAFETY: the caller says so.
+        Self { first: unsafe { self.first.add(row * self.stride + element) }, ..self }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<T> Rows<*mut T> {
+    /// As of rows to read.
+    unsafe fn from(self, row: usize, element: usize) -> Self {
+        // SAFETY: the caller says so.
+        Self { first: unsafe { self.first.add(row * self.stride + element) }, ..self }
+    }
+
+    /// The same, to read.
+    fn read(self) -> Rows<*const T> {
+        Rows { first: self.first, stride: self.stride }
+    }
+}
+
 /// Where the sums of a tile go: as they are, or the first `columns` of each row rounded, with the bias and the row of `plus`
 /// added, whose rows are as far apart as those of `out`.
 #[derive(Clone, Copy)]
@@ -119,9 +158,30 @@ pub(crate) enum End<E> {
     Rounded { out: Rows<*mut E>, columns: usize, bias: Option<*const E>, plus: Option<*const E> },
 }
 
+#[cfg(target_arch = "x86_64")]
+impl<E> End<E> {
+    /// Where what begins so many rows and columns on goes.
+    ///
+    /// # Safety
+    /// It is there.
+    unsafe fn from(self, row: usize, column: usize) -> Self {
+        // SAFETY: the caller says so.
+        unsafe {
+            match self {
+                Self::Kept(rows) => Self::Kept(rows.from(row, column)),
+                Self::Rounded { out, columns, bias, plus } => {
+                    let bias = bias.map(|bias| bias.add(column));
+                    let plus = plus.map(|plus| plus.add(row * out.stride + column));
+                    Self::Rounded { out: out.from(row, column), columns: columns - column, bias, plus }
+                }
+            }
+        }
+    }
+}
+
 /// Implements [`Factor`] by the widest instructions that the CPU has.
 macro_rules! factor {
-    ($element:ty, $group:literal) => {
+    ($element:ty, $group:literal, $widest:ident) => {
         impl Factor for $element {
             const GROUP: usize = $group;
 
@@ -133,12 +193,22 @@ macro_rules! factor {
                 portable::WIDTH
             }
 
-            fn tile(rows: usize, columns: usize) -> (usize, Tile<Self>) {
+            unsafe fn tile(
+                rows: usize,
+                columns: usize,
+                x: Rows<*const Self>,
+                strip: *const Self,
+                groups: usize,
+                start: Option<Rows<*const f32>>,
+                end: End<Self>,
+            ) -> usize {
                 #[cfg(target_arch = "x86_64")]
                 if <Self as Avx512>::is_supported() {
-                    return avx512::tile(rows, columns);
+                    // SAFETY: the caller keeps the contract.
+                    return unsafe { $widest::tile(rows, columns, x, strip, groups, start, end) };
                 }
-                portable::tile::<Self, $group>(rows)
+                // SAFETY: as above.
+                unsafe { portable::tile::<Self, $group>(rows, x, strip, groups, start, end) }
             }
 
             unsafe fn interleave(rows: Rows<*const Self>, columns: usize, out: *mut Self) {
@@ -154,8 +224,8 @@ macro_rules! factor {
     };
 }
 
-factor!(bf16, 2);
-factor!(f32, 1);
+factor!(bf16, 2, amx);
+factor!(f32, 1, avx512);
 
 /// `out[word][row] = rows[row][word]` of `count` rows of `words`; rows of `out` are `width` apart, and what no row fills stays
 /// as it is.
@@ -393,10 +463,8 @@ pub(crate) fn multiply<E: Factor>(x: View<'_, E>, (panel, columns): (&[E], usize
         while row < x.rows {
             let values = Rows { first: x.values[row * x.stride..].as_ptr(), stride: x.stride };
             let (start, end) = sums.of_tile(row, first, wanted);
-            let (rows, tile) = E::tile(x.rows - row, wanted);
             // SAFETY: instructions and lengths were checked above and by the view; a tile's rows end before its last.
-            unsafe { tile(values, weights.as_ptr(), x.width / E::GROUP, start, end) };
-            row += rows;
+            row += unsafe { E::tile(x.rows - row, wanted, values, weights.as_ptr(), x.width / E::GROUP, start, end) };
         }
     }
 }
@@ -571,15 +639,21 @@ mod tests {
         values.into_iter().map(E::narrow).collect()
     }
 
+    /// [`Factor::tile`].
+    type TileOf<E> =
+        unsafe fn(usize, usize, Rows<*const E>, *const E, usize, Option<Rows<*const f32>>, End<E>) -> usize;
+
     /// Tiles of the widest instructions and of any CPU's over one strip, with everything to begin from and to be added: what
     /// they keep and what they round.
     fn tiles<E: Factor + portable::Split<G>, const G: usize>(rows: usize, columns: usize) -> [Vec<f32>; 2] {
-        const GROUPS: usize = 9;
-        let x = values::<E>(1, rows * 40);
+        // What two instructions of AMX multiply, and some more.
+        const GROUPS: usize = 41;
+        const WIDTH: usize = 84;
+        let x = values::<E>(1, rows * WIDTH);
         let weight = values::<E>(2, GROUPS * G * COLUMNS);
         let start: Vec<f32> = values(3, rows * COLUMNS);
         let (bias, plus) = (values::<E>(4, COLUMNS), values::<E>(5, rows * 70));
-        let run = |strip: usize, tile: fn(usize, usize) -> (usize, Tile<E>)| {
+        let run = |strip: usize, tile: TileOf<E>| {
             let mut panel = vec![E::narrow(0.0); weight.len()];
             for (at, value) in weight.iter().enumerate() {
                 let (group, column, part) = (at / G / COLUMNS, at / G % COLUMNS, at % G);
@@ -590,8 +664,8 @@ mod tests {
                 let wanted = strip.min(columns - first);
                 let mut row = 0;
                 while row < rows {
-                    let (height, tile) = tile(rows - row, wanted);
-                    let x = Rows { first: x[row * 40..].as_ptr(), stride: 40 };
+                    let left = rows - row;
+                    let x = Rows { first: x[row * WIDTH..].as_ptr(), stride: WIDTH };
                     let start = Rows { first: start[row * COLUMNS + first..].as_ptr(), stride: COLUMNS };
                     let kept = Rows { first: kept[row * COLUMNS + first..].as_mut_ptr(), stride: COLUMNS };
                     let at = row * 70 + first;
@@ -599,11 +673,10 @@ mod tests {
                     let (bias, plus) = (Some(bias[first..].as_ptr()), Some(plus[at..].as_ptr()));
                     let end = End::Rounded { out, columns: wanted, bias, plus };
                     // SAFETY: the instructions are there (the caller asked), and so are the rows of what is given.
-                    unsafe {
-                        tile(x, weights.as_ptr(), GROUPS, None, End::Kept(kept));
-                        tile(x, weights.as_ptr(), GROUPS, Some(start), end);
-                    }
-                    row += height;
+                    row += unsafe {
+                        tile(left, wanted, x, weights.as_ptr(), GROUPS, None, End::Kept(kept));
+                        tile(left, wanted, x, weights.as_ptr(), GROUPS, Some(start), end)
+                    };
                 }
             }
             for row in rounded.chunks(70) {
@@ -612,7 +685,11 @@ mod tests {
             let kept = kept.chunks(COLUMNS).flat_map(|row| row[..columns].to_vec());
             kept.chain(rounded.into_iter().map(E::wide)).collect()
         };
-        [run(E::strip(), E::tile), run(portable::WIDTH, |rows, _| portable::tile::<E, G>(rows))]
+        let of_any: TileOf<E> = |rows, _, x, strip, groups, start, end| {
+            // SAFETY: as above.
+            unsafe { portable::tile::<E, G>(rows, x, strip, groups, start, end) }
+        };
+        [run(E::strip(), E::tile), run(portable::WIDTH, of_any)]
     }
 
     #[test]

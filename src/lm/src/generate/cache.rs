@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::room::{READ, STRIDE, tiles};
 use crate::LmError;
+use crate::cuda::{self, Filled};
 use crate::decoder::layer::{join_heads, split_heads};
 use crate::decoder::rope::Angles;
 use crate::decoder::{Decoder, Layer};
@@ -140,12 +141,11 @@ impl Tile {
         let cells: Vec<i64> =
             positions.iter().enumerate().map(|(row, position)| (row * self.capacity) as i64 + position).collect();
         let longest = self.filled.iter().copied().max().unwrap_or(1) as usize;
-        let reach = longest.next_multiple_of(READ).min(self.capacity) as i64;
+        let positions = tensor(&positions)?;
         let step = Step {
             cells: tensor(&cells)?,
-            angles: decoder.rope.at(&tensor(&positions)?)?,
-            reach,
-            blocked: blocked(decoder, &tensor(&positions)?, reach)?,
+            angles: decoder.rope.at(&positions)?,
+            seen: Seen::new(decoder, &positions, longest, self.capacity)?,
         };
         let mut hidden = decoder.embed(&tensor(&tokens)?)?;
         for (index, layer) in decoder.layers.iter().enumerate() {
@@ -181,12 +181,7 @@ impl Tile {
             let new = all.f_narrow(1, first, kv_heads)?;
             let _ = cache.f_flatten(0, 1)?.f_index_copy_(0, &step.cells, &new)?;
         }
-        // The query heads of a group stand where positions usually do: their keys are read once and never repeated.
-        let q = all.f_narrow(1, 0, heads)?.f_reshape([rows, kv_heads, heads / kv_heads, width])?;
-        let k = keys.f_narrow(1, 0, step.reach)?.f_transpose(1, 2)?;
-        let v = values.f_narrow(1, 0, step.reach)?.f_transpose(1, 2)?;
-        let attended =
-            Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(&step.blocked), 0.0, false, None, false)?;
+        let attended = step.seen.attend(&all.f_narrow(1, 0, heads)?, keys, values)?;
         let middle = ops::linear_onto(hidden, &attended.f_reshape([rows, heads * width])?, &layer.o)?;
         let normed = rms_norm(&middle, &layer.post_norm, config.rms_norm_eps)?;
         let inner = swiglu(&normed.f_linear(&layer.gate_up, None::<&Tensor>)?)?;
@@ -199,20 +194,56 @@ struct Step {
     /// `[rows]`: where each token's keys and values go, among all positions of all rows.
     cells: Tensor,
     angles: Angles,
-    /// Positions of the cache that attention reads.
-    reach: i64,
-    /// What it adds to its scores: 0 or -inf, `[rows, kv_heads, group, reach]`.
-    blocked: Tensor,
+    seen: Seen,
 }
 
-fn blocked(decoder: &Decoder, positions: &Tensor, reach: i64) -> Result<Tensor, LmError> {
-    let (config, compute) = (&decoder.config, decoder.compute);
-    let columns = Tensor::f_arange(reach, (Kind::Int64, compute.device))?;
-    let beyond = columns.f_unsqueeze(0)?.f_gt_tensor(&positions.f_unsqueeze(1)?)?;
-    let rows = positions.size()[0];
-    let zeros = Tensor::f_zeros([rows, reach], (compute.kind, compute.device))?;
-    let mask = zeros.f_masked_fill(&beyond, f64::NEG_INFINITY)?.f_reshape([rows, 1, 1, reach])?;
-    Ok(mask.f_expand([rows, config.kv_heads, config.heads / config.kv_heads, reach], false)?)
+/// What each row's token sees of the cache.
+enum Seen {
+    /// Where the device has a kernel for rows of any lengths.
+    Filled(Filled),
+    /// So many positions, and what is added to their scores: 0 or -inf, `[rows, kv_heads, group, positions]`.
+    Masked(i64, Tensor),
+}
+
+impl Seen {
+    /// For tokens at `positions` `[rows]`, of which the last is the `longest`th.
+    fn new(decoder: &Decoder, positions: &Tensor, longest: usize, capacity: usize) -> Result<Self, LmError> {
+        let (config, compute) = (&decoder.config, decoder.compute);
+        if cuda::has_attention(compute.device, compute.kind, config.head_dim) {
+            return Ok(Self::Filled(Filled::new(&positions.f_add_scalar(1)?, capacity as i64)?));
+        }
+        let reach = longest.next_multiple_of(READ).min(capacity) as i64;
+        let columns = Tensor::f_arange(reach, (Kind::Int64, compute.device))?;
+        let beyond = columns.f_unsqueeze(0)?.f_gt_tensor(&positions.f_unsqueeze(1)?)?;
+        let rows = positions.size1()?;
+        let zeros = Tensor::f_zeros([rows, reach], (compute.kind, compute.device))?;
+        let mask = zeros.f_masked_fill(&beyond, f64::NEG_INFINITY)?.f_reshape([rows, 1, 1, reach])?;
+        let group = config.heads / config.kv_heads;
+        Ok(Self::Masked(reach, mask.f_expand([rows, config.kv_heads, group, reach], false)?))
+    }
+
+    /// What attention gives for queries `[rows, heads, head_dim]`, of a layer's keys and values: as many numbers.
+    fn attend(&self, q: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor, LmError> {
+        let (reach, blocked) = match self {
+            Self::Filled(filled) => return filled.attend(q, keys, values),
+            Self::Masked(reach, blocked) => (*reach, blocked),
+        };
+        let (rows, heads, width) = q.size3()?;
+        let kv_heads = keys.size()[2];
+        // The query heads of a group stand where positions usually do: their keys are read once and never repeated.
+        let q = q.f_reshape([rows, kv_heads, heads / kv_heads, width])?;
+        let part = |cache: &Tensor| cache.f_narrow(1, 0, reach)?.f_transpose(1, 2);
+        Ok(Tensor::f_scaled_dot_product_attention(
+            &q,
+            &part(keys)?,
+            &part(values)?,
+            Some(blocked),
+            0.0,
+            false,
+            None,
+            false,
+        )?)
+    }
 }
 
 impl Prompt {

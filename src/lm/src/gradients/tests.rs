@@ -308,6 +308,8 @@ fn a_gpu_gives_the_gradients_of_the_cpu() {
         }
         let found = example_gradients(&gpu, &lora, &examples, BLOCK).unwrap();
         let sums = summed_gradients(&gpu, &lora, &examples, BLOCK).unwrap();
+        let again = example_gradients(&gpu, &lora, &examples, BLOCK).unwrap();
+        assert_eq!(found.gradients, again.gradients, "{name}, rank {rank}: not the same twice");
         // As near as bf16 comes on the CPU, give or take other places of rounding.
         let near = |found: &Tensor, bf16: &Tensor, expected: &Tensor, what: &str| {
             let off = |found: &Tensor| (found.to_device(tch::Device::Cpu) - expected).norm().double_value(&[]);

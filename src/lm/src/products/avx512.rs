@@ -122,7 +122,23 @@ avx512!(
 avx512!(f32, 1, singles, "avx512f", std::is_x86_feature_detected!("avx512f"));
 
 /// [`super::Factor::tile`].
-pub(super) fn tile<E: Avx512>(rows: usize, columns: usize) -> (usize, Tile<E>) {
+pub(super) unsafe fn tile<E: Avx512>(
+    rows: usize,
+    columns: usize,
+    x: Rows<*const E>,
+    strip: *const E,
+    groups: usize,
+    start: Option<Rows<*const f32>>,
+    end: End<E>,
+) -> usize {
+    let (count, tile) = of(rows, columns);
+    // SAFETY: the caller keeps the contract.
+    unsafe { tile(x, strip, groups, start, end) };
+    count
+}
+
+/// The largest tile for at most so many rows, of which the first `columns` are wanted, and its rows.
+pub(super) fn of<E: Avx512>(rows: usize, columns: usize) -> (usize, Tile<E>) {
     match columns <= COLUMNS / 2 {
         true => of_rows::<E, 2>(rows),
         false => of_rows::<E, 4>(rows),

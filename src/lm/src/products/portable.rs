@@ -30,15 +30,25 @@ impl Split<2> for bf16 {
 }
 
 /// [`super::Factor::tile`].
-pub(super) fn tile<E: Split<G>, const G: usize>(rows: usize) -> (usize, Tile<E>) {
-    match rows {
+pub(super) unsafe fn tile<E: Split<G>, const G: usize>(
+    rows: usize,
+    x: Rows<*const E>,
+    strip: *const E,
+    groups: usize,
+    start: Option<Rows<*const f32>>,
+    end: End<E>,
+) -> usize {
+    let (count, tile): (usize, Tile<E>) = match rows {
         1 => (1, sums::<E, 1, G>),
         2 => (2, sums::<E, 2, G>),
         3 => (3, sums::<E, 3, G>),
         4 => (4, sums::<E, 4, G>),
         5 => (5, sums::<E, 5, G>),
         _ => (ROWS, sums::<E, ROWS, G>),
-    }
+    };
+    // SAFETY: the caller keeps the contract.
+    unsafe { tile(x, strip, groups, start, end) };
+    count
 }
 
 /// A [`Tile`] of `R` rows.
