@@ -99,6 +99,8 @@ kernels! {
     fn rms_norm_backward / rms_norm_backward_body<E: Element>(
         gradient: &[E], x: &[E], weight: &[E], epsilon: f32, plus: Option<&[E]>, out: &mut [E],
     );
+    /// LayerNorm of rows as wide as `weight` and `bias`.
+    fn layer_norm / layer_norm_body<E: Element>(x: &[E], weight: &[E], bias: &[E], epsilon: f32, out: &mut [E]);
     /// silu(gate) · up of rows `[gate, up]`, each `inner` wide.
     fn swiglu / swiglu_body<E: Element>(gate_up: &[E], inner: usize, out: &mut [E]);
     /// Gradient of [`swiglu`] with respect to `gate_up`.
@@ -273,6 +275,19 @@ fn swiglu_backward_body<E: Element>(gradient: &[E], gate_up: &[E], inner: usize,
 }
 
 #[inline(always)]
+fn layer_norm_body<E: Element>(x: &[E], weight: &[E], bias: &[E], epsilon: f32, out: &mut [E]) {
+    let width = weight.len();
+    for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+        let mean = sum([x], |[x]| x.wide()) / width as f32;
+        let squares = sum([x], |[x]| (x.wide() - mean) * (x.wide() - mean));
+        let inverse = 1.0 / (squares / width as f32 + epsilon).sqrt();
+        for (((out, x), weight), bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+            *out = E::narrow(((x.wide() - mean) * inverse).mul_add(weight.wide(), bias.wide()));
+        }
+    }
+}
+
+#[inline(always)]
 fn gelu_body<E: Element>(rows: &mut [E], width: usize, columns: Range<usize>) {
     for row in rows.chunks_exact_mut(width) {
         for value in &mut row[columns.clone()] {
@@ -320,13 +335,15 @@ fn softmax_body<E: Element>(scores: &mut [f32], weights: &mut [E], width: usize,
         let best = -largest(&scores[..seen]) * scale;
         // Whole vectors, for speed; what is not seen counts nothing.
         let whole = seen.next_multiple_of(LANES);
-        for score in &mut scores[..whole] {
-            *score = exp(score.mul_add(scale, best));
-        }
-        scores[seen..whole].fill(0.0);
         let mut total = [0f32; LANES];
-        for scores in scores[..whole].as_chunks::<LANES>().0 {
-            for (total, score) in total.iter_mut().zip(scores) {
+        for (index, scores) in scores[..whole].as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            for score in &mut *scores {
+                *score = exp(score.mul_add(scale, best));
+            }
+            if let Some(beyond) = scores.get_mut(seen - index * LANES..) {
+                beyond.fill(0.0);
+            }
+            for (total, score) in total.iter_mut().zip(&*scores) {
                 *total += score;
             }
         }

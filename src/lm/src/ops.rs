@@ -297,6 +297,16 @@ pub(crate) fn rms_norm_backward(
     })
 }
 
+/// LayerNorm of the last dimension.
+pub(crate) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<Tensor, LmError> {
+    on_cpu!(x, E => {
+        let x = x.f_contiguous()?;
+        let mut out = x.f_empty_like()?;
+        kernels::layer_norm::<E>(values(&x)?, values(weight)?, values(bias)?, epsilon as f32, values_mut(&mut out)?);
+        Ok(out)
+    }, Ok(x.f_layer_norm(weight.size(), Some(weight), Some(bias), epsilon, false)?))
+}
+
 /// silu(gate) · up, of `[…, 2 · inner]`.
 pub(crate) fn swiglu(gate_up: &Tensor) -> Result<Tensor, LmError> {
     on_cpu!(gate_up, E => {
@@ -640,6 +650,7 @@ mod tests {
             let own = rms_norm_backward(&x[0], &x[1], &x[2], 1e-5, None).unwrap();
             vec![own, rms_norm_backward(&x[0], &x[1], &x[2], 1e-5, Some(&x[3])).unwrap()]
         });
+        check(&[&[3, 17, 37], &[37], &[37]], |x| vec![layer_norm(&(&x[0] + 3.0), &x[1], &x[2], 1e-5).unwrap()]);
         check(&[&[33, 2 * 45]], |x| vec![swiglu(&(&x[0] * 6.0)).unwrap()]);
         check(&[&[33, 45], &[33, 2 * 45]], |x| vec![swiglu_backward(&x[0], &(&x[1] * 6.0)).unwrap()]);
         check(&[&[9, 131]], |x| {

@@ -95,7 +95,7 @@ struct LayerNorm {
 
 impl LayerNorm {
     fn forward(&self, input: &Tensor) -> Result<Tensor, LmError> {
-        Ok(input.f_layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), self.epsilon, false)?)
+        ops::layer_norm(input, &self.weight, &self.bias, self.epsilon)
     }
 }
 
