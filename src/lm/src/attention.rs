@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use crate::kernels;
-use crate::products::{COLUMNS, Factor, Plus, Sums, View, Weight, multiply, pack, turn, turn_panel};
+use crate::products::{COLUMNS, Factor, Plus, Run, Sums, View, Weight, multiply, pack, turn, turn_panel};
 
 /// How the heads of a row stand beside each other: queries, keys, values. Query heads that share a key-value head are
 /// neighbours.
@@ -103,6 +103,7 @@ impl<'a, E: Factor> Sequence<'a, E> {
 
     /// What attention gives, into rows of [`Heads::out`].
     pub(crate) fn forward(&self, work: &mut Work<E>, out: &mut [E]) {
+        let _run = Run::new();
         let (heads, length) = (self.heads, self.length());
         work.fit(length, heads.width);
         for head in 0..heads.keys {
@@ -119,6 +120,7 @@ impl<'a, E: Factor> Sequence<'a, E> {
 
     /// The gradient of the rows, into rows of their shape, of that of what attention gave.
     pub(crate) fn backward(&self, gradient: &[E], work: &mut Work<E>, out: &mut [E]) {
+        let _run = Run::new();
         let (heads, length) = (self.heads, self.length());
         work.fit(length, heads.width);
         for head in 0..heads.keys {

@@ -77,17 +77,17 @@ impl fmt::Display for Compute {
         let kind = if self.kind == Kind::BFloat16 { "bf16" } else { "f32" };
         match self.device.is_cuda() {
             true => write!(f, "cuda, {kind}"),
-            false => write!(f, "cpu, {kind}, {}", instructions()),
+            false => write!(f, "cpu, {kind}, {}", instructions(self.kind)),
         }
     }
 }
 
-/// The widest instructions of this CPU that anything here is compiled for.
-fn instructions() -> &'static str {
+/// The widest instructions of this CPU that anything here is compiled for and that compute in this kind.
+fn instructions(kind: Kind) -> &'static str {
     #[cfg(target_arch = "x86_64")]
     match (kernels::has_avx2(), kernels::has_avx512()) {
-        (_, true) if amx::is_supported() => return "amx",
-        (_, true) if cpu_multiplies_bf16() => return "avx512bf16",
+        (_, true) if kind == Kind::BFloat16 && amx::is_supported() => return "amx",
+        (_, true) if kind == Kind::BFloat16 && cpu_multiplies_bf16() => return "avx512bf16",
         (_, true) => return "avx512",
         (true, false) => return "avx2",
         (false, false) => {}

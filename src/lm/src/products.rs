@@ -32,7 +32,7 @@ pub(crate) const COLUMNS: usize = 64;
 /// Rows that one tile computes: with its columns, 24 of the 32 vector registers of AVX-512, or 12 of the 16 of AVX2. Where
 /// half of the columns are wanted, a tile of AVX-512 has twice the rows.
 const ROWS: usize = 6;
-/// Rows that are multiplied by the packed panels together, so that they stay in the second cache.
+/// [`Factor::block`] but for AMX.
 const BLOCK: usize = 16 * ROWS;
 /// Inputs that are multiplied at once: their part of a panel is a quarter of a megabyte, or half in float32.
 const DEPTH: usize = 2048;
@@ -89,10 +89,12 @@ pub(crate) trait Factor: Element {
     const GROUP: usize;
     /// Outputs whose weights stand together in a panel, which is whole strips of them: as many as a tile has.
     fn strip() -> usize;
+    /// Rows of so many inputs that are multiplied by the packed panels together, so that they stay in the second cache.
+    fn block(inputs: usize) -> usize;
     /// Computes the first of at most so many rows, of which the first `columns` are wanted, as a [`Tile`] does; how many.
     ///
     /// # Safety
-    /// As there.
+    /// As there; a [`Run`] is alive.
     unsafe fn tile(
         rows: usize,
         columns: usize,
@@ -116,6 +118,25 @@ pub(crate) trait Factor: Element {
 /// [`is_supported`]; there are rows of so many groups, and a strip of them; start and end have these rows, as wide as the
 /// strip or as what is wanted.
 type Tile<E> = unsafe fn(Rows<*const E>, *const E, usize, Option<Rows<*const f32>>, End<E>);
+
+/// Products of one thread while it lives, between which nothing else multiplies: what they need of the processor is set up
+/// once. One within another changes nothing.
+pub(crate) struct Run(());
+
+impl Run {
+    pub(crate) fn new() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        amx::enter();
+        Self(())
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        amx::leave();
+    }
+}
 
 /// Where the first of some rows is, and how many elements on the next one begins.
 #[derive(Clone, Copy)]
@@ -160,19 +181,18 @@ pub(crate) enum End<E> {
 
 #[cfg(target_arch = "x86_64")]
 impl<E> End<E> {
-    /// Where what begins so many rows and columns on goes.
+    /// Where the rows from one of them on go.
     ///
     /// # Safety
     /// It is there.
-    unsafe fn from(self, row: usize, column: usize) -> Self {
+    unsafe fn from(self, row: usize) -> Self {
         // SAFETY: the caller says so.
         unsafe {
             match self {
-                Self::Kept(rows) => Self::Kept(rows.from(row, column)),
+                Self::Kept(rows) => Self::Kept(rows.from(row, 0)),
                 Self::Rounded { out, columns, bias, plus } => {
-                    let bias = bias.map(|bias| bias.add(column));
-                    let plus = plus.map(|plus| plus.add(row * out.stride + column));
-                    Self::Rounded { out: out.from(row, column), columns: columns - column, bias, plus }
+                    let plus = plus.map(|plus| plus.add(row * out.stride));
+                    Self::Rounded { out: out.from(row, 0), columns, bias, plus }
                 }
             }
         }
@@ -188,9 +208,17 @@ macro_rules! factor {
             fn strip() -> usize {
                 #[cfg(target_arch = "x86_64")]
                 if <Self as Avx512>::is_supported() {
-                    return COLUMNS;
+                    return $widest::strip();
                 }
                 portable::WIDTH
+            }
+
+            fn block(inputs: usize) -> usize {
+                #[cfg(target_arch = "x86_64")]
+                if <Self as Avx512>::is_supported() {
+                    return $widest::block(inputs);
+                }
+                BLOCK
             }
 
             unsafe fn tile(
@@ -396,6 +424,7 @@ pub(crate) fn product<E: Factor>(
     let rows = out.len() / outputs;
     assert!(x.len() == rows * inputs && out.len() == rows * outputs);
     assert!(plus.bias.is_none_or(|bias| bias.len() == outputs) && plus.rows.is_none_or(|rows| rows.len() == out.len()));
+    let _run = Run::new();
     let x = View::new(x, inputs, 0..rows, 0..inputs);
     let panels = outputs.div_ceil(COLUMNS);
     let size = inputs.min(DEPTH) * COLUMNS;
@@ -408,9 +437,10 @@ pub(crate) fn product<E: Factor>(
     // SAFETY: a word is a group of elements, whatever its bits are.
     let (_, packed, _) = unsafe { room.align_to_mut::<E>() };
     // Sums wait for the rest of the inputs, if there is one.
-    let blocks = rows.div_ceil(BLOCK);
+    let block_rows = E::block(inputs.min(DEPTH));
+    let blocks = rows.div_ceil(block_rows);
     let waiting = if inputs > DEPTH { panels * blocks } else { 0 };
-    let mut sums = vec![0f32; waiting * BLOCK * COLUMNS];
+    let mut sums = vec![0f32; waiting * block_rows * COLUMNS];
     for inner in parts(inputs, DEPTH) {
         for columns in parts(outputs, together * COLUMNS) {
             let panels = match weight {
@@ -420,10 +450,10 @@ pub(crate) fn product<E: Factor>(
                     &*packed
                 }
             };
-            for (block, here) in parts(rows, BLOCK).enumerate() {
+            for (block, here) in parts(rows, block_rows).enumerate() {
                 let x = x.part(here.clone(), inner.clone());
                 for (first, panel) in columns.clone().step_by(COLUMNS).zip(panels.chunks_exact(inner.len() * COLUMNS)) {
-                    let at = (first / COLUMNS * blocks + block) * BLOCK * COLUMNS;
+                    let at = (first / COLUMNS * blocks + block) * block_rows * COLUMNS;
                     let (fresh, columns) = (inner.start == 0, COLUMNS.min(columns.end - first));
                     if inner.end < inputs {
                         let sums = Sums::Kept { rows: &mut sums[at..], stride: COLUMNS, fresh };
@@ -454,6 +484,7 @@ pub(crate) fn multiply<E: Factor>(x: View<'_, E>, (panel, columns): (&[E], usize
     if x.rows == 0 {
         return;
     }
+    let _run = Run::new();
     let (inputs, strip) = (panel.len() / COLUMNS, E::strip());
     assert!(is_supported() && x.width.is_multiple_of(E::GROUP) && inputs >= x.width);
     assert!(columns <= COLUMNS && sums.holds(x.rows, columns));
@@ -580,6 +611,7 @@ impl<E: Factor> Matrix<E> {
 
     /// `out[row] = weight · x[row]`; rows of `x` are `inputs` wide, those of `out` `outputs`.
     pub(crate) fn multiply(&self, x: &[E], rows: usize, out: &mut [f32]) {
+        let _run = Run::new();
         let x = View::new(x, self.inputs, 0..rows, 0..self.inputs);
         for (panel, weights) in self.panels.chunks_exact(self.inputs * COLUMNS).enumerate() {
             let rows = &mut out[panel * COLUMNS..];
@@ -653,6 +685,7 @@ mod tests {
         let weight = values::<E>(2, GROUPS * G * COLUMNS);
         let start: Vec<f32> = values(3, rows * COLUMNS);
         let (bias, plus) = (values::<E>(4, COLUMNS), values::<E>(5, rows * 70));
+        let _run = Run::new();
         let run = |strip: usize, tile: TileOf<E>| {
             let mut panel = vec![E::narrow(0.0); weight.len()];
             for (at, value) in weight.iter().enumerate() {

@@ -1,25 +1,30 @@
 //! The tile registers of AMX: sixteen rows of sixteen sums each, to which one instruction adds the products of 32 bf16
-//! inputs. The packed panels of AVX-512 are what that instruction wants.
+//! inputs. A strip is as wide as two of them, so that its weights are read one line behind the other.
 //!
 //! Inputs that fill no instruction are left to AVX-512, and so is rounding. Which way an input is added depends on its
 //! place alone and not on how many rows there are.
 
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
+use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 use half::bf16;
 
 use super::avx512::{self, Avx512};
-use super::{COLUMNS, End, Rows, Tile};
+use super::{End, Rows, Tile};
 
 /// Rows and outputs of a tile register.
 const SIDE: usize = 16;
 /// Pairs of inputs that one instruction multiplies and adds.
 const PAIRS: usize = 16;
-/// Rows of two registers, and outputs of two others: all eight are theirs, their factors' and their sums'.
+/// Rows of two registers, and outputs of two others, which are a strip: all eight are theirs, their factors' and their
+/// sums'.
 const SQUARE: usize = 2 * SIDE;
+/// Bytes of rows that stay in the second cache while one panel after the other is multiplied by them: panels come from the
+/// third, which could not keep up with what multiplies so fast if each met few rows.
+const BLOCK: usize = 512 << 10;
 
 /// Whether this CPU has the instructions, and the kernel lets us use them.
 pub(crate) fn is_supported() -> bool {
@@ -47,7 +52,20 @@ fn is_permitted() -> bool {
     false
 }
 
-/// [`super::Factor::tile`], by AVX-512 where there is no AMX.
+/// [`super::Factor::strip`].
+pub(super) fn strip() -> usize {
+    if is_supported() { SQUARE } else { avx512::strip() }
+}
+
+/// [`super::Factor::block`].
+pub(super) fn block(inputs: usize) -> usize {
+    match is_supported() {
+        true => (BLOCK / (inputs * size_of::<bf16>()) / SQUARE).max(3) * SQUARE,
+        false => avx512::block(inputs),
+    }
+}
+
+/// [`super::Factor::tile`], after [`enter`].
 pub(super) unsafe fn tile(
     rows: usize,
     columns: usize,
@@ -59,22 +77,27 @@ pub(super) unsafe fn tile(
 ) -> usize {
     // SAFETY: the caller keeps the contract.
     unsafe {
-        match is_supported() && groups >= PAIRS {
-            true => all::<Registers>(rows, columns, x, strip, groups, start, end),
-            false => avx512::tile(rows, columns, x, strip, groups, start, end),
+        if !is_supported() {
+            return avx512::tile(rows, columns, x, strip, groups, start, end);
         }
+        if groups >= PAIRS {
+            return all::<Registers>(rows, columns, x, strip, groups, start, end);
+        }
+        let (count, tile) = Registers::rest(rows, columns);
+        tile(x, strip, groups, start, end);
+        count
     }
 }
 
 /// What multiplies: a [`SQUARE`] of sums, of one row of registers or two.
 trait Unit {
-    /// For so many rows in each row of registers, at most [`SIDE`]; of the second there may be none.
+    /// For so many rows in each row of registers, at most [`SIDE`]; in the second there may be none.
     ///
     /// # Safety
     /// The CPU has what it takes.
     unsafe fn new(rows: [usize; 2]) -> Self;
 
-    /// Sums of 32 columns that begin with what is there, or with nothing.
+    /// Sums that begin with what is there, or with nothing.
     ///
     /// # Safety
     /// These rows are there, 32 sums wide.
@@ -108,43 +131,38 @@ unsafe fn all<U: Unit>(
 ) -> usize {
     let (times, rest) = (groups / PAIRS, groups % PAIRS);
     let mut rooms = [const { MaybeUninit::<[f32; SQUARE * SQUARE]>::uninit() }; 2];
-    let mut squares = 0;
     let mut waiting: Option<Finish> = None;
     let mut unit = None;
-    for first in (0..rows).step_by(SQUARE) {
+    for (square, first) in (0..rows).step_by(SQUARE).enumerate() {
         let here = SQUARE.min(rows - first);
         if here < SQUARE {
             unit = None;
         }
-        for column in (0..columns).step_by(SQUARE) {
-            // SAFETY: the caller's rows and columns, from these on: whole panels are there, and a room has a square.
-            unsafe {
-                let unit = unit.get_or_insert_with(|| U::new([here.min(SIDE), here.saturating_sub(SIDE)]));
-                let (x, strip) = (x.from(first, 0), strip.add(2 * column));
-                let end = end.from(first, column);
-                unit.begin(start.map(|rows| rows.from(first, column)));
-                unit.add(x, strip, times);
-                // Meanwhile, as tiles take long and few instructions.
-                if let Some(finish) = waiting.take() {
-                    finish.run(U::rest);
-                }
-                if let (End::Kept(rows), 0) = (end, rest) {
-                    unit.end(rows);
-                    continue;
-                }
-                let sums = Rows { first: rooms[squares % 2].as_mut_ptr().cast(), stride: SQUARE };
-                squares += 1;
-                unit.end(sums);
-                waiting = Some(Finish {
-                    rows: here,
-                    columns: SQUARE.min(columns - column),
-                    x: x.from(0, 2 * PAIRS * times),
-                    strip: strip.add(2 * PAIRS * times * COLUMNS),
-                    rest,
-                    sums: sums.read(),
-                    end,
-                });
+        // SAFETY: the caller's rows, from these on; a whole strip is there, and a room has a square.
+        unsafe {
+            let unit = unit.get_or_insert_with(|| U::new([here.min(SIDE), here.saturating_sub(SIDE)]));
+            let (x, end) = (x.from(first, 0), end.from(first));
+            unit.begin(start.map(|rows| rows.from(first, 0)));
+            unit.add(x, strip, times);
+            // Meanwhile, since tiles take long and few instructions.
+            if let Some(finish) = waiting.take() {
+                finish.run(U::rest);
             }
+            if let (End::Kept(rows), 0) = (end, rest) {
+                unit.end(rows);
+                continue;
+            }
+            let sums = Rows { first: rooms[square % 2].as_mut_ptr().cast(), stride: SQUARE };
+            unit.end(sums);
+            waiting = Some(Finish {
+                rows: here,
+                columns,
+                x: x.from(0, 2 * PAIRS * times),
+                strip: strip.add(2 * PAIRS * times * SQUARE),
+                rest,
+                sums: sums.read(),
+                end,
+            });
         }
     }
     if let Some(finish) = waiting {
@@ -176,7 +194,7 @@ impl Finish {
         while row < rows {
             let (count, tile) = of(rows - row, columns);
             // SAFETY: the caller keeps the contract.
-            unsafe { tile(x.from(row, 0), strip, rest, Some(sums.from(row, 0)), end.from(row, 0)) };
+            unsafe { tile(x.from(row, 0), strip, rest, Some(sums.from(row, 0)), end.from(row)) };
             row += count;
         }
     }
@@ -188,6 +206,27 @@ impl Finish {
 /// touches them.
 struct Registers {
     has_second: bool,
+}
+
+thread_local! {
+    /// [`enter`]s of this thread that wait for [`leave`].
+    static DEPTH: Cell<usize> = const { Cell::new(0) };
+    /// What this thread's registers are laid out for, since the first of them: rows in each row of registers.
+    static ROWS: Cell<[usize; 2]> = const { Cell::new([0; 2]) };
+}
+
+/// Until [`leave`], nothing else uses this thread's registers, so that they are laid out anew only for other rows.
+pub(super) fn enter() {
+    DEPTH.set(DEPTH.get() + 1);
+}
+
+/// [`enter`]'s counterpart. The last empties the registers: threads without them are switched faster.
+pub(super) fn leave() {
+    DEPTH.set(DEPTH.get() - 1);
+    if DEPTH.get() == 0 && ROWS.replace([0; 2]) != [0; 2] {
+        // SAFETY: whoever laid them out had the instructions.
+        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
+    }
 }
 
 /// What `ldtilecfg` reads.
@@ -203,6 +242,9 @@ struct Layout {
 
 impl Unit for Registers {
     unsafe fn new([first, second]: [usize; 2]) -> Self {
+        if ROWS.replace([first, second]) == [first, second] {
+            return Self { has_second: second > 0 };
+        }
         let mut layout = Layout { palette: 1, start_row: 0, reserved: [0; 14], bytes: [0; 16], rows: [0; 16] };
         for (register, rows) in [first, first, second, second, first, second, PAIRS, PAIRS].into_iter().enumerate() {
             layout.rows[register] = rows as u8;
@@ -253,7 +295,7 @@ impl Unit for Registers {
                     "add {two}, 64",
                     "dec {times}",
                     "jnz 2b",
-                    strip = inout(reg) strip => _, width = in(reg) 4 * COLUMNS, line = const 4 * COLUMNS * PAIRS,
+                    strip = inout(reg) strip => _, width = in(reg) 4 * SQUARE, line = const 4 * SQUARE * PAIRS,
                     one = inout(reg) x.first => _, two = inout(reg) x.from(SIDE, 0).first => _,
                     stride = in(reg) 2 * x.stride, times = inout(reg) times => _,
                     options(nostack, readonly)
@@ -269,7 +311,7 @@ impl Unit for Registers {
                     "add {one}, 64",
                     "dec {times}",
                     "jnz 2b",
-                    strip = inout(reg) strip => _, width = in(reg) 4 * COLUMNS, line = const 4 * COLUMNS * PAIRS,
+                    strip = inout(reg) strip => _, width = in(reg) 4 * SQUARE, line = const 4 * SQUARE * PAIRS,
                     one = inout(reg) x.first => _, stride = in(reg) 2 * x.stride, times = inout(reg) times => _,
                     options(nostack, readonly)
                 ),
@@ -291,15 +333,7 @@ impl Unit for Registers {
     }
 
     fn rest(rows: usize, columns: usize) -> (usize, Tile<bf16>) {
-        avx512::of(rows, columns)
-    }
-}
-
-impl Drop for Registers {
-    /// Threads whose registers are empty are switched faster.
-    fn drop(&mut self) {
-        // SAFETY: whoever made this had the instructions.
-        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
+        avx512::of::<bf16, SQUARE>(rows, columns)
     }
 }
 
@@ -354,11 +388,11 @@ mod tests {
     unsafe fn term(x: Rows<*const bf16>, strip: *const bf16, row: usize, column: usize, input: usize) -> f32 {
         // SAFETY: the caller's rows and strip.
         let (value, weight) =
-            unsafe { (*x.from(row, input).first, *strip.add((input / 2 * COLUMNS + column) * 2 + input % 2)) };
+            unsafe { (*x.from(row, input).first, *strip.add((input / 2 * SQUARE + column) * 2 + input % 2)) };
         value.wide() * weight.wide()
     }
 
-    /// A [`Tile`] of one row and half a panel.
+    /// A [`Tile`] of one row.
     unsafe fn row(
         x: Rows<*const bf16>,
         strip: *const bf16,
@@ -394,16 +428,16 @@ mod tests {
     #[test]
     fn all_rows_and_inputs_are_multiplied() {
         for rows in [1, 16, 17, 32, 33, 50, 64, 96] {
-            for (columns, groups, begins) in [(64, 41, true), (53, 32, false), (32, 16, true), (7, 31, false)] {
-                let (width, stride) = (2 * groups + 6, 70);
+            for (columns, groups, begins) in [(32, 41, true), (21, 32, false), (32, 16, true), (7, 31, false)] {
+                let (width, stride) = (2 * groups + 6, 40);
                 let narrow = |values: Vec<f32>| values.into_iter().map(bf16::narrow).collect::<Vec<_>>();
-                let (x, strip) = (narrow(numbers(1, rows * width)), narrow(numbers(2, 2 * groups * COLUMNS)));
-                let start = numbers(3, rows * COLUMNS);
-                let (bias, plus) = (narrow(numbers(4, COLUMNS)), narrow(numbers(5, rows * stride)));
-                let (mut kept, mut rounded) = (vec![f32::NAN; rows * COLUMNS], vec![bf16::NAN; rows * stride]);
+                let (x, strip) = (narrow(numbers(1, rows * width)), narrow(numbers(2, 2 * groups * SQUARE)));
+                let start = numbers(3, rows * SQUARE);
+                let (bias, plus) = (narrow(numbers(4, SQUARE)), narrow(numbers(5, rows * stride)));
+                let (mut kept, mut rounded) = (vec![f32::NAN; rows * SQUARE], vec![bf16::NAN; rows * stride]);
                 let of_x = Rows { first: x.as_ptr(), stride: width };
-                let of_start = begins.then_some(Rows { first: start.as_ptr(), stride: COLUMNS });
-                let into_kept = End::Kept(Rows { first: kept.as_mut_ptr(), stride: COLUMNS });
+                let of_start = begins.then_some(Rows { first: start.as_ptr(), stride: SQUARE });
+                let into_kept = End::Kept(Rows { first: kept.as_mut_ptr(), stride: SQUARE });
                 let into_rounded = End::Rounded {
                     out: Rows { first: rounded.as_mut_ptr(), stride },
                     columns,
@@ -417,11 +451,11 @@ mod tests {
                 }
                 for row in 0..rows {
                     for column in 0..columns {
-                        let begun = if begins { start[row * COLUMNS + column] } else { 0.0 };
-                        let place = |input: usize| (input / 2 * COLUMNS + column) * 2 + input % 2;
+                        let begun = if begins { start[row * SQUARE + column] } else { 0.0 };
+                        let place = |input: usize| (input / 2 * SQUARE + column) * 2 + input % 2;
                         let product = |input: usize| x[row * width + input].wide() * strip[place(input)].wide();
                         let sum = begun + (0..2 * groups).map(product).sum::<f32>();
-                        assert_eq!(kept[row * COLUMNS + column], sum, "{rows} × {groups} × {columns}: {row}, {column}");
+                        assert_eq!(kept[row * SQUARE + column], sum, "{rows} × {groups} × {columns}: {row}, {column}");
                         let added = bias[column].wide() + plus[row * stride + column].wide();
                         assert_eq!(rounded[row * stride + column], bf16::narrow(sum + added));
                     }

@@ -4,18 +4,18 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{COLUMNS, End, ROWS, Rows, Tile};
+use super::{BLOCK, COLUMNS, End, ROWS, Rows, Tile};
 use crate::kernels::Element;
 
 /// An element whose products these instructions compute.
 pub(super) trait Avx512: Element {
     /// Whether this CPU has the instructions.
     fn is_supported() -> bool;
-    /// A [`Tile`] of `R` rows and the first `C` · 16 columns.
+    /// A [`Tile`] of `R` rows and the first `C` · 16 columns of a strip that is `S` wide.
     ///
     /// # Safety
     /// As there, and [`Self::is_supported`].
-    unsafe fn tile<const R: usize, const C: usize>(
+    unsafe fn tile<const R: usize, const C: usize, const S: usize>(
         x: Rows<*const Self>,
         panel: *const Self,
         groups: usize,
@@ -37,7 +37,7 @@ macro_rules! avx512 {
                 $supported
             }
 
-            unsafe fn tile<const R: usize, const C: usize>(
+            unsafe fn tile<const R: usize, const C: usize, const S: usize>(
                 x: Rows<*const Self>,
                 panel: *const Self,
                 groups: usize,
@@ -45,7 +45,7 @@ macro_rules! avx512 {
                 end: End<Self>,
             ) {
                 #[target_feature(enable = $features)]
-                unsafe fn tile<const R: usize, const C: usize>(
+                unsafe fn tile<const R: usize, const C: usize, const S: usize>(
                     x: Rows<*const $element>,
                     panel: *const $element,
                     groups: usize,
@@ -62,7 +62,7 @@ macro_rules! avx512 {
                             }),
                         };
                         for group in 0..groups {
-                            let weights = panel.add(group * $group * COLUMNS);
+                            let weights = panel.add(group * $group * S);
                             let weights: [_; C] =
                                 std::array::from_fn(|part| $lanes::load(weights.add(16 * $group * part)));
                             for (row, sums) in sums.iter_mut().enumerate() {
@@ -98,7 +98,7 @@ macro_rules! avx512 {
                     }
                 }
                 // SAFETY: the caller keeps the contract, of which the CPU's instructions are part.
-                unsafe { tile::<R, C>(x, panel, groups, start, end) }
+                unsafe { tile::<R, C, S>(x, panel, groups, start, end) }
             }
 
             unsafe fn interleave(rows: Rows<*const Self>, columns: usize, out: *mut Self) {
@@ -121,6 +121,16 @@ avx512!(
 );
 avx512!(f32, 1, singles, "avx512f", std::is_x86_feature_detected!("avx512f"));
 
+/// [`super::Factor::strip`].
+pub(super) fn strip() -> usize {
+    COLUMNS
+}
+
+/// [`super::Factor::block`].
+pub(super) fn block(_: usize) -> usize {
+    BLOCK
+}
+
 /// [`super::Factor::tile`].
 pub(super) unsafe fn tile<E: Avx512>(
     rows: usize,
@@ -131,29 +141,29 @@ pub(super) unsafe fn tile<E: Avx512>(
     start: Option<Rows<*const f32>>,
     end: End<E>,
 ) -> usize {
-    let (count, tile) = of(rows, columns);
+    let (count, tile) = of::<E, COLUMNS>(rows, columns);
     // SAFETY: the caller keeps the contract.
     unsafe { tile(x, strip, groups, start, end) };
     count
 }
 
-/// The largest tile for at most so many rows, of which the first `columns` are wanted, and its rows.
-pub(super) fn of<E: Avx512>(rows: usize, columns: usize) -> (usize, Tile<E>) {
+/// The largest tile for at most so many rows, of which the first `columns` of a strip `S` wide are wanted, and its rows.
+pub(super) fn of<E: Avx512, const S: usize>(rows: usize, columns: usize) -> (usize, Tile<E>) {
     match columns <= COLUMNS / 2 {
-        true => of_rows::<E, 2>(rows),
-        false => of_rows::<E, 4>(rows),
+        true => of_rows::<E, 2, S>(rows),
+        false => of_rows::<E, 4, S>(rows),
     }
 }
 
-fn of_rows<E: Avx512, const C: usize>(rows: usize) -> (usize, Tile<E>) {
+fn of_rows<E: Avx512, const C: usize, const S: usize>(rows: usize) -> (usize, Tile<E>) {
     match rows {
-        1 => (1, E::tile::<1, C>),
-        2 => (2, E::tile::<2, C>),
-        3 => (3, E::tile::<3, C>),
-        4 => (4, E::tile::<4, C>),
-        5 => (5, E::tile::<5, C>),
-        12.. if C == 2 => (12, E::tile::<12, C>),
-        _ => (ROWS, E::tile::<ROWS, C>),
+        1 => (1, E::tile::<1, C, S>),
+        2 => (2, E::tile::<2, C, S>),
+        3 => (3, E::tile::<3, C, S>),
+        4 => (4, E::tile::<4, C, S>),
+        5 => (5, E::tile::<5, C, S>),
+        12.. if C == 2 => (12, E::tile::<12, C, S>),
+        _ => (ROWS, E::tile::<ROWS, C, S>),
     }
 }
 
