@@ -15,6 +15,7 @@ mod avx512;
 mod portable;
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -121,13 +122,16 @@ type Tile<E> = unsafe fn(Rows<*const E>, *const E, usize, Option<Rows<*const f32
 
 /// Products of one thread while it lives, between which nothing else multiplies: what they need of the processor is set up
 /// once. One within another changes nothing.
-pub(crate) struct Run(());
+pub(crate) struct Run(
+    /// It is of the thread that began it.
+    PhantomData<*const ()>,
+);
 
 impl Run {
     pub(crate) fn new() -> Self {
         #[cfg(target_arch = "x86_64")]
         amx::enter();
-        Self(())
+        Self(PhantomData)
     }
 }
 

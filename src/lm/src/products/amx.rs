@@ -130,10 +130,10 @@ unsafe fn all<U: Unit>(
     end: End<bf16>,
 ) -> usize {
     let (times, rest) = (groups / PAIRS, groups % PAIRS);
-    let mut rooms = [const { MaybeUninit::<[f32; SQUARE * SQUARE]>::uninit() }; 2];
+    let mut room = MaybeUninit::<[f32; SQUARE * SQUARE]>::uninit();
     let mut waiting: Option<Finish> = None;
     let mut unit = None;
-    for (square, first) in (0..rows).step_by(SQUARE).enumerate() {
+    for first in (0..rows).step_by(SQUARE) {
         let here = SQUARE.min(rows - first);
         if here < SQUARE {
             unit = None;
@@ -144,7 +144,7 @@ unsafe fn all<U: Unit>(
             let (x, end) = (x.from(first, 0), end.from(first));
             unit.begin(start.map(|rows| rows.from(first, 0)));
             unit.add(x, strip, times);
-            // Meanwhile, since tiles take long and few instructions.
+            // Meanwhile, since tiles take long and few instructions; and before the room is written again.
             if let Some(finish) = waiting.take() {
                 finish.run(U::rest);
             }
@@ -152,7 +152,7 @@ unsafe fn all<U: Unit>(
                 unit.end(rows);
                 continue;
             }
-            let sums = Rows { first: rooms[square % 2].as_mut_ptr().cast(), stride: SQUARE };
+            let sums = Rows { first: room.as_mut_ptr().cast(), stride: SQUARE };
             unit.end(sums);
             waiting = Some(Finish {
                 rows: here,
@@ -202,8 +202,8 @@ impl Finish {
 
 /// The processor's tile registers: 0 to 3 are the sums, 4 and 5 rows of inputs, 6 and 7 weights.
 ///
-/// Its functions leave values in the registers for each other. Code that is not compiled for AMX, as all here is, never
-/// touches them.
+/// Its functions leave values in the registers for each other, which the compiler is not told: it has no use for them in code
+/// that is not compiled for AMX, as none here is.
 struct Registers {
     has_second: bool,
 }

@@ -160,9 +160,9 @@ const SQUARE: usize = 4;
 pub(super) unsafe fn transpose(rows: Rows<*const i32>, count: usize, words: usize, out: *mut i32, width: usize) {
     for top in (0..count).step_by(SQUARE) {
         for left in (0..words).step_by(SQUARE) {
-            // SAFETY: by the caller's contract.
+            // SAFETY: by the caller's contract; a word of two bf16 may begin at any of them.
             let turn = |row: usize, word: usize| unsafe {
-                *out.add(word * width + row) = *rows.first.add(row * rows.stride + word);
+                out.add(word * width + row).write_unaligned(rows.first.add(row * rows.stride + word).read_unaligned());
             };
             match top + SQUARE <= count && left + SQUARE <= words {
                 true => (0..SQUARE * SQUARE).for_each(|at| turn(top + at % SQUARE, left + at / SQUARE)),
