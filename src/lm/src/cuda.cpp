@@ -8,6 +8,7 @@
 
 #include <cstring>
 #include <exception>
+#include <mutex>
 #include <tuple>
 
 namespace {
@@ -23,7 +24,7 @@ char *guarded(Work work) {
 }
 
 // While it lives, operations add up in the same order each time, as far as they know how. That is libtorch's switch for the
-// whole process; what it had been is put back.
+// whole process; what it had been is put back. One waits for another, so that none puts back what the other set.
 class InOneOrder {
  public:
   InOneOrder() {
@@ -36,6 +37,8 @@ class InOneOrder {
   }
 
  private:
+  static inline std::mutex only_one_;
+  const std::lock_guard<std::mutex> lock_{only_one_};
   at::Context &context_ = at::globalContext();
   const bool was_set_ = context_.deterministicAlgorithms();
   const bool only_warned_ = context_.deterministicAlgorithmsWarnOnly();
@@ -71,7 +74,7 @@ char *doppel_cached_attention(const at::Tensor *q, const at::Tensor *k, const at
   });
 }
 
-// `found`: gradients of q, k and v. The faster way, which libtorch takes by default, adds up those of q as threads come.
+// `found`: gradients of q, k and v. By default libtorch adds up those of q as threads come.
 char *doppel_causal_attention_backward(const at::Tensor *gradient, const at::Tensor *q, const at::Tensor *k,
                                        const at::Tensor *v, const at::Tensor *output, const at::Tensor *normaliser,
                                        const at::Tensor *offsets, int64_t longest, const at::Tensor *one,

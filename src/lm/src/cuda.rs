@@ -179,7 +179,8 @@ impl Filled {
     }
 
     /// What attention gives for a query of each row, `[rows, heads, head_dim]`, of keys and values
-    /// `[rows, capacity, key-value heads, head_dim]`. A row depends on no other, nor on how far any is filled.
+    /// `[rows, capacity, key-value heads, head_dim]`. A row depends on no other but by rounding, and by that on how many there
+    /// are and on the capacity.
     pub(crate) fn attend(&self, q: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor, LmError> {
         let (k, v) = (keys.f_flatten(0, 1)?, values.f_flatten(0, 1)?);
         let (queries, starts, lengths) = (raw(&self.queries), raw(&self.starts), raw(&self.lengths));
@@ -271,9 +272,12 @@ mod tests {
     #[test]
     fn cached_attention_sees_what_is_filled() {
         let Ok(compute) = Compute::resolve(DeviceChoice::Cuda, DtypeChoice::Bf16) else { return };
-        let (capacity, width, lengths) = (128, 64, [1i64, 65, 128, 17, 100]);
-        let rows = lengths.len() as i64;
-        for (heads, kv_heads) in [(4, 4), (8, 2)] {
+        // Where heads share keys, those of a large cache are dealt to several threads.
+        for (capacity, width, heads, kv_heads) in
+            [(128, 64, 4, 4), (128, 64, 8, 2), (1088, 64, 8, 2), (1088, 128, 4, 4)]
+        {
+            let lengths = [1i64, 65, capacity, 17, capacity - 28];
+            let rows = lengths.len() as i64;
             let value = |seed: usize, shape: &[i64]| wave(seed, shape).to_kind(Kind::BFloat16);
             let q = value(1, &[rows, heads, width]);
             let (keys, values) =

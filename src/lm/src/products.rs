@@ -1,8 +1,8 @@
 //! Matrix products on CPU, with weights packed as the instructions want them.
 //!
-//! A tile is six rows by 64 outputs with AVX-512, by 16 elsewhere, 32 by 32 with AMX, kept in registers while the inputs pass
-//! by. Every row of a tile is summed alone and in order of the inputs, so that it does not matter how rows are dealt into tiles: a row of a
-//! product is bit for bit the same whatever rows are beside it.
+//! A tile is six rows by 64 outputs with AVX-512, by 16 elsewhere, 32 by 32 with AMX, kept in registers while the inputs
+//! pass by. Every row of a tile is summed alone, in an order that follows from how many inputs there are, so that it does
+//! not matter how rows are dealt into tiles: a row of a product is bit for bit the same whatever rows are beside it.
 //!
 //! [`product`] takes a weight that was packed before, or packs it as it goes, which costs no memory and a twentieth of the
 //! time where there are hundreds of rows, as in training and embedding. [`Matrix`] is packed once, for sampling. One
@@ -33,7 +33,7 @@ pub(crate) const COLUMNS: usize = 64;
 /// Rows that one tile computes: with its columns, 24 of the 32 vector registers of AVX-512, or 12 of the 16 of AVX2. Where
 /// half of the columns are wanted, a tile of AVX-512 has twice the rows.
 const ROWS: usize = 6;
-/// [`Factor::block`] but for AMX.
+/// What [`Factor::block`] is, except with AMX.
 const BLOCK: usize = 16 * ROWS;
 /// Inputs that are multiplied at once: their part of a panel is a quarter of a megabyte, or half in float32.
 const DEPTH: usize = 2048;
@@ -120,8 +120,8 @@ pub(crate) trait Factor: Element {
 /// strip or as what is wanted.
 type Tile<E> = unsafe fn(Rows<*const E>, *const E, usize, Option<Rows<*const f32>>, End<E>);
 
-/// Products of one thread while it lives, between which nothing else multiplies: what they need of the processor is set up
-/// once. One within another changes nothing.
+/// Products of one thread: what they need of the processor is set up once. While it lives, nothing else on this thread
+/// may multiply, libtorch neither. One within another changes nothing.
 pub(crate) struct Run(
     /// It is of the thread that began it.
     PhantomData<*const ()>,

@@ -206,7 +206,7 @@ enum Seen {
 }
 
 impl Seen {
-    /// For tokens at `positions` `[rows]`, of which the last is the `longest`th.
+    /// For tokens at `positions` `[rows]`, of which the furthest is number `longest`, counted from 1.
     fn new(decoder: &Decoder, positions: &Tensor, longest: usize, capacity: usize) -> Result<Self, LmError> {
         let (config, compute) = (&decoder.config, decoder.compute);
         if cuda::has_attention(compute.device, compute.kind, config.head_dim) {
@@ -222,7 +222,8 @@ impl Seen {
         Ok(Self::Masked(reach, mask.f_expand([rows, config.kv_heads, group, reach], false)?))
     }
 
-    /// What attention gives for queries `[rows, heads, head_dim]`, of a layer's keys and values: as many numbers.
+    /// What attention gives for queries `[rows, heads, head_dim]`, of a layer's keys and values: row by row and head by head
+    /// in this order, with the heads in one dimension or, by groups that share keys, in two.
     fn attend(&self, q: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor, LmError> {
         let (reach, blocked) = match self {
             Self::Filled(filled) => return filled.attend(q, keys, values),

@@ -1,8 +1,8 @@
 //! The tile registers of AMX: sixteen rows of sixteen sums each, to which one instruction adds the products of 32 bf16
 //! inputs. A strip is as wide as two of them, so that its weights are read one line behind the other.
 //!
-//! Inputs that fill no instruction are left to AVX-512, and so is rounding. Which way an input is added depends on its
-//! place alone and not on how many rows there are.
+//! Inputs that fill no instruction are left to AVX-512, and so is rounding. Which way an input is added depends on its place
+//! and on how many inputs there are, and not on the rows; so more inputs, if only of zeros, can change a bit.
 
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
@@ -24,7 +24,7 @@ const PAIRS: usize = 16;
 const SQUARE: usize = 2 * SIDE;
 /// Bytes of rows that stay in the second cache while one panel after the other is multiplied by them: panels come from the
 /// third, which could not keep up with what multiplies so fast if each met few rows.
-const BLOCK: usize = 512 << 10;
+const BLOCK_BYTES: usize = 512 << 10;
 
 /// Whether this CPU has the instructions, and the kernel lets us use them.
 pub(crate) fn is_supported() -> bool {
@@ -60,7 +60,7 @@ pub(super) fn strip() -> usize {
 /// [`super::Factor::block`].
 pub(super) fn block(inputs: usize) -> usize {
     match is_supported() {
-        true => (BLOCK / (inputs * size_of::<bf16>()) / SQUARE).max(3) * SQUARE,
+        true => (BLOCK_BYTES / (inputs * size_of::<bf16>()) / SQUARE).max(3) * SQUARE,
         false => avx512::block(inputs),
     }
 }
@@ -91,10 +91,11 @@ pub(super) unsafe fn tile(
 
 /// What multiplies: a [`SQUARE`] of sums, of one row of registers or two.
 trait Unit {
-    /// For so many rows in each row of registers, at most [`SIDE`]; in the second there may be none.
+    /// For so many rows in each row of registers, at most [`SIDE`]; in the second there may be none, and are none unless the
+    /// first is full.
     ///
     /// # Safety
-    /// The CPU has what it takes.
+    /// The CPU has what it takes, a [`super::Run`] is alive, and no other of this thread is in use.
     unsafe fn new(rows: [usize; 2]) -> Self;
 
     /// Sums that begin with what is there, or with nothing.
@@ -103,7 +104,7 @@ trait Unit {
     /// These rows are there, 32 sums wide.
     unsafe fn begin(&mut self, start: Option<Rows<*const f32>>);
 
-    /// Adds the products of the rows with a strip of weights, [`PAIRS`] so many times.
+    /// Adds the products of the rows with a strip of weights, [`PAIRS`] so many times, which is once or more.
     ///
     /// # Safety
     /// The rows and the strip have so many inputs.
@@ -210,20 +211,20 @@ struct Registers {
 
 thread_local! {
     /// [`enter`]s of this thread that wait for [`leave`].
-    static DEPTH: Cell<usize> = const { Cell::new(0) };
+    static ENTERED: Cell<usize> = const { Cell::new(0) };
     /// What this thread's registers are laid out for, since the first of them: rows in each row of registers.
-    static ROWS: Cell<[usize; 2]> = const { Cell::new([0; 2]) };
+    static LAYOUT: Cell<[usize; 2]> = const { Cell::new([0; 2]) };
 }
 
 /// Until [`leave`], nothing else uses this thread's registers, so that they are laid out anew only for other rows.
 pub(super) fn enter() {
-    DEPTH.set(DEPTH.get() + 1);
+    ENTERED.set(ENTERED.get() + 1);
 }
 
 /// [`enter`]'s counterpart. The last empties the registers: threads without them are switched faster.
 pub(super) fn leave() {
-    DEPTH.set(DEPTH.get() - 1);
-    if DEPTH.get() == 0 && ROWS.replace([0; 2]) != [0; 2] {
+    ENTERED.set(ENTERED.get() - 1);
+    if ENTERED.get() == 0 && LAYOUT.replace([0; 2]) != [0; 2] {
         // SAFETY: whoever laid them out had the instructions.
         unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
     }
@@ -242,7 +243,7 @@ struct Layout {
 
 impl Unit for Registers {
     unsafe fn new([first, second]: [usize; 2]) -> Self {
-        if ROWS.replace([first, second]) == [first, second] {
+        if LAYOUT.replace([first, second]) == [first, second] {
             return Self { has_second: second > 0 };
         }
         let mut layout = Layout { palette: 1, start_row: 0, reserved: [0; 14], bytes: [0; 16], rows: [0; 16] };
