@@ -96,15 +96,7 @@ pub(crate) trait Factor: Element {
     ///
     /// # Safety
     /// As there; a [`Run`] is alive.
-    unsafe fn tile(
-        rows: usize,
-        columns: usize,
-        x: Rows<*const Self>,
-        strip: *const Self,
-        groups: usize,
-        start: Option<Rows<*const f32>>,
-        end: End<Self>,
-    ) -> usize;
+    unsafe fn tile(rows: usize, columns: usize, of: &Operands<Self>) -> usize;
     /// Puts `GROUP` rows of `columns` elements between each other: the first of each, then the second of each.
     ///
     /// # Safety
@@ -112,13 +104,39 @@ pub(crate) trait Factor: Element {
     unsafe fn interleave(rows: Rows<*const Self>, columns: usize, out: *mut Self);
 }
 
-/// `Σ x[row][i] · strip[i][column]` of some rows, over as many groups of inputs as is said, added to where the sums start if
-/// that is somewhere, to their end.
+/// Computes `Σ x[row][i] · strip[i][column]` of some rows.
 ///
 /// # Safety
 /// [`is_supported`]; there are rows of so many groups, and a strip of them; start and end have these rows, as wide as the
 /// strip or as what is wanted.
-type Tile<E> = unsafe fn(Rows<*const E>, *const E, usize, Option<Rows<*const f32>>, End<E>);
+type Tile<E> = unsafe fn(&Operands<E>);
+
+/// What tiles are computed of.
+#[derive(Clone, Copy)]
+pub(crate) struct Operands<E> {
+    x: Rows<*const E>,
+    strip: *const E,
+    /// Groups of inputs of each row and of the strip.
+    groups: usize,
+    /// What the sums begin with, unless it is nothing.
+    start: Option<Rows<*const f32>>,
+    end: End<E>,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<E: Copy> Operands<E> {
+    /// Those from one of the rows on.
+    ///
+    /// # Safety
+    /// It is there.
+    unsafe fn from(self, row: usize) -> Self {
+        // SAFETY: the caller says so.
+        unsafe {
+            let start = self.start.map(|rows| rows.from(row, 0));
+            Self { x: self.x.from(row, 0), start, end: self.end.from(row), ..self }
+        }
+    }
+}
 
 /// Products of one thread: what they need of the processor is set up once. While it lives, nothing else on this thread
 /// may multiply, libtorch neither. One within another changes nothing.
@@ -225,22 +243,14 @@ macro_rules! factor {
                 BLOCK
             }
 
-            unsafe fn tile(
-                rows: usize,
-                columns: usize,
-                x: Rows<*const Self>,
-                strip: *const Self,
-                groups: usize,
-                start: Option<Rows<*const f32>>,
-                end: End<Self>,
-            ) -> usize {
+            unsafe fn tile(rows: usize, columns: usize, of: &Operands<Self>) -> usize {
                 #[cfg(target_arch = "x86_64")]
                 if <Self as Avx512>::is_supported() {
                     // SAFETY: the caller keeps the contract.
-                    return unsafe { $widest::tile(rows, columns, x, strip, groups, start, end) };
+                    return unsafe { $widest::tile(rows, columns, of) };
                 }
                 // SAFETY: as above.
-                unsafe { portable::tile::<Self, $group>(rows, x, strip, groups, start, end) }
+                unsafe { portable::tile::<Self, $group>(rows, of) }
             }
 
             unsafe fn interleave(rows: Rows<*const Self>, columns: usize, out: *mut Self) {
@@ -498,8 +508,9 @@ pub(crate) fn multiply<E: Factor>(x: View<'_, E>, (panel, columns): (&[E], usize
         while row < x.rows {
             let values = Rows { first: x.values[row * x.stride..].as_ptr(), stride: x.stride };
             let (start, end) = sums.of_tile(row, first, wanted);
+            let of = Operands { x: values, strip: weights.as_ptr(), groups: x.width / E::GROUP, start, end };
             // SAFETY: instructions and lengths were checked above and by the view; a tile's rows end before its last.
-            row += unsafe { E::tile(x.rows - row, wanted, values, weights.as_ptr(), x.width / E::GROUP, start, end) };
+            row += unsafe { E::tile(x.rows - row, wanted, &of) };
         }
     }
 }
@@ -676,8 +687,7 @@ mod tests {
     }
 
     /// [`Factor::tile`].
-    type TileOf<E> =
-        unsafe fn(usize, usize, Rows<*const E>, *const E, usize, Option<Rows<*const f32>>, End<E>) -> usize;
+    type TileOf<E> = unsafe fn(usize, usize, &Operands<E>) -> usize;
 
     /// Tiles of the widest instructions and of any CPU's over one strip, with everything to begin from and to be added: what
     /// they keep and what they round.
@@ -709,10 +719,12 @@ mod tests {
                     let out = Rows { first: rounded[at..].as_mut_ptr(), stride: 70 };
                     let (bias, plus) = (Some(bias[first..].as_ptr()), Some(plus[at..].as_ptr()));
                     let end = End::Rounded { out, columns: wanted, bias, plus };
+                    let sums =
+                        Operands { x, strip: weights.as_ptr(), groups: GROUPS, start: None, end: End::Kept(kept) };
                     // SAFETY: the instructions are there (the caller asked), and so are the rows of what is given.
                     row += unsafe {
-                        tile(left, wanted, x, weights.as_ptr(), GROUPS, None, End::Kept(kept));
-                        tile(left, wanted, x, weights.as_ptr(), GROUPS, Some(start), end)
+                        tile(left, wanted, &sums);
+                        tile(left, wanted, &Operands { start: Some(start), end, ..sums })
                     };
                 }
             }
@@ -722,10 +734,8 @@ mod tests {
             let kept = kept.chunks(COLUMNS).flat_map(|row| row[..columns].to_vec());
             kept.chain(rounded.into_iter().map(E::wide)).collect()
         };
-        let of_any: TileOf<E> = |rows, _, x, strip, groups, start, end| {
-            // SAFETY: as above.
-            unsafe { portable::tile::<E, G>(rows, x, strip, groups, start, end) }
-        };
+        // SAFETY: as above.
+        let of_any: TileOf<E> = |rows, _, of| unsafe { portable::tile::<E, G>(rows, of) };
         [run(E::strip(), E::tile), run(portable::WIDTH, of_any)]
     }
 

@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use half::bf16;
 
 use super::avx512::{self, Avx512};
-use super::{End, Rows, Tile};
+use super::{End, Operands, Rows, Tile};
 
 /// Rows and outputs of a tile register.
 const SIDE: usize = 16;
@@ -66,25 +66,17 @@ pub(super) fn block(inputs: usize) -> usize {
 }
 
 /// [`super::Factor::tile`], after [`enter`].
-pub(super) unsafe fn tile(
-    rows: usize,
-    columns: usize,
-    x: Rows<*const bf16>,
-    strip: *const bf16,
-    groups: usize,
-    start: Option<Rows<*const f32>>,
-    end: End<bf16>,
-) -> usize {
+pub(super) unsafe fn tile(rows: usize, columns: usize, of: &Operands<bf16>) -> usize {
     // SAFETY: the caller keeps the contract.
     unsafe {
         if !is_supported() {
-            return avx512::tile(rows, columns, x, strip, groups, start, end);
+            return avx512::tile(rows, columns, of);
         }
-        if groups >= PAIRS {
-            return all::<Registers>(rows, columns, x, strip, groups, start, end);
+        if of.groups >= PAIRS {
+            return all::<Registers>(rows, columns, of);
         }
         let (count, tile) = Registers::rest(rows, columns);
-        tile(x, strip, groups, start, end);
+        tile(of);
         count
     }
 }
@@ -121,16 +113,8 @@ trait Unit {
 }
 
 /// [`super::Factor::tile`] of all rows at once.
-unsafe fn all<U: Unit>(
-    rows: usize,
-    columns: usize,
-    x: Rows<*const bf16>,
-    strip: *const bf16,
-    groups: usize,
-    start: Option<Rows<*const f32>>,
-    end: End<bf16>,
-) -> usize {
-    let (times, rest) = (groups / PAIRS, groups % PAIRS);
+unsafe fn all<U: Unit>(rows: usize, columns: usize, of: &Operands<bf16>) -> usize {
+    let (times, rest) = (of.groups / PAIRS, of.groups % PAIRS);
     let mut room = MaybeUninit::<[f32; SQUARE * SQUARE]>::uninit();
     let mut waiting: Option<Finish> = None;
     let mut unit = None;
@@ -142,28 +126,27 @@ unsafe fn all<U: Unit>(
         // SAFETY: the caller's rows, from these on; a whole strip is there, and a room has a square.
         unsafe {
             let unit = unit.get_or_insert_with(|| U::new([here.min(SIDE), here.saturating_sub(SIDE)]));
-            let (x, end) = (x.from(first, 0), end.from(first));
-            unit.begin(start.map(|rows| rows.from(first, 0)));
-            unit.add(x, strip, times);
+            let of = of.from(first);
+            unit.begin(of.start);
+            unit.add(of.x, of.strip, times);
             // Meanwhile, since tiles take long and few instructions; and before the room is written again.
             if let Some(finish) = waiting.take() {
                 finish.run(U::rest);
             }
-            if let (End::Kept(rows), 0) = (end, rest) {
+            if let (End::Kept(rows), 0) = (of.end, rest) {
                 unit.end(rows);
                 continue;
             }
             let sums = Rows { first: room.as_mut_ptr().cast(), stride: SQUARE };
             unit.end(sums);
-            waiting = Some(Finish {
-                rows: here,
-                columns,
-                x: x.from(0, 2 * PAIRS * times),
-                strip: strip.add(2 * PAIRS * times * SQUARE),
-                rest,
-                sums: sums.read(),
-                end,
-            });
+            let left = Operands {
+                x: of.x.from(0, 2 * PAIRS * times),
+                strip: of.strip.add(2 * PAIRS * times * SQUARE),
+                groups: rest,
+                start: Some(sums.read()),
+                end: of.end,
+            };
+            waiting = Some(Finish { rows: here, columns, left });
         }
     }
     if let Some(finish) = waiting {
@@ -177,25 +160,20 @@ unsafe fn all<U: Unit>(
 struct Finish {
     rows: usize,
     columns: usize,
-    /// The inputs that filled no instruction, and their weights.
-    x: Rows<*const bf16>,
-    strip: *const bf16,
-    /// Pairs of them.
-    rest: usize,
-    sums: Rows<*const f32>,
-    end: End<bf16>,
+    /// The inputs that filled no instruction, their weights, and the sums of the others.
+    left: Operands<bf16>,
 }
 
 impl Finish {
     /// # Safety
     /// As a [`Tile`].
     unsafe fn run(self, of: fn(usize, usize) -> (usize, Tile<bf16>)) {
-        let Self { rows, columns, x, strip, rest, sums, end } = self;
+        let Self { rows, columns, left } = self;
         let mut row = 0;
         while row < rows {
             let (count, tile) = of(rows - row, columns);
             // SAFETY: the caller keeps the contract.
-            unsafe { tile(x.from(row, 0), strip, rest, Some(sums.from(row, 0)), end.from(row)) };
+            unsafe { tile(&left.from(row)) };
             row += count;
         }
     }
@@ -334,7 +312,7 @@ impl Unit for Registers {
     }
 
     fn rest(rows: usize, columns: usize) -> (usize, Tile<bf16>) {
-        avx512::of::<bf16, SQUARE>(rows, columns)
+        avx512::largest::<bf16, SQUARE>(rows, columns)
     }
 }
 
@@ -394,13 +372,8 @@ mod tests {
     }
 
     /// A [`Tile`] of one row.
-    unsafe fn row(
-        x: Rows<*const bf16>,
-        strip: *const bf16,
-        groups: usize,
-        start: Option<Rows<*const f32>>,
-        end: End<bf16>,
-    ) {
+    unsafe fn row(of: &Operands<bf16>) {
+        let Operands { x, strip, groups, start, end } = *of;
         // SAFETY: the caller's rows.
         let sum = |column: usize| unsafe {
             let start = start.map_or(0.0, |rows| *rows.first.add(column));
@@ -436,8 +409,6 @@ mod tests {
                 let start = numbers(3, rows * SQUARE);
                 let (bias, plus) = (narrow(numbers(4, SQUARE)), narrow(numbers(5, rows * stride)));
                 let (mut kept, mut rounded) = (vec![f32::NAN; rows * SQUARE], vec![bf16::NAN; rows * stride]);
-                let of_x = Rows { first: x.as_ptr(), stride: width };
-                let of_start = begins.then_some(Rows { first: start.as_ptr(), stride: SQUARE });
                 let into_kept = End::Kept(Rows { first: kept.as_mut_ptr(), stride: SQUARE });
                 let into_rounded = End::Rounded {
                     out: Rows { first: rounded.as_mut_ptr(), stride },
@@ -445,9 +416,16 @@ mod tests {
                     bias: Some(bias.as_ptr()),
                     plus: Some(plus.as_ptr()),
                 };
+                let of = Operands {
+                    x: Rows { first: x.as_ptr(), stride: width },
+                    strip: strip.as_ptr(),
+                    groups,
+                    start: begins.then_some(Rows { first: start.as_ptr(), stride: SQUARE }),
+                    end: into_kept,
+                };
                 for end in [into_kept, into_rounded] {
                     // SAFETY: arrays need no instructions; rows, strip and room are there.
-                    let done = unsafe { all::<Arrays>(rows, columns, of_x, strip.as_ptr(), groups, of_start, end) };
+                    let done = unsafe { all::<Arrays>(rows, columns, &Operands { end, ..of }) };
                     assert_eq!(done, rows);
                 }
                 for row in 0..rows {

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{BLOCK, COLUMNS, End, ROWS, Rows, Tile};
+use super::{BLOCK, COLUMNS, End, Operands, ROWS, Rows, Tile};
 use crate::kernels::Element;
 
 /// An element whose products these instructions compute.
@@ -15,13 +15,7 @@ pub(super) trait Avx512: Element {
     ///
     /// # Safety
     /// As there, and [`Self::is_supported`].
-    unsafe fn tile<const R: usize, const C: usize, const S: usize>(
-        x: Rows<*const Self>,
-        panel: *const Self,
-        groups: usize,
-        start: Option<Rows<*const f32>>,
-        end: End<Self>,
-    );
+    unsafe fn tile<const R: usize, const C: usize, const S: usize>(of: &Operands<Self>);
     /// [`super::Factor::interleave`].
     ///
     /// # Safety
@@ -37,21 +31,10 @@ macro_rules! avx512 {
                 $supported
             }
 
-            unsafe fn tile<const R: usize, const C: usize, const S: usize>(
-                x: Rows<*const Self>,
-                panel: *const Self,
-                groups: usize,
-                start: Option<Rows<*const f32>>,
-                end: End<Self>,
-            ) {
+            unsafe fn tile<const R: usize, const C: usize, const S: usize>(of: &Operands<Self>) {
                 #[target_feature(enable = $features)]
-                unsafe fn tile<const R: usize, const C: usize, const S: usize>(
-                    x: Rows<*const $element>,
-                    panel: *const $element,
-                    groups: usize,
-                    start: Option<Rows<*const f32>>,
-                    end: End<$element>,
-                ) {
+                unsafe fn tile<const R: usize, const C: usize, const S: usize>(of: &Operands<$element>) {
+                    let Operands { x, strip, groups, start, end } = *of;
                     // SAFETY: the pointers are good for these offsets by the contract of `Avx512::tile`.
                     unsafe {
                         let mut sums = match start {
@@ -62,7 +45,7 @@ macro_rules! avx512 {
                             }),
                         };
                         for group in 0..groups {
-                            let weights = panel.add(group * $group * S);
+                            let weights = strip.add(group * $group * S);
                             let weights: [_; C] =
                                 std::array::from_fn(|part| $lanes::load(weights.add(16 * $group * part)));
                             for (row, sums) in sums.iter_mut().enumerate() {
@@ -98,7 +81,7 @@ macro_rules! avx512 {
                     }
                 }
                 // SAFETY: the caller keeps the contract, of which the CPU's instructions are part.
-                unsafe { tile::<R, C, S>(x, panel, groups, start, end) }
+                unsafe { tile::<R, C, S>(of) }
             }
 
             unsafe fn interleave(rows: Rows<*const Self>, columns: usize, out: *mut Self) {
@@ -132,23 +115,15 @@ pub(super) fn block(_: usize) -> usize {
 }
 
 /// [`super::Factor::tile`].
-pub(super) unsafe fn tile<E: Avx512>(
-    rows: usize,
-    columns: usize,
-    x: Rows<*const E>,
-    strip: *const E,
-    groups: usize,
-    start: Option<Rows<*const f32>>,
-    end: End<E>,
-) -> usize {
-    let (count, tile) = of::<E, COLUMNS>(rows, columns);
+pub(super) unsafe fn tile<E: Avx512>(rows: usize, columns: usize, of: &Operands<E>) -> usize {
+    let (count, tile) = largest::<E, COLUMNS>(rows, columns);
     // SAFETY: the caller keeps the contract.
-    unsafe { tile(x, strip, groups, start, end) };
+    unsafe { tile(of) };
     count
 }
 
 /// The largest tile for at most so many rows, of which the first `columns` of a strip `S` wide are wanted, and its rows.
-pub(super) fn of<E: Avx512, const S: usize>(rows: usize, columns: usize) -> (usize, Tile<E>) {
+pub(super) fn largest<E: Avx512, const S: usize>(rows: usize, columns: usize) -> (usize, Tile<E>) {
     match columns <= COLUMNS / 2 {
         true => of_rows::<E, 2, S>(rows),
         false => of_rows::<E, 4, S>(rows),

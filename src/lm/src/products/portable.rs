@@ -3,7 +3,7 @@
 
 use half::bf16;
 
-use super::{End, ROWS, Rows, Tile};
+use super::{End, Operands, ROWS, Rows, Tile};
 use crate::kernels::Element;
 
 /// Outputs of a tile: with [`ROWS`], twelve of AVX2's sixteen vector registers.
@@ -30,14 +30,7 @@ impl Split<2> for bf16 {
 }
 
 /// [`super::Factor::tile`].
-pub(super) unsafe fn tile<E: Split<G>, const G: usize>(
-    rows: usize,
-    x: Rows<*const E>,
-    strip: *const E,
-    groups: usize,
-    start: Option<Rows<*const f32>>,
-    end: End<E>,
-) -> usize {
+pub(super) unsafe fn tile<E: Split<G>, const G: usize>(rows: usize, of: &Operands<E>) -> usize {
     let (count, tile): (usize, Tile<E>) = match rows {
         1 => (1, sums::<E, 1, G>),
         2 => (2, sums::<E, 2, G>),
@@ -47,7 +40,7 @@ pub(super) unsafe fn tile<E: Split<G>, const G: usize>(
         _ => (ROWS, sums::<E, ROWS, G>),
     };
     // SAFETY: the caller keeps the contract.
-    unsafe { tile(x, strip, groups, start, end) };
+    unsafe { tile(of) };
     count
 }
 
@@ -56,13 +49,8 @@ pub(super) unsafe fn tile<E: Split<G>, const G: usize>(
 /// # Safety
 /// As there; the CPU has the instructions.
 #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma"))]
-unsafe fn sums<E: Split<G>, const R: usize, const G: usize>(
-    x: Rows<*const E>,
-    strip: *const E,
-    groups: usize,
-    start: Option<Rows<*const f32>>,
-    end: End<E>,
-) {
+unsafe fn sums<E: Split<G>, const R: usize, const G: usize>(of: &Operands<E>) {
+    let Operands { x, strip, groups, start, end } = *of;
     // SAFETY: the pointers are good for these offsets by the caller's contract.
     unsafe {
         let mut sums = match start {
