@@ -18,9 +18,9 @@ pub mod pca;
 pub mod provenance;
 pub mod publish;
 pub mod resample;
+mod run;
 pub mod space;
-mod stages;
 
 pub use config::{Args, Config};
 pub use error::VoteError;
-pub use stages::run;
+pub use run::run;
