@@ -80,6 +80,18 @@ fn stages_without_a_mechanism_cannot_reach_one() {
 }
 
 #[test]
+fn stages_of_the_release_zone_do_not_name_the_private_root() {
+    for folder in ["src/synthesize/src", "src/query/src"] {
+        for path in repository::files(folder, "rs") {
+            let source = repository::read(&path);
+            for name in ["PrivateRoot", "private_root"] {
+                assert!(!source.contains(name), "{}: {name}", path.display());
+            }
+        }
+    }
+}
+
+#[test]
 fn nothing_of_the_product_rests_on_the_audit() {
     for package in OURS {
         check(package, &["doppel-audit"]);
@@ -142,7 +154,7 @@ const TOLD: [(&str, &str, &str); 6] = [
     ),
     ("src/train/src/run.rs", r#"Progress::public("train without privacy", "steps", steps)"#, "the steps are a setting"),
     (
-        "src/vote/src/stages.rs",
+        "src/vote/src/run.rs",
         r#"info!(components = pca.output_columns(), iterations = clustering.iterations, inertia = clustering.inertia,
             "clustered")"#,
         "clusters are made from public vectors alone",

@@ -1,7 +1,6 @@
 //! The whole pipeline on models of a few thousand weights: what a user of the command line sees from end to end.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -11,87 +10,48 @@ use arrow::datatypes::{DataType, Field, Schema};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use lake::{AppTransaction, PrivateRoot, ReleaseRoot, StorageOptions, Zone};
 use scenarios::binaries::{self, Ran};
+use scenarios::lakes::command;
 use scenarios::otlp::Collector;
-use scenarios::{conversations, models};
+use scenarios::tiny::{RUN, SAMPLES, Workplace, with};
 use serde_json::{Value, json};
 
-const RUN: &str = "tiny";
-const COUNT: usize = 60;
+const LAKE: &str = "lake";
+/// Rows to select.
 const TARGET: usize = 20;
 
-/// A folder with conversations, models and the two roots.
-struct Workplace {
-    folder: tempfile::TempDir,
+/// A place with one lake, and the commands of its stages.
+struct Pipeline {
+    place: Workplace,
 }
 
-impl Workplace {
+impl Pipeline {
     fn new() -> Self {
-        let place = Self { folder: tempfile::tempdir().expect("a temporary folder") };
-        conversations::write(&place.path("conversations.json"), 300).expect("conversations are written");
-        models::write_llama(&place.path("llama"), 1).expect("a model is written");
-        models::write_bert(&place.path("bert"), 2).expect("an encoder is written");
-        place
+        Self { place: Workplace::new() }
     }
 
+    /// A path in the lake.
     fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    /// `doppel-STAGE` with the roots that the stage takes.
-    fn stage(&self, stage: &str) -> Command {
-        let mut command = binaries::command(&format!("doppel-{stage}"));
-        command.arg("--release").arg(self.path("release"));
-        if !matches!(stage, "synthesize" | "query") {
-            command.arg("--private").arg(self.path("private"));
-        }
-        if stage != "query" {
-            command.args(["--run", RUN]);
-        }
-        command
+        self.place.path(LAKE).join(name)
     }
 
     fn set_budget(&self, epsilon: &str) {
-        let mut command = binaries::command("doppel");
-        command.args(["budget", "set", "--corpus", "chats", "--delta", "1e-5", "--epsilon", epsilon]);
-        binaries::run(command.arg("--private").arg(self.path("private")), 0);
+        binaries::run(&mut command(&self.place.budget(LAKE, epsilon)), 0);
     }
 
     fn partition(&self) -> Command {
-        let mut command = self.stage("partition");
-        command.arg("--input").arg(self.path("conversations.json")).args(["--corpus", "chats"]);
-        command.args(["--shape", "sharegpt", "--unit-column", "id", "--unit-rule", "prefix:_"]);
-        command.args(["--language", "any", "--dedup", "exact"]);
-        command
+        command(&self.place.partition(LAKE))
     }
 
     fn train(&self) -> Command {
-        let mut command = self.stage("train");
-        command.args(["--corpus", "chats", "--model"]).arg(self.path("llama"));
-        command.args(["--rank", "2", "--targets", "q,v", "--learning-rate", "1e-2", "--steps", "2"]);
-        command.args(["--expected-batch-size", "40", "--records", "200", "--noise-multiplier", "1.0"]);
-        command.args(["--block-length", "64", "--dtype", "f32", "--device", "cpu"]);
-        command
+        command(&self.place.train(LAKE))
     }
 
     fn synthesize(&self, shard: &str) -> Command {
-        let mut command = self.stage("synthesize");
-        command.arg("--model").arg(self.path("llama")).args(["--adapter-run", RUN, "--shard", shard]);
-        command.args(["--count", &COUNT.to_string(), "--max-new-tokens", "24", "--seed", "5"]);
-        command.args(["--dtype", "f32", "--device", "cpu"]);
-        command
-    }
-
-    fn embed(&self, of: &[&str]) -> Command {
-        let mut command = self.stage("embed");
-        command.arg("--encoder").arg(self.path("bert")).args(["--dtype", "f32", "--device", "cpu", "--of"]).args(of);
-        command
+        command(&self.place.synthesize(LAKE, &format!("--adapter-run={RUN} --shard={shard}")))
     }
 
     fn vote(&self) -> Command {
-        let mut command = self.stage("vote");
-        command.args(["--corpus", "chats", "--clusters", "4", "--iterations", "10", "--restarts", "2"]);
-        command.args(["--sigma", "5", "--target", &TARGET.to_string(), "--delta", "1e-5"]);
-        command
+        command(&self.place.vote(LAKE))
     }
 
     /// All stages in order, as `(what, command)`.
@@ -101,15 +61,20 @@ impl Workplace {
             ("train", self.train()),
             ("synthesize 0/2", self.synthesize("0/2")),
             ("synthesize 1/2", self.synthesize("1/2")),
-            ("embed the synthetic", self.embed(&["synthetic"])),
-            ("embed the corpus", self.embed(&["corpus", "--corpus", "chats"])),
+            ("embed the synthetic", command(&self.place.embed(LAKE, "--of=synthetic"))),
+            ("embed the corpus", command(&self.place.embed_corpus(LAKE))),
             ("vote", self.vote()),
         ]
     }
 
-    fn query(&self, sql: &str) -> Value {
-        let mut command = self.stage("query");
-        binaries::run(command.args(["--run", RUN, "--output", "json", sql]), 0).json()
+    fn query(&self, sql: &str) -> Command {
+        let mut query = command(&format!("doppel-query --run={RUN} --release={}", self.place.release(LAKE)));
+        query.args(["--output=json", sql]);
+        query
+    }
+
+    fn rows(&self, sql: &str) -> Value {
+        binaries::run(&mut self.query(sql), 0).json()
     }
 
     /// A table with nothing but ids and texts in the release zone.
@@ -129,7 +94,7 @@ impl Workplace {
     }
 
     fn count(&self, table: &str) -> u64 {
-        self.query(&format!("SELECT count(*) AS n FROM {table}"))[0]["n"].as_u64().expect("a count")
+        self.rows(&format!("SELECT count(*) AS n FROM {table}"))[0]["n"].as_u64().expect("a count")
     }
 }
 
@@ -156,19 +121,19 @@ fn refused(command: &mut Command, exit_code: i32, expected: &str) -> Ran {
 
 #[test]
 fn from_conversations_to_selected_rows_and_again_for_nothing() {
-    let place = Workplace::new();
-    place.set_budget("50");
-    for (_, mut command) in place.stages() {
+    let pipeline = Pipeline::new();
+    pipeline.set_budget("50");
+    for (_, mut command) in pipeline.stages() {
         binaries::run(&mut command, 0);
     }
 
-    assert_eq!(place.count("synthetic"), COUNT as u64);
-    assert_eq!(place.count("embeddings"), COUNT as u64);
-    assert_eq!(place.count("clusters"), COUNT as u64);
-    assert_eq!(place.count("histogram"), 4);
-    let selected = place.count("selected");
+    assert_eq!(pipeline.count("synthetic"), SAMPLES as u64);
+    assert_eq!(pipeline.count("embeddings"), SAMPLES as u64);
+    assert_eq!(pipeline.count("clusters"), SAMPLES as u64);
+    assert_eq!(pipeline.count("histogram"), 4);
+    let selected = pipeline.count("selected");
     assert!((1..=TARGET as u64).contains(&selected), "{selected} selected");
-    let mechanisms = place.query("SELECT DISTINCT mechanism, epsilon > 0 AS spent FROM releases ORDER BY mechanism");
+    let mechanisms = pipeline.rows("SELECT DISTINCT mechanism, epsilon > 0 AS spent FROM releases ORDER BY mechanism");
     assert_eq!(
         mechanisms,
         json!([
@@ -177,11 +142,11 @@ fn from_conversations_to_selected_rows_and_again_for_nothing() {
         ])
     );
 
-    let before = (contents(&place.path("private")), contents(&place.path("release")));
-    for (_, mut command) in place.stages() {
+    let before = (contents(&pipeline.path("private")), contents(&pipeline.path("release")));
+    for (_, mut command) in pipeline.stages() {
         binaries::run(&mut command, 0);
     }
-    let after = (contents(&place.path("private")), contents(&place.path("release")));
+    let after = (contents(&pipeline.path("private")), contents(&pipeline.path("release")));
     assert!(before == after, "running every stage again changed a file");
 }
 
@@ -267,8 +232,8 @@ fn words(text: &str) -> impl Iterator<Item = &str> {
 
 /// Words that nothing outside the private zone may say: ids and numbers of records and units, losses, the noise key,
 /// digests of what is private.
-async fn private_words(place: &Workplace) -> BTreeSet<String> {
-    let folder = place.path("private");
+async fn private_words(pipeline: &Pipeline) -> BTreeSet<String> {
+    let folder = pipeline.path("private");
     let private = PrivateRoot::open(&folder.display().to_string(), &StorageOptions::default()).await.expect("a root");
     let mut found = BTreeSet::new();
     for column in columns(&private, &folder).await {
@@ -303,17 +268,18 @@ fn says_nothing_private(what: &str, text: &str, private: &BTreeSet<String>) {
 
 #[test]
 fn nothing_private_reaches_the_release_zone_the_output_the_log_or_the_telemetry() {
-    let place = Workplace::new();
-    std::fs::write(place.path("conversations.json"), marked_conversations().to_string()).expect("conversations");
+    let pipeline = Pipeline::new();
+    std::fs::write(pipeline.place.path("conversations.json"), marked_conversations().to_string())
+        .expect("conversations");
     // A fixed key makes every run draw the same, so that this test cannot fail by chance.
-    std::fs::create_dir_all(place.path("private/keys")).expect("a folder");
-    std::fs::write(place.path("private/keys/noise.key"), format!("{}\n", "4".repeat(64))).expect("a key");
-    place.set_budget("50");
+    std::fs::create_dir_all(pipeline.path("private/keys")).expect("a folder");
+    std::fs::write(pipeline.path("private/keys/noise.key"), format!("{}\n", "4".repeat(64))).expect("a key");
+    pipeline.set_budget("50");
     let collector = Collector::start().expect("a collector");
     let mut printed = Vec::new();
     // The second round finds everything done, and tells so.
     for format in ["text", "json"] {
-        for (what, mut command) in place.stages() {
+        for (what, mut command) in pipeline.stages() {
             if what == "partition" {
                 command.args(["--max-per-unit", "2"]);
             }
@@ -324,13 +290,12 @@ fn nothing_private_reaches_the_release_zone_the_output_the_log_or_the_telemetry(
             printed.extend([(what, ran.stdout), (what, ran.stderr)]);
         }
     }
-    let mut query = place.stage("query");
-    query.args(["--run", RUN, "-vvv", "--log-format", "json", "--output", "json", "SELECT * FROM clusters"]);
-    let ran = binaries::run(query.envs(collector.env()), 0);
+    let mut query = pipeline.query("SELECT * FROM clusters");
+    let ran = binaries::run(query.args(["-vvv", "--log-format", "json"]).envs(collector.env()), 0);
     printed.extend([("query", ran.stdout), ("query", ran.stderr)]);
 
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    let private = runtime.block_on(private_words(&place));
+    let private = runtime.block_on(private_words(&pipeline));
     for known in [MARKED_UNITS.to_string(), "4".repeat(64), format!("{}7", MARKS[1])] {
         assert!(private.contains(&known), "{known} is no secret of this run");
     }
@@ -346,7 +311,7 @@ fn nothing_private_reaches_the_release_zone_the_output_the_log_or_the_telemetry(
     assert!(collector.metrics().iter().any(|metric| metric.name == "doppel.rows" && metric.sum > 0.0));
     says_nothing_private("telemetry", &collector.text(), &private);
 
-    let folder = place.path("release");
+    let folder = pipeline.path("release");
     for (path, content) in contents(&folder) {
         says_nothing_private(&path.display().to_string(), &told_by_file(&path, &content), &private);
         let holds = |mark: &str| content.windows(mark.len()).any(|window| window == mark.as_bytes());
@@ -368,16 +333,16 @@ fn nothing_private_reaches_the_release_zone_the_output_the_log_or_the_telemetry(
 
 #[test]
 fn other_candidates_are_embedded_and_voted_on_in_place_of_sampled_texts() {
-    let place = Workplace::new();
-    place.set_budget("50");
+    let pipeline = Pipeline::new();
+    pipeline.set_budget("50");
     let texts: BTreeMap<String, String> =
         (0..80).map(|row| (format!("flan-{row}"), format!("Premise {row}: {}.", "no ".repeat(row % 17)))).collect();
-    place.write_texts("candidates/flan", &texts);
-    binaries::run(&mut place.partition(), 0);
-    binaries::run(&mut place.embed(&["corpus", "--corpus", "chats"]), 0);
-    binaries::run(&mut place.embed(&["synthetic", "--table", "candidates/flan"]), 0);
-    binaries::run(place.vote().args(["--candidates", "candidates/flan"]), 0);
-    let selected = place.query("SELECT id, text FROM selected");
+    pipeline.write_texts("candidates/flan", &texts);
+    binaries::run(&mut pipeline.partition(), 0);
+    binaries::run(&mut command(&pipeline.place.embed_corpus(LAKE)), 0);
+    binaries::run(&mut command(&pipeline.place.embed(LAKE, "--of=synthetic --table=candidates/flan")), 0);
+    binaries::run(pipeline.vote().args(["--candidates", "candidates/flan"]), 0);
+    let selected = pipeline.rows("SELECT id, text FROM selected");
     let selected = selected.as_array().expect("rows");
     assert!((1..=TARGET).contains(&selected.len()), "{} selected", selected.len());
     for row in selected {
@@ -388,39 +353,37 @@ fn other_candidates_are_embedded_and_voted_on_in_place_of_sampled_texts() {
 
 #[test]
 fn a_run_id_means_one_thing() {
-    let place = Workplace::new();
-    place.set_budget("50");
-    binaries::run(&mut place.partition(), 0);
-    binaries::run(&mut place.train(), 0);
-    refused(place.train().args(["--seed", "9"]), 2, "seed");
-    refused(place.partition().args(["--max-per-unit", "2"]), 2, "max_per_unit");
+    let pipeline = Pipeline::new();
+    pipeline.set_budget("50");
+    binaries::run(&mut pipeline.partition(), 0);
+    binaries::run(&mut pipeline.train(), 0);
+    refused(pipeline.train().args(["--seed", "9"]), 2, "seed");
+    refused(pipeline.partition().args(["--max-per-unit", "2"]), 2, "max_per_unit");
 }
 
 #[test]
 fn training_beyond_the_budget_is_refused_before_it_reads() {
-    let place = Workplace::new();
-    binaries::run(&mut place.partition(), 0);
-    refused(&mut place.train(), 2, "budget");
-    place.set_budget("0.5");
+    let pipeline = Pipeline::new();
+    binaries::run(&mut pipeline.partition(), 0);
+    refused(&mut pipeline.train(), 2, "budget");
+    pipeline.set_budget("0.5");
     // Without the records, only a stage that does not read them can say that the budget does not suffice.
-    let corpus = place.path("private/corpora/chats");
+    let corpus = pipeline.path("private/corpora/chats");
     let rows = contents(&corpus).into_iter().filter(|(path, _)| path.extension().is_some_and(|end| end == "parquet"));
     rows.for_each(|(path, _)| std::fs::remove_file(path).expect("a data file"));
-    refused(&mut place.train(), 4, "help:");
-    assert!(!place.path("release/runs").exists(), "a refused run left something");
+    refused(&mut pipeline.train(), 4, "help:");
+    assert!(!pipeline.path("release/runs").exists(), "a refused run left something");
 }
 
 #[test]
 fn of_two_trainings_that_race_for_the_last_of_a_budget_one_wins() {
-    let place = Workplace::new();
+    let pipeline = Pipeline::new();
     // One spends 2.93, two 3.61.
-    place.set_budget("3.2");
-    binaries::run(&mut place.partition(), 0);
+    pipeline.set_budget("3.2");
+    binaries::run(&mut pipeline.partition(), 0);
     let start = |run: &str| {
-        let train = place.train();
-        let arguments = train.get_args().map(|argument| if argument == RUN { OsStr::new(run) } else { argument });
-        let mut command = binaries::command("doppel-train");
-        command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut command = command(&with(&pipeline.place.train(LAKE), &format!("--run={RUN}"), &format!("--run={run}")));
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().expect("doppel-train starts")
     };
     let racers = [start("one"), start("two")];

@@ -4,89 +4,48 @@
 #![allow(clippy::print_stdout)]
 
 use std::net::TcpListener;
-use std::path::PathBuf;
 use std::process::Command;
 
 use lake::{PrivateRoot, StorageOptions, Zone};
 use scenarios::binaries::{self, Ran};
+use scenarios::conversations;
+use scenarios::lakes::command;
 use scenarios::s3::{self, Key, PRIVATE_BUCKET, RELEASE_BUCKET, S3};
-use scenarios::{conversations, models};
+use scenarios::tiny::{CONVERSATIONS, RUN, SAMPLES, Workplace, with};
 
-const RUN: &str = "tiny";
+const LAKE: &str = "s3:lake";
 const RAW: &str = "raw/conversations.json";
 
-/// Conversations and models on this machine, and the roots wherever `environment` leads.
-struct Place {
-    folder: tempfile::TempDir,
+/// Partition of an object in the private bucket.
+fn partition(place: &Workplace, input: &str) -> Command {
+    command(&with(&place.partition(LAKE), &local(place), input))
 }
 
-impl Place {
-    fn new() -> Self {
-        let place = Self { folder: tempfile::tempdir().expect("a temporary folder") };
-        conversations::write(&place.path("conversations.json"), 120).expect("conversations are written");
-        models::write_llama(&place.path("llama"), 1).expect("a model is written");
-        models::write_bert(&place.path("bert"), 2).expect("an encoder is written");
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn partition(&self, run: &str, input: &str) -> Command {
-        let mut command = stage("partition", &["--run", run, "--private", &private(), "--corpus", run]);
-        command.args(["--input", input, "--unit-rule", "prefix:_", "--language", "any", "--dedup", "exact"]);
-        command
-    }
-
-    fn train(&self) -> Command {
-        let mut command = stage("train", &["--run", RUN, "--private", &private(), "--release", &release()]);
-        command.args(["--corpus", RUN, "--model"]).arg(self.path("llama"));
-        command.args(["--rank", "2", "--targets", "q,v", "--steps", "1", "--expected-batch-size", "20"]);
-        command.args(["--records", "100", "--noise-multiplier", "1.0", "--block-length", "32"]);
-        command.args(["--dtype", "f32", "--device", "cpu"]);
-        command
-    }
-
-    fn synthesize(&self) -> Command {
-        let mut command = stage("synthesize", &["--run", RUN, "--release", &release(), "--no-adapter", "--model"]);
-        command.arg(self.path("llama")).args(["--count", "12", "--max-new-tokens", "8"]);
-        command.args(["--dtype", "f32", "--device", "cpu"]);
-        command
-    }
-
-    fn embed(&self) -> Command {
-        let mut command = stage("embed", &["--run", RUN, "--release", &release(), "--of", "synthetic", "--encoder"]);
-        command.arg(self.path("bert")).args(["--dtype", "f32", "--device", "cpu"]);
-        command
-    }
-
-    fn vote(&self) -> Command {
-        let mut command = stage("vote", &["--run", RUN, "--private", &private(), "--release", &release()]);
-        command.args(["--corpus", RUN, "--clusters", "2", "--target", "4", "--delta", "1e-5"]);
-        command
-    }
+/// The conversations on this machine.
+fn local(place: &Workplace) -> String {
+    place.path("conversations.json").display().to_string()
 }
 
-fn stage(name: &str, arguments: &[&str]) -> Command {
-    let mut command = binaries::command(&format!("doppel-{name}"));
-    for (variable, _) in std::env::vars().filter(|(variable, _)| variable.starts_with("AWS_")) {
-        command.env_remove(variable);
-    }
-    command.args(arguments);
-    command
+fn train(place: &Workplace) -> Command {
+    command(&place.train(LAKE))
 }
 
-fn query(sql: &str) -> Command {
-    stage("query", &["--run", RUN, "--release", &release(), "--output", "csv", sql])
+fn synthesize(place: &Workplace) -> Command {
+    command(&place.synthesize(LAKE, "--no-adapter"))
 }
 
-fn private() -> String {
-    format!("s3://{PRIVATE_BUCKET}/lake")
+fn embed(place: &Workplace) -> Command {
+    command(&place.embed(LAKE, "--of=synthetic"))
 }
 
-fn release() -> String {
-    format!("s3://{RELEASE_BUCKET}/lake")
+fn vote(place: &Workplace) -> Command {
+    command(&place.vote(LAKE))
+}
+
+fn query(place: &Workplace, sql: &str) -> Command {
+    let mut query = command(&format!("doppel-query --run={RUN} --release={} --output=csv", place.release(LAKE)));
+    query.arg(sql);
+    query
 }
 
 /// Runs `command` with `environment`; its messages must hold each of `expected`, and no secret.
@@ -144,61 +103,60 @@ fn objects(server: &S3) -> Vec<String> {
 
 #[test]
 fn the_stages_run_on_two_buckets_and_the_release_key_opens_one() {
-    let (place, server) = (Place::new(), S3::start().unwrap_or_else(|error| panic!("{error}")));
+    let (place, server) = (Workplace::new(), S3::start().unwrap_or_else(|error| panic!("{error}")));
     let (both, release_only) = (server.environment(Key::Both), server.environment(Key::Release));
-    child("child_upload", &server, &[("TEST_FILE", place.path("conversations.json").display().to_string())]);
+    child("child_upload", &server, &[("TEST_FILE", local(&place))]);
     let input = format!("s3://{PRIVATE_BUCKET}/{RAW}");
 
     // What fails leaves nothing behind.
     let before = objects(&server);
     let missing = format!("s3://{PRIVATE_BUCKET}/raw/none.json");
-    run(place.partition("none", &missing), &both, 3, &["none.json", "not found"]);
-    run(place.partition("none", &input), &release_only, 3, &[PRIVATE_BUCKET, "refused access", "help:"]);
+    run(partition(&place, &missing), &both, 3, &["none.json", "not found"]);
+    run(partition(&place, &input), &release_only, 3, &[PRIVATE_BUCKET, "refused access", "help:"]);
     assert_eq!(objects(&server), before);
 
-    run(place.partition(RUN, &input), &both, 0, &[]);
-    assert!(run(place.partition(RUN, &input), &both, 0, &[]).stdout.contains("done already"));
-    run(place.synthesize(), &release_only, 0, &[]);
-    run(place.embed(), &release_only, 0, &[]);
+    run(partition(&place, &input), &both, 0, &[]);
+    assert!(run(partition(&place, &input), &both, 0, &[]).stdout.contains("done already"));
+    run(synthesize(&place), &release_only, 0, &[]);
+    run(embed(&place), &release_only, 0, &[]);
     let sql = "SELECT count(*) AS n FROM synthetic JOIN embeddings ON synthetic.id = embeddings.id";
-    assert_eq!(run(query(sql), &release_only, 0, &[]).stdout, "n\n12\n");
+    assert_eq!(run(query(&place, sql), &release_only, 0, &[]).stdout, format!("n\n{SAMPLES}\n"));
 
     let before = objects(&server);
-    for command in [place.partition("other", &input), place.train(), place.vote()] {
+    let other = command(&with(&place.partition(LAKE), "--corpus=chats", "--corpus=other"));
+    for command in [other, train(&place), vote(&place)] {
         run(command, &release_only, 3, &[PRIVATE_BUCKET, "refused access", "help:"]);
     }
     assert_eq!(objects(&server), before);
 
     // An input that was replaced is not what the run was made of.
-    conversations::write(&place.path("conversations.json"), 130).expect("conversations are written");
-    child("child_upload", &server, &[("TEST_FILE", place.path("conversations.json").display().to_string())]);
-    run(place.partition(RUN, &input), &both, 2, &[&input, "changed", "help:"]);
+    conversations::write(&place.path("conversations.json"), CONVERSATIONS + 10).expect("conversations are written");
+    child("child_upload", &server, &[("TEST_FILE", local(&place))]);
+    run(partition(&place, &input), &both, 2, &[&input, "changed", "help:"]);
 }
 
 #[test]
 fn an_endpoint_that_nobody_listens_at_may_be_tried_again() {
-    let place = Place::new();
+    let place = Workplace::new();
     let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
     let nobody = s3::environment(&format!("http://127.0.0.1:{port}"), Key::Both);
-    let local = place.path("conversations.json").display().to_string();
     let remote = format!("s3://{PRIVATE_BUCKET}/{RAW}");
     let commands = [
-        place.partition(RUN, &local),
-        place.partition(RUN, &remote),
-        place.train(),
-        place.synthesize(),
-        place.embed(),
-        place.vote(),
-        query("SELECT 1 FROM synthetic"),
+        partition(&place, &local(&place)),
+        partition(&place, &remote),
+        train(&place),
+        synthesize(&place),
+        embed(&place),
+        vote(&place),
+        query(&place, "SELECT 1 FROM synthetic"),
     ];
     for mut command in commands {
         command.args(["--storage-timeout", "1"]);
         run(command, &nobody, 5, &["s3://doppel-", "help:"]);
     }
     // With an input that cannot be reached, nothing is begun in a private root that can.
-    let root = place.path("private");
-    let mut command = stage("partition", &["--run", RUN, "--corpus", RUN, "--input", &remote, "--private"]);
-    command.arg(&root).args(["--storage-timeout", "1"]);
+    let mut command = command(&with(&place.partition("lake"), &local(&place), &remote));
+    command.args(["--storage-timeout", "1"]);
     run(command, &nobody, 5, &[&remote, "help:"]);
-    assert!(!root.exists(), "something was left behind");
+    assert!(!place.path("lake").exists(), "something was left behind");
 }
