@@ -6,6 +6,7 @@ use std::path::Path;
 use lake::{PrivateRoot, Zone};
 use ledger::{Body, Ledger, LedgerError};
 use privacy::event::Event;
+use privacy::training::{calibrated_noise, steps_of};
 use serde_json::json;
 use stage::{Failure, Summary};
 
@@ -447,20 +448,14 @@ pub fn planned_event<'a>(program: &str, flag: &dyn Fn(&str) -> Option<&'a str>) 
 fn planned_training(number: &dyn Fn(&str) -> Option<f64>) -> Option<Event> {
     let probability = || Some(number("expected-batch-size")? / number("records")?);
     let sampling_probability = number("sampling-probability").or_else(probability)?;
-    let epochs = || Some((number("epochs")? / sampling_probability - 1e-9).ceil().max(1.0));
-    let steps = number("steps").or_else(epochs)?;
-    let event = |noise_multiplier| Event::PoissonSampledGaussian {
-        sampling_probability,
-        noise_multiplier,
-        steps: steps as u64,
-    };
+    let epochs = || Some(steps_of(number("epochs")?, sampling_probability));
+    let steps = number("steps").map(|steps| steps as u64).or_else(epochs)?;
+    let event = |noise_multiplier| Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps };
     let noise_multiplier = match (number("noise-multiplier"), number("target-epsilon"), number("delta")) {
         (Some(noise_multiplier), ..) => noise_multiplier,
         // Anything else wrong with the training is found with any noise.
         (None, Some(target), Some(delta)) if event(1.0).validate().is_ok() => {
-            let vote = number("vote-sigma").map(|noise_multiplier| Event::DiscreteGaussian { noise_multiplier });
-            privacy::calibrate(|noise| std::iter::once(event(noise)).chain(vote.clone()).collect(), target, delta)
-                .ok()?
+            calibrated_noise(sampling_probability, steps, number("vote-sigma"), target, delta).ok()?
         }
         _ => return None,
     };

@@ -9,7 +9,7 @@ use lm::template::Template;
 use privacy::AccountingError;
 use privacy::accounting::DELTAS;
 use privacy::event::Event;
-use privacy::training::TrainingMechanism;
+use privacy::training::{TrainingMechanism, calibrated_noise, steps_of};
 use serde::Serialize;
 use stage::Failure;
 
@@ -230,10 +230,7 @@ impl Args {
             return Err(Failure::Usage(findings.join("\n")));
         }
         let sampling_probability = self.sampling_probability();
-        let steps = self.steps.unwrap_or_else(|| {
-            let steps = self.epochs.unwrap_or_default() / sampling_probability;
-            (steps - 1e-9).ceil().max(1.0) as u64
-        });
+        let steps = self.steps.unwrap_or_else(|| steps_of(self.epochs.unwrap_or_default(), sampling_probability));
         let mut targets = self.targets.clone();
         targets.sort();
         targets.dedup();
@@ -281,9 +278,8 @@ impl Args {
 
     fn calibrate(&self, sampling_probability: f64, steps: u64, target: f64, delta: f64) -> Result<f64, Failure> {
         let usage = |error: privacy::AccountingError| Failure::Usage(error.to_string());
-        let vote = self.vote_sigma.map(|sigma| Event::DiscreteGaussian { noise_multiplier: sigma });
-        if let Some(vote) = &vote {
-            let alone = privacy::epsilon(std::slice::from_ref(vote), delta).map_err(usage)?.pld;
+        if let Some(noise_multiplier) = self.vote_sigma {
+            let alone = privacy::epsilon(&[Event::DiscreteGaussian { noise_multiplier }], delta).map_err(usage)?.pld;
             if alone >= target {
                 return Err(Failure::Usage(format!(
                     "--target-epsilon {target}: the vote of --vote-sigma alone spends ε = {alone:.4} at δ = {delta:e}\n\
@@ -291,11 +287,7 @@ impl Args {
                 )));
             }
         }
-        let events = |noise_multiplier| {
-            let training = Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps };
-            std::iter::once(training).chain(vote.clone()).collect()
-        };
-        privacy::calibrate(events, target, delta).map_err(usage)
+        calibrated_noise(sampling_probability, steps, self.vote_sigma, target, delta).map_err(usage)
     }
 
     fn findings(&self) -> Vec<String> {
