@@ -210,6 +210,12 @@ impl Batch {
         Ok(Self { ids: place(&ids)?, positions: place(&positions)?, groups })
     }
 
+    /// The texts as they stand one behind the other.
+    fn texts(&self) -> Vec<ops::Text> {
+        let of = |group: &Group, &own: &usize| ops::Text { length: group.length as usize, own };
+        self.groups.iter().flat_map(|group| group.lengths.iter().map(move |own| of(group, own))).collect()
+    }
+
     /// What `attend` gives for each group's joined heads `[texts, length, 3 · heads · head_dim]`, of joint ones `[tokens,
     /// 3 · heads · head_dim]`: `[tokens, heads · head_dim]`. It gets the number of the group, too.
     fn attend(

@@ -459,7 +459,7 @@ impl Attention {
             if attends::<E>(length, heads) {
                 let visible: Vec<usize> = (1..=length as usize).collect();
                 let joint = joint.f_contiguous()?;
-                let output = attended::<E>(&joint, heads, &[visible])?;
+                let output = attended::<E>(&joint, heads, &visible)?;
                 return Ok(Self { joint, heads, output, way: Way::Own });
             }
         }, {});
@@ -543,18 +543,41 @@ impl Attention {
     }
 }
 
-/// Attention of each text to its own first `lengths` positions: joined heads `[texts, length, 3 · heads · head_dim]`, and
-/// `blocked` what the scores get added to say the same.
-pub(crate) fn attend(joint: &Tensor, heads: i64, lengths: &[usize], blocked: &Tensor) -> Result<Tensor, LmError> {
-    let (_, length, width) = joint.size3()?;
+/// A text among others, one behind the other.
+#[derive(Clone, Copy)]
+pub(crate) struct Text {
+    /// Its tokens, padding included.
+    pub(crate) length: usize,
+    /// The first ones, which are no padding.
+    pub(crate) own: usize,
+}
+
+/// Attention of each text to its own tokens, by our kernel where that can compute it: joined heads `[tokens, 3 · heads ·
+/// head_dim]` to `[tokens, heads · head_dim]`.
+pub(crate) fn attend(joint: &Tensor, heads: i64, texts: &[Text]) -> Result<Option<Tensor>, LmError> {
+    let (tokens, width) = joint.size2()?;
+    let count = heads as usize;
+    let heads = attention::Heads { queries: count, keys: count, width: width as usize / 3 / count };
     on_cpu!(joint, E => {
-        let count = heads as usize;
-        let heads = attention::Heads { queries: count, keys: count, width: width as usize / 3 / count };
-        if attends::<E>(length, heads) {
-            let visible: Vec<Vec<usize>> = lengths.iter().map(|&own| vec![own; length as usize]).collect();
-            return attended::<E>(&joint.f_contiguous()?, heads, &visible);
+        if !texts.iter().all(|text| attends::<E>(text.length as i64, heads)) {
+            return Ok(None);
         }
-    }, {});
+        let joint = joint.f_contiguous()?;
+        let mut out = Tensor::f_empty([tokens, heads.out() as i64], (E::KIND, Device::Cpu))?;
+        let (mut rows, mut outs, mut work) = (values::<E>(&joint)?, values_mut(&mut out)?, Work::new());
+        for text in texts {
+            let (own_rows, own_outs);
+            (own_rows, rows) = rows.split_at(text.length * heads.row());
+            (own_outs, outs) = outs.split_at_mut(text.length * heads.out());
+            Sequence { rows: own_rows, heads, visible: &vec![text.own; text.length] }.forward(&mut work, own_outs);
+        }
+        Ok(Some(out))
+    }, Ok(None))
+}
+
+/// The same by libtorch, of texts of one length: joined heads `[texts, length, 3 · heads · head_dim]`, to whose scores
+/// `blocked` is added.
+pub(crate) fn attend_padded(joint: &Tensor, heads: i64, blocked: &Tensor) -> Result<Tensor, LmError> {
     let [q, k, v] = thirds(joint, heads)?;
     join_heads(&Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(blocked), 0.0, false, None, false)?)
 }
@@ -571,15 +594,14 @@ fn attends<E: Factor>(length: i64, heads: attention::Heads) -> bool {
     multiplies::<E>(length) && multiplies::<E>(heads.width as i64)
 }
 
-/// What our kernel gives for sequences `[batch, length, row of heads]`, of which each sees what its entry of `visible` says,
-/// or all what the only one says.
-fn attended<E: Factor>(joint: &Tensor, heads: attention::Heads, visible: &[Vec<usize>]) -> Result<Tensor, LmError> {
+/// What our kernel gives for sequences `[batch, length, row of heads]`, which all see what `visible` says.
+fn attended<E: Factor>(joint: &Tensor, heads: attention::Heads, visible: &[usize]) -> Result<Tensor, LmError> {
     let (batch, length, _) = joint.size3()?;
     let mut out = Tensor::f_empty([batch, length, heads.out() as i64], (E::KIND, Device::Cpu))?;
     let mut work = Work::new();
     let rows = values::<E>(joint)?.chunks_exact(length as usize * heads.row());
     let outs = values_mut(&mut out)?.chunks_exact_mut(length as usize * heads.out());
-    for ((rows, out), visible) in rows.zip(outs).zip(visible.iter().cycle()) {
+    for (rows, out) in rows.zip(outs) {
         Sequence { rows, heads, visible }.forward(&mut work, out);
     }
     Ok(out)
@@ -767,10 +789,12 @@ mod tests {
         for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 0.02)] {
             let blocked =
                 |kind| Tensor::zeros([3, 1, 1, 72], (kind, Device::Cpu)).masked_fill(&padding, f64::NEG_INFINITY);
-            let found = attend(&joint.to_kind(kind), heads, &lengths, &blocked(kind)).unwrap();
-            let expected = attend(&joint.to_kind(Kind::Double), heads, &lengths, &blocked(Kind::Double)).unwrap();
+            let padded = |kind| attend_padded(&joint.to_kind(kind), heads, &blocked(kind)).unwrap().flatten(0, 1);
+            let texts = lengths.map(|own| Text { length: 72, own });
+            let found = attend(&joint.to_kind(kind).flatten(0, 1), heads, &texts).unwrap();
+            let (found, expected) = (found.unwrap_or_else(|| padded(kind)), padded(Kind::Double));
             for (text, &own) in lengths.iter().enumerate() {
-                let part = |all: &Tensor| all.get(text as i64).narrow(0, 0, own as i64).to_kind(Kind::Double);
+                let part = |all: &Tensor| all.narrow(0, 72 * text as i64, own as i64).to_kind(Kind::Double);
                 let difference = largest_difference(&part(&found), &part(&expected));
                 assert!(difference < tolerance, "{kind:?} {own}: {difference}");
             }

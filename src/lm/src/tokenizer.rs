@@ -29,7 +29,7 @@ pub struct Tokenizer {
 
 /// Bytes of a text that are looked at for each token that is wanted. Few texts have longer tokens than this on average; in
 /// those the rest is looked at, too.
-const BYTES_PER_TOKEN: usize = 8;
+const BYTES_PER_TOKEN: usize = 6;
 
 /// Special tokens that chat templates call by name.
 #[derive(Clone, Debug, Default)]

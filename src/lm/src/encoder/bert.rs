@@ -186,8 +186,10 @@ impl Bert {
 impl Layer {
     fn forward(&self, hidden: &Tensor, heads: i64, batch: &Batch) -> Result<Tensor, LmError> {
         let joint = self.attention.forward(hidden, None)?;
-        let attended =
-            batch.attend(&joint, |_, group, joint| ops::attend(joint, heads, &group.lengths, &group.blocked))?;
+        let attended = match ops::attend(&joint, heads, &batch.texts())? {
+            Some(attended) => attended,
+            None => batch.attend(&joint, |_, group, joint| ops::attend_padded(joint, heads, &group.blocked))?,
+        };
         let hidden = self.attention_norm.forward(&self.output.forward(&attended, Some(hidden))?)?;
         let inner = ops::linear_gelu(&hidden, &self.up.weight, &self.up.bias)?;
         self.norm.forward(&self.down.forward(&inner, Some(&hidden))?)
