@@ -97,7 +97,8 @@ pub(crate) trait Factor: Element {
     /// # Safety
     /// As there; a [`Run`] is alive.
     unsafe fn tile(rows: usize, columns: usize, of: &Operands<Self>) -> usize;
-    /// Puts `GROUP` rows of `columns` elements between each other: the first of each, then the second of each.
+    /// Puts `GROUP` rows of `columns` elements, a strip of them at most, between each other: the first of each, then the
+    /// second of each.
     ///
     /// # Safety
     /// [`is_supported`]; there are these rows, and `out` has room for them.

@@ -110,12 +110,12 @@ unsafe fn load<E: Element>(from: *const E, count: usize) -> [E; WIDTH] {
     }
 }
 
-/// Writes the first `count` of a row's elements.
+/// Writes the first `count` of a row's elements, or groups of them.
 #[inline(always)]
-unsafe fn store<E: Element>(values: [E; WIDTH], to: *mut E, count: usize) {
+unsafe fn store<T: Copy>(values: [T; WIDTH], to: *mut T, count: usize) {
     // SAFETY: the caller's memory.
     match count {
-        WIDTH.. => unsafe { to.cast::<[E; WIDTH]>().write_unaligned(values) },
+        WIDTH.. => unsafe { to.cast::<[T; WIDTH]>().write_unaligned(values) },
         _ => values.iter().take(count).enumerate().for_each(|(place, value)| unsafe { to.add(place).write(*value) }),
     }
 }
@@ -126,15 +126,11 @@ unsafe fn store<E: Element>(values: [E; WIDTH], to: *mut E, count: usize) {
 /// As there; the CPU has the instructions.
 #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma"))]
 pub(super) unsafe fn interleave<E: Element, const G: usize>(rows: Rows<*const E>, columns: usize, out: *mut E) {
-    if G == 1 {
-        // SAFETY: by the caller's contract.
-        return unsafe { std::ptr::copy_nonoverlapping(rows.first, out, columns) };
-    }
-    for column in 0..columns {
-        for row in 0..G {
-            // SAFETY: as above.
-            unsafe { out.add(column * G + row).write(*rows.first.add(row * rows.stride + column)) };
-        }
+    // SAFETY: by the caller's contract.
+    unsafe {
+        let rows: [_; G] = std::array::from_fn(|row| load(rows.first.add(row * rows.stride), columns));
+        let groups: [[E; G]; WIDTH] = std::array::from_fn(|column| rows.map(|row| row[column]));
+        store(groups, out.cast(), columns);
     }
 }
 
