@@ -1,8 +1,11 @@
 //! Flags, and the configuration they mean.
 
+use std::fmt;
+
 use clap::{Parser, ValueEnum};
+use lake::manifest::Claim;
 use lm::device::{DeviceChoice, DtypeChoice};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use stage::{Failure, Shard};
 
 /// Turn texts into vectors with a sentence encoder.
@@ -75,9 +78,31 @@ pub struct Config {
     pub table: String,
     /// Precision as asked for.
     pub dtype: DtypeChoice,
-    /// Device, precision and instructions of a corpus's vectors, once they are known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub compute: Option<String>,
+    /// What a corpus's vectors are computed on and by, once it is known.
+    #[serde(flatten)]
+    pub arithmetic: Option<Arithmetic>,
+}
+
+/// What vectors may differ by, if only by rounding.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Arithmetic {
+    /// Device, precision and instructions.
+    pub compute: String,
+    /// Name, version and commit of the binary.
+    pub build: String,
+}
+
+impl Arithmetic {
+    /// That of a claim, unless it is of public texts.
+    pub fn of(claim: &Claim) -> Option<Self> {
+        Self::deserialize(&claim.config).ok()
+    }
+}
+
+impl fmt::Display for Arithmetic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} by {}", self.compute, self.build)
+    }
 }
 
 impl Args {
@@ -108,7 +133,7 @@ impl Args {
             Of::Corpus => format!("corpora/{name}"),
             Of::Synthetic => path.map_or_else(|| format!("runs/{}/synthetic", self.common.run), str::to_string),
         };
-        Ok(Config { of: self.of, table, dtype: self.dtype, compute: None })
+        Ok(Config { of: self.of, table, dtype: self.dtype, arithmetic: None })
     }
 }
 

@@ -7,7 +7,7 @@ use lm::encoder::Encoder;
 use serde_json::json;
 use stage::{Failure, Shard, Summary};
 
-use crate::args::{Args, Config, Of};
+use crate::args::{Args, Arithmetic, Config, Of};
 use crate::failure;
 use crate::table::{self, Kind, Meter, Work};
 
@@ -87,9 +87,9 @@ impl<Z: Zone> Stage<'_, Z> {
         self.check_readable(config, version).await?;
         let folder = lake::fetch_folder(&args.encoder, &args.common.storage()).await?;
         let compute = Compute::resolve(args.device, args.dtype).map_err(failure)?;
-        let compute_name = self.compute_name(args, compute).await?;
+        let arithmetic = self.arithmetic(args, compute).await?;
         let encoder = Encoder::load(folder.path(), compute).map_err(failure)?;
-        let config = Config { compute: compute_name, ..config.clone() };
+        let config = Config { arithmetic, ..config.clone() };
         let claim = self.claim(args, &config, version, encoder.digest())?;
         let handle = match manifest::begin(self.zone, claim).await? {
             Begin::Done(manifest) => return Ok(Started::Done(manifest)),
@@ -133,28 +133,33 @@ impl<Z: Zone> Stage<'_, Z> {
         Ok(claims)
     }
 
-    /// What the claim says a corpus is embedded on; refuses to go on with one that was begun on something else.
+    /// What a corpus is embedded on and by, as the claim says it; refuses to go on with one that was begun otherwise.
     ///
     /// PRIVACY: which rows a shard embeds depends on how many records stand before them. If shards differed by rounding,
     /// one more record would move the vectors of others, and their votes.
-    async fn compute_name(&self, args: &Args, compute: Compute) -> Result<Option<String>, Failure> {
+    async fn arithmetic(&self, args: &Args, compute: Compute) -> Result<Option<Arithmetic>, Failure> {
         if self.kind != Kind::Corpus {
             return Ok(None);
         }
         let run = &args.common.run;
-        let named = |claim: &Claim| claim.config["compute"].as_str().map(str::to_string);
         if let Some(done) = manifest::find(self.zone, run, self.name, args.shard.map(Shard::pair)).await? {
-            return Ok(named(&done.claim));
+            return Ok(Arithmetic::of(&done.claim));
         }
-        let now = compute.to_string();
-        match self.claims(run).await?.iter().filter_map(named).find(|earlier| *earlier != now) {
-            None => Ok(Some(now)),
-            Some(earlier) => Err(Failure::Usage(format!(
-                "run {run}: its corpus is embedded on {earlier}; this would be {now}\n\
-                 help: embed all shards on machines of one kind, with the same --dtype and --device, or use another \
-                 --run: vectors that differ by rounding would let one record move the votes of others"
-            ))),
+        let mut now = Arithmetic { compute: compute.to_string(), build: stage::binary("doppel-embed") };
+        for earlier in self.claims(run).await?.iter().filter_map(Arithmetic::of) {
+            // What a rerun computes is compared, not voted with: it may be by a later build.
+            if stage::is_rerun() {
+                now.build.clone_from(&earlier.build);
+            }
+            if earlier != now {
+                return Err(Failure::Usage(format!(
+                    "run {run}: its corpus is embedded on {earlier}; this would be {now}\n\
+                     help: embed all shards on machines of one kind by one build, with the same --dtype and --device, or \
+                     use another --run: vectors that differ by rounding would let one record move the votes of others"
+                )));
+            }
         }
+        Ok(Some(now))
     }
 
     fn pinned(&self, claim: &Claim) -> Result<i64, Failure> {

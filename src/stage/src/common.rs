@@ -125,6 +125,11 @@ impl Common {
 /// so, as a process of the same command, and the roots stay as they are.
 pub const OVERLAYS: &str = "DOPPEL_OVERLAYS";
 
+/// Whether this process repeats a stage for `doppel rerun`, which compares its outputs and throws them away.
+pub fn is_rerun() -> bool {
+    std::env::var_os(OVERLAYS).is_some()
+}
+
 /// What lies over each root of a stage, as JSON in [`OVERLAYS`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

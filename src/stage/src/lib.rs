@@ -33,7 +33,7 @@ pub mod signals;
 pub mod telemetry;
 
 pub use command::{PLACE, base_name, command};
-pub use common::{Common, Format};
+pub use common::{Common, Format, is_rerun};
 pub use failure::Failure;
 pub use outcome::{Summary, print, tells_already_done};
 pub use progress::{PrivateProgress, Progress};
