@@ -479,6 +479,13 @@ mod tests {
         let event = Event::PoissonSampledGaussian { sampling_probability: 0.2, noise_multiplier: 1.5, steps: 3 };
         assert_eq!(planned("train", &train), Some(event));
         assert_eq!(planned("train", &[&train[..], &[("no-dp", "")]].concat()), None);
+        let targets = [("records", "50"), ("expected-batch-size", "10"), ("epochs", "0.6"), ("vote-sigma", "5")];
+        let event = planned("train", &[&targets[..], &[("target-epsilon", "3"), ("delta", "1e-5")]].concat());
+        let noise_multiplier = calibrated_noise(0.2, 3, Some(5.0), 3.0, 1e-5).unwrap();
+        assert_eq!(
+            event,
+            Some(Event::PoissonSampledGaussian { sampling_probability: 0.2, noise_multiplier, steps: 3 })
+        );
         assert_eq!(planned("embed", &train), None);
     }
 

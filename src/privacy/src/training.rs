@@ -23,30 +23,6 @@ pub struct TrainingMechanism {
     expected_batch_size: f64,
 }
 
-/// As many steps as it takes until every unit is expected to have joined `epochs` of them, at least one.
-pub fn steps_of(epochs: f64, sampling_probability: f64) -> u64 {
-    // What is whole but for rounding shall not become one more.
-    (epochs / sampling_probability - 1e-9).ceil().max(1.0) as u64
-}
-
-/// The least noise with which training, and a vote of `vote_sigma` after it if there is one, spend `target_epsilon` at most.
-///
-/// Errors as [`crate::calibrate`] does.
-pub fn calibrated_noise(
-    sampling_probability: f64,
-    steps: u64,
-    vote_sigma: Option<f64>,
-    target_epsilon: f64,
-    delta: f64,
-) -> Result<f64, AccountingError> {
-    let vote = vote_sigma.map(|noise_multiplier| Event::DiscreteGaussian { noise_multiplier });
-    let events = |noise_multiplier| {
-        let training = Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps };
-        std::iter::once(training).chain(vote.clone()).collect()
-    };
-    crate::calibrate(events, target_epsilon, delta)
-}
-
 /// A sum of clipped unit gradients over a logical batch, in whole multiples of a lattice's spacing.
 ///
 /// Guarantee: adding or removing one unit moves the sum by at most [`ClippedSum::sensitivity`] in L2, without exception,
@@ -239,6 +215,30 @@ impl StepSampler {
     pub fn includes(&self, unit: &str) -> bool {
         u128::from(self.hasher.hash(unit.as_bytes())) < self.threshold
     }
+}
+
+/// As many steps as it takes until every unit is expected to have joined `epochs` of them, at least one.
+pub fn steps_of(epochs: f64, sampling_probability: f64) -> u64 {
+    // What is whole but for rounding shall not become one more.
+    (epochs / sampling_probability - 1e-9).ceil().max(1.0) as u64
+}
+
+/// The least noise with which training, and a vote of `vote_sigma` after it if there is one, spend `target_epsilon` at most.
+///
+/// Errors as [`crate::calibrate`] does.
+pub fn calibrated_noise(
+    sampling_probability: f64,
+    steps: u64,
+    vote_sigma: Option<f64>,
+    target_epsilon: f64,
+    delta: f64,
+) -> Result<f64, AccountingError> {
+    let vote = vote_sigma.map(|noise_multiplier| Event::DiscreteGaussian { noise_multiplier });
+    let events = |noise_multiplier| {
+        let training = Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps };
+        std::iter::once(training).chain(vote.clone()).collect()
+    };
+    crate::calibrate(events, target_epsilon, delta)
 }
 
 #[cfg(test)]

@@ -148,3 +148,27 @@ fn sums_of_other_shapes_or_mechanisms_are_refused() {
     let other = TrainingMechanism::new(0.25, 1.0, 10, 0.6, 32.0).unwrap();
     assert!(other.release(&key(), &context(), 0, sum).is_err());
 }
+
+#[test]
+fn epochs_become_steps_rounded_up() {
+    for (epochs, probability, steps) in
+        [(1.0, 0.25, 4), (2.5, 0.25, 10), (2.51, 0.25, 11), (0.01, 0.25, 1), (3.0, 1.0, 3)]
+    {
+        assert_eq!(steps_of(epochs, probability), steps, "{epochs} at {probability}");
+    }
+    // In floating point 0.2 / (1 / 35) is a little more than 7.
+    assert_eq!(steps_of(0.2, 1.0 / 35.0), 7);
+}
+
+#[test]
+fn calibrated_noise_spends_the_target_together_with_the_vote() {
+    let spent = |vote_sigma: Option<f64>| {
+        let noise_multiplier = calibrated_noise(0.2, 6, vote_sigma, 3.0, 1e-5).unwrap();
+        let training = Event::PoissonSampledGaussian { sampling_probability: 0.2, noise_multiplier, steps: 6 };
+        let vote = vote_sigma.map(|noise_multiplier| Event::DiscreteGaussian { noise_multiplier });
+        crate::epsilon(&std::iter::once(training).chain(vote).collect::<Vec<_>>(), 1e-5).unwrap().pld
+    };
+    for epsilon in [spent(None), spent(Some(2.0))] {
+        assert!(epsilon <= 3.0 && epsilon > 2.99, "{epsilon}");
+    }
+}
