@@ -44,6 +44,11 @@ pub fn files(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// Every file below `folder` with its content, by path.
+pub fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    files(folder).into_iter().map(|path| (path.clone(), std::fs::read(path).expect("a file is readable"))).collect()
+}
+
 /// Copies the folder `from` to `to`, which it replaces.
 pub fn copy(from: &Path, to: &Path) {
     let _ = std::fs::remove_dir_all(to);
@@ -134,7 +139,8 @@ async fn rows<Z: Zone>(zone: &Z, path: &str) -> Vec<String> {
     batches.iter().flat_map(|batch| rows(batch.columns().iter().map(cells).collect(), batch.num_rows())).collect()
 }
 
-fn cells(array: &ArrayRef) -> Vec<String> {
+/// The values of a column as text.
+pub fn cells(array: &ArrayRef) -> Vec<String> {
     let options = FormatOptions::default();
     let formatter = ArrayFormatter::try_new(array.as_ref(), &options).expect("every type has a text form");
     (0..array.len()).map(|row| formatter.value(row).to_string()).collect()

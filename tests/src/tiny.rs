@@ -15,6 +15,8 @@ pub const RUN: &str = "tiny";
 pub const CONVERSATIONS: usize = 283;
 /// Samples in all shards together.
 pub const SAMPLES: usize = 60;
+/// Rows that vote selects at most.
+pub const TARGET: usize = 20;
 
 /// One task of a workflow.
 #[derive(Clone, Debug)]
@@ -89,9 +91,10 @@ impl Workplace {
     pub fn partition(&self, lake: &str) -> String {
         let input = self.path("conversations.json");
         format!(
-            "doppel-partition --run={RUN} --private={} --corpus=chats --input={} --shape=sharegpt --unit-column=id \
-             --unit-rule=prefix:_ --language=any --dedup=exact",
+            "doppel-partition --run={RUN} --private={} --release={} --corpus=chats --input={} --shape=sharegpt \
+             --unit-column=id --unit-rule=prefix:_ --language=any --dedup=exact",
             self.private(lake),
+            self.release(lake),
             input.display()
         )
     }
@@ -118,7 +121,7 @@ impl Workplace {
         )
     }
 
-    /// `doppel-embed` without a private root; `which` chooses texts and shard.
+    /// `doppel-embed`; `which` chooses texts and shard, and gives a private root where it is wanted.
     pub fn embed(&self, lake: &str, which: &str) -> String {
         let (release, encoder) = (self.release(lake), self.path("bert"));
         let encoder = encoder.display();
@@ -127,19 +130,14 @@ impl Workplace {
 
     /// `doppel-embed` of the corpus.
     pub fn embed_corpus(&self, lake: &str) -> String {
-        let (private, encoder) = (self.private(lake), self.path("bert"));
-        format!(
-            "doppel-embed --run={RUN} --private={private} --encoder={} --of=corpus --corpus=chats --dtype=f32 \
-             --device=cpu",
-            encoder.display()
-        )
+        self.embed(lake, &format!("--private={} --of=corpus --corpus=chats", self.private(lake)))
     }
 
     /// `doppel-vote`.
     pub fn vote(&self, lake: &str) -> String {
         format!(
-            "doppel-vote --run={RUN} --private={} --release={} --corpus=chats --clusters=4 --iterations=10 --sigma=5 \
-             --target=20",
+            "doppel-vote --run={RUN} --private={} --release={} --corpus=chats --clusters=4 --iterations=10 --restarts=2 \
+             --sigma=5 --target={TARGET}",
             self.private(lake),
             self.release(lake)
         )

@@ -82,9 +82,11 @@ fn stages_without_a_mechanism_cannot_reach_one() {
 #[test]
 fn stages_of_the_release_zone_do_not_name_the_private_root() {
     for folder in ["src/synthesize/src", "src/query/src"] {
-        for path in repository::files(folder, "rs") {
+        let files = repository::files(folder, "rs");
+        assert!(!files.is_empty(), "{folder}");
+        for path in files {
             let source = repository::read(&path);
-            for name in ["PrivateRoot", "private_root"] {
+            for name in ["PrivateRoot", "private_root", ".roots(", ".private"] {
                 assert!(!source.contains(name), "{}: {name}", path.display());
             }
         }

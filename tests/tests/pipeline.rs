@@ -5,19 +5,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, RecordBatch, StringArray};
+use arrow::array::{ArrayRef, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, Schema};
-use arrow::util::display::{ArrayFormatter, FormatOptions};
 use lake::{AppTransaction, PrivateRoot, ReleaseRoot, StorageOptions, Zone};
 use scenarios::binaries::{self, Ran};
-use scenarios::lakes::command;
+use scenarios::lakes::{NOISE_KEY, cells, command, contents, write_noise_key};
 use scenarios::otlp::Collector;
-use scenarios::tiny::{RUN, SAMPLES, Workplace, with};
+use scenarios::tiny::{RUN, SAMPLES, TARGET, Workplace, with};
 use serde_json::{Value, json};
 
 const LAKE: &str = "lake";
-/// Rows to select.
-const TARGET: usize = 20;
 
 /// A place with one lake, and the commands of its stages.
 struct Pipeline {
@@ -54,14 +51,15 @@ impl Pipeline {
         command(&self.place.vote(LAKE))
     }
 
-    /// All stages in order, as `(what, command)`.
+    /// All stages in order, as `(what, command)`; each is given both roots, as `DOPPEL_PRIVATE` and `DOPPEL_RELEASE` would.
     fn stages(&self) -> Vec<(&'static str, Command)> {
+        let private = self.place.private(LAKE);
         vec![
             ("partition", self.partition()),
             ("train", self.train()),
             ("synthesize 0/2", self.synthesize("0/2")),
             ("synthesize 1/2", self.synthesize("1/2")),
-            ("embed the synthetic", command(&self.place.embed(LAKE, "--of=synthetic"))),
+            ("embed the synthetic", command(&self.place.embed(LAKE, &format!("--of=synthetic --private={private}")))),
             ("embed the corpus", command(&self.place.embed_corpus(LAKE))),
             ("vote", self.vote()),
         ]
@@ -96,20 +94,6 @@ impl Pipeline {
     fn count(&self, table: &str) -> u64 {
         self.rows(&format!("SELECT count(*) AS n FROM {table}"))[0]["n"].as_u64().expect("a count")
     }
-}
-
-/// Every file below `folder` with its content, by path.
-fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).expect("the folder is there").flatten() {
-        if entry.path().is_dir() {
-            found.extend(contents(&entry.path()));
-        } else {
-            found.push((entry.path(), std::fs::read(entry.path()).expect("a file is readable")));
-        }
-    }
-    found.sort();
-    found
 }
 
 #[track_caller]
@@ -193,12 +177,6 @@ async fn columns(zone: &impl Zone, folder: &Path) -> Vec<Column> {
     found
 }
 
-fn cells(array: &ArrayRef) -> Vec<String> {
-    let options = FormatOptions::default();
-    let formatter = ArrayFormatter::try_new(array.as_ref(), &options).expect("every type has a text form");
-    (0..array.len()).map(|row| formatter.value(row).to_string()).collect()
-}
-
 /// What a file other than a table's data says: JSON objects, the header of safetensors, any text.
 fn told_by_file(path: &Path, content: &[u8]) -> String {
     match path.extension().and_then(|extension| extension.to_str()) {
@@ -272,8 +250,7 @@ fn nothing_private_reaches_the_release_zone_the_output_the_log_or_the_telemetry(
     std::fs::write(pipeline.place.path("conversations.json"), marked_conversations().to_string())
         .expect("conversations");
     // A fixed key makes every run draw the same, so that this test cannot fail by chance.
-    std::fs::create_dir_all(pipeline.path("private/keys")).expect("a folder");
-    std::fs::write(pipeline.path("private/keys/noise.key"), format!("{}\n", "4".repeat(64))).expect("a key");
+    write_noise_key(&pipeline.path("private"));
     pipeline.set_budget("50");
     let collector = Collector::start().expect("a collector");
     let mut printed = Vec::new();
@@ -296,7 +273,7 @@ fn nothing_private_reaches_the_release_zone_the_output_the_log_or_the_telemetry(
 
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let private = runtime.block_on(private_words(&pipeline));
-    for known in [MARKED_UNITS.to_string(), "4".repeat(64), format!("{}7", MARKS[1])] {
+    for known in [MARKED_UNITS.to_string(), NOISE_KEY.trim().to_string(), format!("{}7", MARKS[1])] {
         assert!(private.contains(&known), "{known} is no secret of this run");
     }
     for (what, text) in &printed {

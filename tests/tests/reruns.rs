@@ -9,6 +9,7 @@ use arrow::datatypes::Int32Type;
 use lake::{AppTransaction, PrivateRoot, ReleaseRoot, StorageOptions, Zone, schema};
 use safetensors::SafeTensors;
 use scenarios::binaries::{self, Ran};
+use scenarios::lakes::contents;
 use scenarios::s3::{Key, S3};
 use scenarios::tiny::{RUN, Workplace, with};
 use serde_json::{Value, json};
@@ -82,20 +83,6 @@ fn rerun(place: &Workplace, run: &str, arguments: &[&str]) -> Command {
     }
     command.args(arguments);
     command
-}
-
-/// Every file below `folder` with its content, by path.
-fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.path().is_dir() {
-            found.extend(contents(&entry.path()));
-        } else {
-            found.push((entry.path(), std::fs::read(entry.path()).expect("a file is readable")));
-        }
-    }
-    found.sort();
-    found
 }
 
 /// Both roots, without what reruns keep.

@@ -18,7 +18,11 @@ const RAW: &str = "raw/conversations.json";
 
 /// Partition of an object in the private bucket.
 fn partition(place: &Workplace, input: &str) -> Command {
-    command(&with(&place.partition(LAKE), &local(place), input))
+    command(&partition_line(place, input))
+}
+
+fn partition_line(place: &Workplace, input: &str) -> String {
+    with(&place.partition(LAKE), &local(place), input)
 }
 
 /// The conversations on this machine.
@@ -123,7 +127,7 @@ fn the_stages_run_on_two_buckets_and_the_release_key_opens_one() {
     assert_eq!(run(query(&place, sql), &release_only, 0, &[]).stdout, format!("n\n{SAMPLES}\n"));
 
     let before = objects(&server);
-    let other = command(&with(&place.partition(LAKE), "--corpus=chats", "--corpus=other"));
+    let other = command(&with(&partition_line(&place, &input), "--corpus=chats", "--corpus=other"));
     for command in [other, train(&place), vote(&place)] {
         run(command, &release_only, 3, &[PRIVATE_BUCKET, "refused access", "help:"]);
     }
