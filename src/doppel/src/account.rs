@@ -132,12 +132,18 @@ impl Spec {
     }
 }
 
-/// Finds the noise multiplier that is left out, or the first where none is.
+/// Finds the noise multiplier that is left out.
 fn calibrate(specs: &mut [Spec], target: f64, delta: f64) -> Result<f64, Failure> {
     let open: Vec<usize> = (0..specs.len()).filter(|i| specs[*i].noise_multiplier.is_none()).collect();
     let index = match open.as_slice() {
-        [] => 0,
         [one] => *one,
+        [] => {
+            return Err(Failure::Usage(
+                "--target-epsilon finds a noise_multiplier that is left out, and no --mechanism leaves it out\n\
+                 help: leave it out of one; without --target-epsilon, the ε of those given is told"
+                    .to_owned(),
+            ));
+        }
         _ => {
             return Err(Failure::Usage(
                 "more than one --mechanism leaves noise_multiplier out; --target-epsilon finds one".to_owned(),

@@ -13,6 +13,7 @@ use stage::{Failure, Summary};
 use crate::cli::{BudgetSetArgs, BudgetShowArgs};
 use crate::plot::{self, Chart};
 use crate::preflight::{Finding, Invocation, storage};
+use crate::roots;
 use crate::runs::seconds;
 use crate::table::table;
 
@@ -21,7 +22,7 @@ const LARGEST_EPSILON: f64 = 1e6;
 
 /// Sets the budget of a corpus.
 pub async fn set(args: BudgetSetArgs) -> Result<Summary, Failure> {
-    let root = args.root.open().await?;
+    let root = args.root.open().await?.marked();
     let BudgetSetArgs { corpus, epsilon, delta, .. } = args;
     if epsilon > LARGEST_EPSILON {
         return Err(Failure::Usage(format!(
@@ -57,6 +58,9 @@ fn exceeded(spent: f64, budget: f64) -> Option<f64> {
 pub async fn show(args: BudgetShowArgs) -> Result<Summary, Failure> {
     let root = args.root.open().await?;
     let corpora = corpora(&root).await?;
+    if corpora.is_empty() && roots::holds_nothing(&root).await? {
+        return Err(roots::nothing(root.url()));
+    }
     let one = args.name.or(args.corpus);
     let corpora = match &one {
         Some(corpus) if corpora.contains(corpus) => BTreeSet::from([corpus.clone()]),
@@ -156,6 +160,7 @@ struct Statement {
     conditions: BTreeSet<String>,
     budget: Option<ledger::Budget>,
     remaining: Option<f64>,
+    verified: bool,
     changes: Vec<Change>,
     lines: Vec<Line>,
 }
@@ -175,6 +180,7 @@ impl Statement {
             conditions: BTreeSet::new(),
             budget,
             remaining,
+            verified: ledger.verified,
             changes: Vec::new(),
             lines: Vec::new(),
         };
@@ -234,6 +240,9 @@ impl Statement {
         if let Some(unit) = &self.unit {
             text += &format!("\nprivacy unit: {unit}; adjacency: add or remove one unit");
         }
+        if !self.verified {
+            text += "\nwarning: the noise key cannot be read here, so these entries may be forged by whoever can write them";
+        }
         for condition in &self.conditions {
             text += &format!("\ncondition: {condition}");
         }
@@ -273,6 +282,7 @@ impl Statement {
             "spent": self.budget.map(|_| epsilon(self.total())),
             "remaining": self.remaining,
             "exceeded": self.exceeded(),
+            "verified": self.verified,
             "budgets": budgets.collect::<Vec<_>>(),
             "entries": entries.collect::<Vec<_>>(),
         })
@@ -324,7 +334,7 @@ pub fn mechanism(event: &Event) -> String {
             format!("discrete Gaussian σ={noise_multiplier}")
         }
         Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps } => {
-            format!("{steps} × Poisson-sampled Gaussian q={sampling_probability:.6} σ={noise_multiplier}")
+            format!("{steps} × Poisson-sampled Gaussian q={sampling_probability:?} σ={noise_multiplier}")
         }
     }
 }
@@ -527,12 +537,13 @@ mod tests {
             body,
             digest: String::new(),
         });
-        let ledger = Ledger { corpus: "chats".into(), entries: entries.collect() };
+        let ledger = Ledger { corpus: "chats".into(), entries: entries.collect(), verified: false };
         let statement = Statement::of(ledger).unwrap();
         let by = statement.total().pld - 1.0;
         assert!(by > 0.0);
         let text = statement.text();
         assert!(text.contains(&format!("spent, exceeded by {by:.3} (RDP")), "{text}");
+        assert!(text.contains("\nwarning: the noise key cannot be read here"), "{text}");
         let rows: Vec<&str> = text.lines().skip_while(|line| !line.starts_with("entry")).skip(1).collect();
         assert_eq!(rows.len(), 3, "{text}");
         for (row, part) in rows.iter().zip(["budget: ε = 8 at δ = 1e-5", "settled", "budget: ε = 1 at δ = 1e-5"]) {

@@ -69,6 +69,9 @@ pub async fn openlineage(args: OpenlineageArgs) -> Result<Summary, Failure> {
     if let Some(run) = args.run.as_ref().filter(|_| events.is_empty()) {
         return Err(roots.unknown(run));
     }
+    if events.is_empty() {
+        roots.refuse_nothing().await?;
+    }
     let lines: String = events.iter().map(|event| format!("{event}\n")).collect();
     match args.to.as_str() {
         "-" => {

@@ -95,6 +95,18 @@ impl Roots {
         Ok(ids)
     }
 
+    /// Fails where nothing lies in any root, as where a URL is mistyped: an empty answer would say that nothing was run.
+    pub async fn refuse_nothing(&self) -> Result<(), Failure> {
+        let mut is_empty = true;
+        if let Some(root) = &self.private {
+            is_empty &= holds_nothing(root).await?;
+        }
+        if let Some(root) = &self.release {
+            is_empty &= holds_nothing(root).await?;
+        }
+        if is_empty { Err(nothing(&self.names())) } else { Ok(()) }
+    }
+
     /// What each root knows of `run`; that none knows it is an error.
     pub async fn run(&self, run: &str) -> Result<Vec<Known>, Failure> {
         let known = self.known(run).await?;
@@ -144,6 +156,16 @@ impl Known {
             .iter()
             .find(|manifest| (&manifest.claim.stage, manifest.claim.shard) == (&claim.stage, claim.shard))
     }
+}
+
+/// Whether nothing lies below `root`.
+pub async fn holds_nothing<Z: Zone>(root: &Z) -> Result<bool, Failure> {
+    Ok(root.list("").await?.is_empty())
+}
+
+/// The failure that nothing lies below the roots of these names.
+pub fn nothing(names: &str) -> Failure {
+    Failure::Input(format!("{names}: nothing is there\nhelp: correct the URL, or let a stage write there first"))
 }
 
 /// What `root` knows of every run, by run id.

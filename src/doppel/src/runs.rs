@@ -15,6 +15,9 @@ pub async fn list(args: RunsArgs) -> Result<Summary, Failure> {
     for run in roots.ids().await? {
         runs.push(Run::of(&roots.known(&run).await?, run));
     }
+    if runs.is_empty() {
+        roots.refuse_nothing().await?;
+    }
     let json = runs.iter().map(Run::json).collect();
     let rows: Vec<Vec<String>> = runs.iter().map(Run::row).collect();
     let text = match rows.is_empty() {

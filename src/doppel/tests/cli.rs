@@ -409,6 +409,11 @@ fn budgets_are_set_shown_and_plotted() {
         let (code, told, _) = budget(&["set", "--corpus", "sharegpt", "--epsilon", "8", "--delta", "1e-5"]);
         assert_eq!((code, told), (Some(0), format!("sharegpt: {expected} ε = 8 at δ = 1e-5\n")));
     }
+    let before = ["--format", "json", "set", "--corpus", "sharegpt", "--epsilon", "8", "--delta", "1e-5"];
+    let (code, told, error) = budget(&before);
+    assert!(code == Some(0) && told.starts_with('{'), "{told}{error}");
+    let (code, _, error) = budget(&[&["sharegpt"], &before[2..]].concat());
+    assert!(code == Some(2) && error.contains("exclude each other"), "{error}");
     let (code, told, _) = budget(&["sharegpt"]);
     assert_eq!(code, Some(0));
     assert!(told.starts_with("sharegpt: ε = 0.0000 of 8 at δ = 1e-5 spent"), "{told}");
@@ -513,6 +518,10 @@ fn accounting_gives_the_checked_values() {
     let json = account(&["--mechanism", open, "--target-epsilon", "2.860"]);
     assert!((json["noise_multiplier"].as_f64().unwrap() - 1.122).abs() < 0.002, "{json}");
     assert!(json["epsilon"]["pld"].as_f64().unwrap() <= 2.860, "{json}");
+    let closed = ["account", "--delta", "5e-7", "--mechanism", training, "--target-epsilon", "8"];
+    let output = doppel().args(closed).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("no --mechanism leaves it out\nhelp: "), "{}", text(&output.stderr));
 }
 
 #[test]
@@ -615,9 +624,26 @@ fn a_stage_is_called_by_its_name() {
 }
 
 #[test]
-fn runs_of_empty_roots_are_none() {
+fn a_root_that_holds_nothing_is_not_taken_for_one_without_runs() {
     let folder = TempDir::new().unwrap();
-    let output = doppel().args(["runs", "--release", "release"]).current_dir(folder.path()).output().unwrap();
+    let events = folder.path().join("events.jsonl");
+    std::fs::write(&events, "{}").unwrap();
+    for args in [
+        &["runs", "--release", "relaese"][..],
+        &["budget", "--private", "relaese"],
+        &["openlineage", "--release", "relaese", "--to", "events.jsonl"],
+    ] {
+        let output = doppel().args(args).current_dir(folder.path()).output().unwrap();
+        assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(3), &b""[..]), "{args:?}");
+        let told = text(&output.stderr);
+        assert!(told.contains("/relaese: nothing is there\nhelp: "), "{told}");
+    }
+    assert_eq!(std::fs::read(&events).unwrap(), b"{}");
+    // One of them may not have been written to yet.
+    std::fs::create_dir(folder.path().join("private")).unwrap();
+    std::fs::write(folder.path().join("private/object"), "").unwrap();
+    let both = ["runs", "--private", "private", "--release", "release"];
+    let output = doppel().args(both).current_dir(folder.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert!(text(&output.stdout).starts_with("no runs in file://"), "{}", text(&output.stdout));
     let output = doppel().args(["show", "demo", "--release", "release"]).current_dir(folder.path()).output().unwrap();

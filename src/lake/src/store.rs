@@ -278,27 +278,31 @@ impl Store {
 
     /// Refuses a root that is marked as another zone than `zone`. One without a mark is any zone.
     pub(crate) async fn refuse_other_zone(&self, zone: &str) -> Result<(), LakeError> {
-        let mark = match self.get(ZONE).await {
-            Ok(body) => serde_json::from_slice::<Mark>(&body).ok(),
-            Err(error @ LakeError::Transient(_)) => return Err(error),
-            // Whatever else keeps it from being read is told where it keeps from what is needed.
-            Err(_) => None,
+        // PRIVACY: without this, one mistake in a command puts private records where everybody reads. So only a mark that
+        // is not there is none.
+        let body = match self.get(ZONE).await {
+            Ok(body) => body,
+            Err(LakeError::NotFound(_) | LakeError::NoBucket(_)) => return Ok(()),
+            Err(error) => return Err(error),
         };
-        // PRIVACY: without this, one mistake in a command puts private records where everybody reads.
-        match mark {
-            Some(mark) if mark.zone != zone => Err(LakeError::Usage(format!(
+        let mark: Mark = serde_json::from_slice(&body).map_err(|_| {
+            LakeError::Malformed(format!(
+                "{}: expected {{\"zone\": \"private\"}} or {{\"zone\": \"release\"}}\n\
+                 help: restore the object; it keeps the roots from being swapped",
+                self.url_of(ZONE)
+            ))
+        })?;
+        if mark.zone != zone {
+            return Err(LakeError::Usage(format!(
                 "{} is marked as the {} root ({ZONE}), and given as the {zone} root\n\
                  help: were --private and --release swapped?",
                 self.url(),
                 mark.zone
-            ))),
-            Some(_) => {
-                // Who looks while marking knows that anyway.
-                let _ = self.0.told.set(());
-                Ok(())
-            }
-            None => Ok(()),
+            )));
         }
+        // Who looks while marking knows that anyway.
+        let _ = self.0.told.set(());
+        Ok(())
     }
 
     async fn create(&self, path: &str, at: &Path, url: &str, body: &Bytes) -> Result<bool, LakeError> {

@@ -105,6 +105,13 @@ async fn a_root_that_is_marked_as_the_other_zone_is_refused() {
     lake::gc::remove(&again, &lake::gc::plan(&again, &retained).await.unwrap()).await.unwrap();
     assert!(mark.exists());
 
+    // What is left of a mark is not none.
+    for broken in ["", "{\"zone\": \"rel", "[]"] {
+        std::fs::write(&mark, broken).unwrap();
+        let found = ReleaseRoot::open(&url, &options).await.map(drop);
+        assert!(matches!(&found, Err(LakeError::Malformed(text)) if text.contains("zone.json: expected")), "{found:?}");
+    }
+
     // Of two that mark a root at once as different zones, the second is refused before it writes.
     std::fs::remove_file(&mark).unwrap();
     let release = ReleaseRoot::open(&url, &options).await.unwrap().marked();

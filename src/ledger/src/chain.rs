@@ -64,7 +64,7 @@ pub(crate) async fn load(root: &PrivateRoot, corpus: &str) -> Result<(Ledger, Op
     }
     let reads = paths.clone().into_iter().map(|path| async move { root.get(&path).await });
     let objects: Vec<Bytes> = futures::stream::iter(reads).buffered(PARALLEL_READS).try_collect().await?;
-    let mut ledger = Ledger { corpus: corpus.to_string(), entries: Vec::with_capacity(objects.len()) };
+    let mut ledger = Ledger { corpus: corpus.to_string(), entries: Vec::with_capacity(objects.len()), verified: true };
     let (mut seal, mut previous) = (Some(Seal::Plain), None);
     for ((sequence, path), bytes) in (0..).zip(&paths).zip(&objects) {
         let malformed = |problem: String| broken(root, path, &problem);
@@ -72,8 +72,9 @@ pub(crate) async fn load(root: &PrivateRoot, corpus: &str) -> Result<(Ledger, Op
         if matches!(entry.body, Body::Reserve { .. }) && !ledger.has_reservation() {
             seal = keyed_seal(key::stored(root).await, || key::lost(root))?;
         }
-        if let Some(seal) = &seal {
-            entry.check_digest(bytes, seal).map_err(malformed)?;
+        match &seal {
+            Some(seal) => entry.check_digest(bytes, seal).map_err(malformed)?,
+            None => ledger.verified = false,
         }
         check(&entry, sequence, corpus, previous.as_deref(), &ledger.entries).map_err(malformed)?;
         previous = Some(blake3::hash(bytes).to_hex().to_string());
@@ -83,7 +84,7 @@ pub(crate) async fn load(root: &PrivateRoot, corpus: &str) -> Result<(Ledger, Op
 }
 
 /// The seal of a ledger with reservations; `None` for who may read the ledger but not the key, such as an auditor. The
-/// hashes from entry to entry then still show every change but one of the newest. To write takes the key.
+/// hashes from entry to entry then show damage, but whoever may write can forge all of them. To write takes the key.
 fn keyed_seal(
     stored: Result<Option<NoiseKey>, LedgerError>,
     lost: impl FnOnce() -> LedgerError,

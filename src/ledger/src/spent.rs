@@ -16,6 +16,9 @@ pub struct Ledger {
     pub corpus: String,
     /// All entries, by sequence number.
     pub entries: Vec<Entry>,
+    /// Whether the digest of each was checked, for which the noise key must be readable once something is reserved.
+    /// Without, whoever may write to the root could have written all of it anew.
+    pub verified: bool,
 }
 
 /// What all mechanisms on a corpus together may spend.
