@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::error::QueryError;
 
-/// The tables that every schema has.
+/// The tables that tell of all runs.
 pub const TABLES: [&str; 6] = ["runs", "stages", "inputs", "outputs", "releases", "tables"];
 
 /// What vote makes of public vectors alone, before its mechanism counts a vote.

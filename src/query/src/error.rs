@@ -72,7 +72,7 @@ impl From<DataFusionError> for QueryError {
                 Ok(ours) => *ours,
                 Err(inner) => match inner.downcast::<LakeError>() {
                     Ok(lake) => QueryError::Lake(*lake),
-                    Err(_) => QueryError::Data(message),
+                    Err(inner) => foreign(&*inner, message),
                 },
             },
             DataFusionError::Context(_, inner) | DataFusionError::Diagnostic(_, inner) => (*inner).into(),
@@ -95,9 +95,10 @@ fn sort(error: &DataFusionError, message: String) -> QueryError {
         DataFusionError::ParquetError(_) => QueryError::Data(unreadable(&message)),
         DataFusionError::ArrowError(error, _) => match &**error {
             ArrowError::ParquetError(_) | ArrowError::IoError(..) => QueryError::Data(unreadable(&message)),
-            ArrowError::ExternalError(_) => QueryError::Data(message),
+            ArrowError::ExternalError(inner) => foreign(&**inner, message),
             error => QueryError::Computation(error.to_string()),
         },
+        DataFusionError::External(inner) => foreign(&**inner, message),
         DataFusionError::Execution(text) => QueryError::Computation(text.clone()),
         DataFusionError::Internal(_) | DataFusionError::ExecutionJoin(_) => QueryError::Bug(message),
         // The engine reads files through stores of the lake, which have retried already.
@@ -107,6 +108,15 @@ fn sort(error: &DataFusionError, message: String) -> QueryError {
             _ => QueryError::Lake(LakeError::Transient(message)),
         },
         DataFusionError::IoError(_) => QueryError::Lake(LakeError::Transient(message)),
+        _ => QueryError::Data(message),
+    }
+}
+
+/// An error of a library below the engine: a pattern that is none, or what it says of the data.
+fn foreign(error: &(dyn std::error::Error + 'static), message: String) -> QueryError {
+    // Of several libraries, which share the words.
+    match error.to_string() {
+        text if text.starts_with("regex parse error") => QueryError::Computation(text),
         _ => QueryError::Data(message),
     }
 }

@@ -207,9 +207,15 @@ fn plain(data_type: &DataType) -> &'static str {
     }
 }
 
-/// What a writer says of rows that it cannot encode; faults of the sink are told by [`Fault`].
+/// What a writer says of rows that it cannot encode, such as times in a zone that is not known; faults of the sink are
+/// told by [`Fault`].
 fn unwritable(error: ArrowError) -> QueryError {
-    QueryError::Bug(error.to_string())
+    match error {
+        ArrowError::ParseError(_) | ArrowError::CastError(_) | ArrowError::InvalidArgumentError(_) => {
+            QueryError::Computation(error.to_string())
+        }
+        error => QueryError::Bug(error.to_string()),
+    }
 }
 
 /// The first fault of a sink. Encoders turn an I/O error into text; its kind is kept here.

@@ -10,9 +10,10 @@ use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::context::SQLOptions;
 use datafusion::prelude::{SessionConfig, SessionContext};
 use datafusion::sql::parser::Statement;
-use datafusion::sql::sqlparser::ast::{Query, Select, Statement as SqlStatement, Visit, Visitor};
+use datafusion::sql::sqlparser::ast::{Expr, ObjectName, Query, Select, Statement as SqlStatement, Visit, Visitor};
 use lake::ReleaseRoot;
 
+use crate::audit::TABLES;
 use crate::catalog::{CATALOG, NO_RUN, Options, ReleaseCatalog};
 use crate::error::QueryError;
 use crate::functions;
@@ -48,10 +49,15 @@ impl Session {
         let dialect = state.config().options().sql_parser.dialect;
         let mut statement = state.sql_to_statement(sql, &dialect)?;
         // With a condition it is another statement, which is refused below.
-        if matches!(&statement, Statement::Statement(inner) if inner.to_string() == "SHOW TABLES") {
+        let is_show = |inner: &SqlStatement| matches!(inner, SqlStatement::ShowTables { .. });
+        if matches!(&statement, Statement::Statement(inner) if is_show(inner) && inner.to_string() == "SHOW TABLES") {
             statement = state.sql_to_statement(SHOW_TABLES, &dialect)?;
         }
-        check_read_only(&statement)?;
+        if let Err(error) = check_read_only(&statement) {
+            // To drop it is to descend as deep as it nests.
+            std::mem::forget(statement);
+            return Err(error);
+        }
         self.catalog.refuse_aliases_of_runs().await?;
         let plan = state.statement_to_plan(statement).await?;
         SQLOptions::new()
@@ -82,30 +88,86 @@ fn check_sql_read_only(statement: &SqlStatement) -> Result<(), QueryError> {
 }
 
 fn check_reads_throughout(query: &Query) -> Result<(), QueryError> {
-    match query.visit(&mut Writes) {
-        ControlFlow::Break(statement) => Err(refused(&statement)),
+    match query.visit(&mut Gate::default()) {
+        ControlFlow::Break(error) => Err(error),
         ControlFlow::Continue(()) => Ok(()),
     }
 }
 
-/// Looks through a query, its set operations, subqueries and WITH, for what would write. The engine passes over some
-/// INTOs without a word, so the check of the plan would not see them.
-struct Writes;
+/// Looks through a query, its set operations, subqueries and WITH, for what would write, which the engine passes over in
+/// some INTOs without a word, for what would read something else than it says, and for what the engine would take too long
+/// over or break its stack.
+#[derive(Default)]
+struct Gate {
+    /// Expressions around the one that is looked at.
+    depth: usize,
+    /// SELECTs so far.
+    selects: usize,
+    /// Values in lists of `IN` so far.
+    values: usize,
+}
 
-impl Visitor for Writes {
+/// Expressions that may stand within each other, as each `OR` of a row of them holds those before it, and SELECTs of one
+/// query. The engine takes some seconds for so many, growing with the square.
+const MOST: usize = 1000;
+/// Values in lists of `IN` of one query: the engine descends once for each.
+pub const MOST_VALUES: usize = 50_000;
+
+impl Visitor for Gate {
     /// What was found.
-    type Break = String;
+    type Break = QueryError;
 
-    fn pre_visit_select(&mut self, select: &Select) -> ControlFlow<String> {
+    fn pre_visit_select(&mut self, select: &Select) -> ControlFlow<QueryError> {
+        self.selects += 1;
         match select.into {
-            Some(_) => ControlFlow::Break("SELECT INTO".into()),
+            Some(_) => ControlFlow::Break(refused("SELECT INTO")),
+            None if self.selects > MOST => {
+                ControlFlow::Break(QueryError::Sql(format!("more than {MOST} SELECTs\nhelp: run several queries")))
+            }
             None => ControlFlow::Continue(()),
         }
     }
 
+    fn pre_visit_expr(&mut self, expression: &Expr) -> ControlFlow<QueryError> {
+        self.depth += 1;
+        if let Expr::InList { list, .. } = expression {
+            self.values += list.len();
+        }
+        if self.depth > MOST {
+            return ControlFlow::Break(QueryError::Sql(format!(
+                "more than {MOST} expressions within each other, as in a row of so many ORs\n\
+                 help: use column IN ('a', 'b', …), or text ~ 'a|b|…' in place of many LIKEs"
+            )));
+        }
+        if self.values > MOST_VALUES {
+            return ControlFlow::Break(QueryError::Sql(format!(
+                "more than {MOST_VALUES} values in lists of IN\nhelp: run several queries"
+            )));
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn post_visit_expr(&mut self, _: &Expr) -> ControlFlow<QueryError> {
+        self.depth -= 1;
+        ControlFlow::Continue(())
+    }
+
     /// A statement inside a query is no query: `WITH … INSERT`, for one.
-    fn pre_visit_statement(&mut self, statement: &SqlStatement) -> ControlFlow<String> {
-        ControlFlow::Break(statement.to_string())
+    fn pre_visit_statement(&mut self, statement: &SqlStatement) -> ControlFlow<QueryError> {
+        ControlFlow::Break(refused(&statement.to_string()))
+    }
+
+    /// Tables of all runs are those of no single one.
+    fn pre_visit_relation(&mut self, name: &ObjectName) -> ControlFlow<QueryError> {
+        let parts: Vec<&str> = name.0.iter().filter_map(|part| Some(part.as_ident()?.value.as_str())).collect();
+        match parts.as_slice() {
+            [.., run, table] if TABLES.iter().any(|own| own.eq_ignore_ascii_case(table)) => {
+                ControlFlow::Break(QueryError::Sql(format!(
+                    "{name}: `{table}` tells of all runs\nhelp: SELECT … FROM {table} WHERE run = '{run}'"
+                )))
+            }
+            _ => ControlFlow::Continue(()),
+        }
     }
 }
 

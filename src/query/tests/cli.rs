@@ -386,8 +386,49 @@ fn what_a_value_does_not_allow_is_the_querys_fault() {
         ("SELECT CAST('x' AS INT)", "Cannot cast string 'x'"),
         ("SELECT CAST(text AS INT) FROM synthetic", "Cannot cast string"),
         ("SELECT word_ngrams('a b c', 0)", "at least 1, found 0"),
+        ("SELECT count(*) FROM synthetic WHERE text ~ '('", "regex parse error"),
+        ("SELECT now() AT TIME ZONE 'Mars/X'", "Mars/X"),
     ] {
         fails(release.path(), &["--run", "demo", sql], 2, &[expected, "help:", "try_cast"]);
+    }
+}
+
+#[test]
+fn tables_of_all_runs_are_not_read_as_those_of_one() {
+    let release = release();
+    for sql in ["SELECT * FROM demo.releases", "SELECT 1 WHERE EXISTS (SELECT * FROM \"nosuch\".RUNS)"] {
+        fails(release.path(), &["--run", "demo", sql], 2, &["tells of all runs", "help: ", " WHERE run = '"]);
+    }
+}
+
+#[test]
+fn a_query_may_be_long_but_not_deep() {
+    let release = release();
+    let told = |sql: &str| {
+        let mut command = query(release.path(), &["--run", "demo", "--output", "csv", "--file", "-"]);
+        let output = command.write_stdin(sql).output().unwrap();
+        let [out, error] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+        (output.status.code(), out, error)
+    };
+    let row = |count: usize, between: &str, term: &str| vec![term; count].join(between);
+    let likes = |count| format!("SELECT count(*) FROM synthetic WHERE {}", row(count, " OR ", "text LIKE '%nosuch%'"));
+    let selects = |count| row(count, " UNION ALL ", "SELECT 1");
+    let many = format!("SELECT count(*) AS n FROM synthetic WHERE text IN ({})", row(12_000, ", ", "'nosuch'"));
+    let (code, out, error) = told(&many);
+    assert_eq!((code, out.as_str()), (Some(0), "n\n0\n"), "{error}");
+    for deep in [likes(600), format!("SELECT {}", row(900, "+", "1"))] {
+        let (code, out, error) = told(&deep);
+        assert_eq!((code, out.lines().count()), (Some(0), 2), "{error}");
+    }
+    for (refused, expected) in [
+        (likes(1_100), "more than 1000 expressions within each other"),
+        (format!("SELECT {}", row(200_000, "+", "1")), "more than 1000 expressions within each other"),
+        (selects(1_001), "more than 1000 SELECTs"),
+        (many.replace("(", &format!("({}, ", row(38_001, ", ", "1"))), "more than 50000 values"),
+        (selects(20_000), "more than 1000 SELECTs"),
+    ] {
+        let (code, out, error) = told(&refused);
+        assert!(code == Some(2) && out.is_empty() && error.contains(expected), "{code:?}: {error}");
     }
 }
 

@@ -135,7 +135,8 @@ impl Shell {
     where
         F: Future<Output = Result<Summary, Failure>>,
     {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+        // Threads have as much of a stack as the first one has: queries descend into long expressions.
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(8 << 20).build();
         let runtime = runtime.map_err(|error| Failure::Transient(format!("cannot start threads: {error}")))?;
         if !self.leave_signals {
             let _guard = runtime.enter();
