@@ -240,6 +240,8 @@ struct Runner<'a> {
     observer: &'a dyn Observer,
     jobs: Vec<Progress>,
     running: FuturesUnordered<LocalBoxFuture<'a, Done>>,
+    /// How many jobs run: those of `running` that do not pause.
+    active: usize,
     free: Machine,
     /// DAGs that hold a failed job, or a closed DAG.
     hurt: HashSet<usize>,
@@ -264,7 +266,8 @@ impl<'a> Runner<'a> {
         };
         let jobs = log_names(&plan.jobs).into_iter().map(progress).collect();
         let (running, free) = (FuturesUnordered::new(), options.machine.clone());
-        Self { plan, options, stop, observer, jobs, running, free, hurt: HashSet::new(), closed: HashSet::new() }
+        let (hurt, closed) = (HashSet::new(), HashSet::new());
+        Self { plan, options, stop, observer, jobs, running, active: 0, free, hurt, closed }
     }
 
     /// Starts every job that waits for nothing and fits, in the order of the file.
@@ -307,8 +310,7 @@ impl<'a> Runner<'a> {
 
     fn fits(&self, job: usize) -> bool {
         let job = &self.plan.jobs[job];
-        let active = self.jobs.iter().filter(|job| job.phase == Phase::Running).count();
-        self.plan.parallelism.is_none_or(|most| active < most)
+        self.plan.parallelism.is_none_or(|most| self.active < most)
             && self.options.machine.share(job.cpu) <= self.free.cpu
             && job.gpus as usize <= self.free.gpus.len()
             && job.memory <= self.free.memory
@@ -316,6 +318,7 @@ impl<'a> Runner<'a> {
 
     fn start(&mut self, index: usize) {
         let job = &self.plan.jobs[index];
+        self.active += 1;
         self.free.cpu -= self.options.machine.share(job.cpu);
         self.free.memory -= job.memory;
         let gpus: Vec<String> = self.free.gpus.drain(..job.gpus as usize).collect();
@@ -398,6 +401,7 @@ impl<'a> Runner<'a> {
 
     fn release(&mut self, index: usize) {
         let job = &self.plan.jobs[index];
+        self.active -= 1;
         self.free.cpu += self.options.machine.share(job.cpu);
         self.free.memory += job.memory;
         self.free.gpus.append(&mut self.jobs[index].gpus);
