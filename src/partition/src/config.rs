@@ -37,7 +37,8 @@ pub struct Args {
     pub common: stage::Common,
     /// Where the conversations are: a path, file://, s3://, gs:// or az:// URL. Repeatable.
     ///
-    /// A JSON array, JSON Lines or Parquet; told apart by their first bytes. Read in the order given, each once.
+    /// A JSON array, JSON Lines or Parquet; told apart by their first bytes. Read in the order given, and more than once: not from
+    /// a pipe.
     #[arg(long, required = true, value_name = "URL", value_hint = stage::PLACE)]
     pub input: Vec<String>,
     /// Name of the corpus to write: letters, digits, `.`, `_`, `-`; at most 100, the first a letter or digit.
