@@ -58,10 +58,10 @@ fn exceeded(spent: f64, budget: f64) -> Option<f64> {
 pub async fn show(args: BudgetShowArgs) -> Result<Summary, Failure> {
     let root = args.root.open().await?;
     let corpora = corpora(&root).await?;
-    if corpora.is_empty() && roots::holds_nothing(&root).await? {
+    let one = args.name.or(args.corpus);
+    if one.is_none() && corpora.is_empty() && root.is_empty().await? {
         return Err(roots::nothing(root.url()));
     }
-    let one = args.name.or(args.corpus);
     let corpora = match &one {
         Some(corpus) if corpora.contains(corpus) => BTreeSet::from([corpus.clone()]),
         Some(corpus) => return Err(Failure::Input(unknown(&root, corpus, &corpora))),
@@ -96,6 +96,7 @@ async fn corpora(root: &PrivateRoot) -> Result<BTreeSet<String>, Failure> {
 fn unknown(root: &PrivateRoot, corpus: &str, known: &BTreeSet<String>) -> String {
     let known: Vec<&str> = known.iter().map(String::as_str).collect();
     let hint = match workflow::finding::nearest(corpus, known.iter().copied()) {
+        _ if corpus == "set" => "flags stand behind `set`: `doppel budget set --corpus NAME …`".to_owned(),
         Some(near) => format!("did you mean `{near}`?"),
         None if known.is_empty() => {
             format!("`doppel budget set --corpus {corpus} --epsilon E --delta D` begins one")

@@ -172,7 +172,7 @@ impl PrivateArgs {
 /// The ledger lies in the private root and is as private as the corpus: beside the parameters of mechanisms, which are
 /// shown here, it holds digests that would confirm a right guess of the data.
 #[derive(Args, Clone, Debug)]
-#[command(subcommand_precedence_over_arg = true)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct BudgetArgs {
     /// Set a corpus's budget.
     #[command(subcommand)]
@@ -202,7 +202,7 @@ pub struct BudgetShowArgs {
     #[arg(long, value_name = "FILE", requires = "one")]
     pub plot: Option<PathBuf>,
     /// What standard output carries.
-    #[arg(long, value_enum, default_value_t = Format::Text, global = true)]
+    #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
     /// Where the private zone is.
     #[command(flatten)]
@@ -210,20 +210,6 @@ pub struct BudgetShowArgs {
     /// Which flags shape the log.
     #[command(flatten)]
     pub verbosity: Verbosity,
-}
-
-impl BudgetShowArgs {
-    /// Refuses what `set` does not take, where it stands before the word.
-    pub fn refuse_beside_set(&self) -> Result<(), Failure> {
-        match self.name.is_some() || self.corpus.is_some() || self.plot.is_some() {
-            true => Err(Failure::Usage(
-                "budget: what to show and `set` exclude each other\n\
-                 help: give the corpus after `set`, as --corpus; one that is called `set` is shown by --corpus too"
-                    .to_owned(),
-            )),
-            false => Ok(()),
-        }
-    }
 }
 
 /// Set the budget of a corpus.
@@ -242,7 +228,7 @@ pub struct BudgetSetArgs {
     #[arg(long, allow_negative_numbers = true, value_parser = delta)]
     pub delta: f64,
     /// What standard output carries.
-    #[arg(long, value_enum, default_value_t = Format::Text, global = true)]
+    #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
     /// Where the private zone is.
     #[command(flatten)]

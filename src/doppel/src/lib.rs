@@ -37,10 +37,7 @@ pub async fn run(cli: Cli) -> Result<Summary, Failure> {
         Command::Budget(args) => {
             exit::on_signal(async {
                 match args.command {
-                    Some(BudgetCommand::Set(set)) => {
-                        args.show.refuse_beside_set()?;
-                        budget::set(set).await
-                    }
+                    Some(BudgetCommand::Set(set)) => budget::set(set).await,
                     None => budget::show(args.show).await,
                 }
             })

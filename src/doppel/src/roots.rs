@@ -99,10 +99,10 @@ impl Roots {
     pub async fn refuse_nothing(&self) -> Result<(), Failure> {
         let mut is_empty = true;
         if let Some(root) = &self.private {
-            is_empty &= holds_nothing(root).await?;
+            is_empty &= root.is_empty().await?;
         }
         if let Some(root) = &self.release {
-            is_empty &= holds_nothing(root).await?;
+            is_empty &= root.is_empty().await?;
         }
         if is_empty { Err(nothing(&self.names())) } else { Ok(()) }
     }
@@ -156,11 +156,6 @@ impl Known {
             .iter()
             .find(|manifest| (&manifest.claim.stage, manifest.claim.shard) == (&claim.stage, claim.shard))
     }
-}
-
-/// Whether nothing lies below `root`.
-pub async fn holds_nothing<Z: Zone>(root: &Z) -> Result<bool, Failure> {
-    Ok(root.list("").await?.is_empty())
 }
 
 /// The failure that nothing lies below the roots of these names.

@@ -88,8 +88,9 @@ pub struct Config {
 pub struct Arithmetic {
     /// Device, precision and instructions.
     pub compute: String,
-    /// Name, version and commit of the binary.
-    pub build: String,
+    /// Name, version and commit of the binary; builds that did not tell it yet have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub build: Option<String>,
 }
 
 impl Arithmetic {
@@ -101,7 +102,7 @@ impl Arithmetic {
 
 impl fmt::Display for Arithmetic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} by {}", self.compute, self.build)
+        write!(f, "{} by {}", self.compute, self.build.as_deref().unwrap_or("an earlier build"))
     }
 }
 

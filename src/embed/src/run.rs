@@ -145,7 +145,7 @@ impl<Z: Zone> Stage<'_, Z> {
         if let Some(done) = manifest::find(self.zone, run, self.name, args.shard.map(Shard::pair)).await? {
             return Ok(Arithmetic::of(&done.claim));
         }
-        let mut now = Arithmetic { compute: compute.to_string(), build: stage::binary("doppel-embed") };
+        let mut now = Arithmetic { compute: compute.to_string(), build: Some(stage::binary("doppel-embed")) };
         for earlier in self.claims(run).await?.iter().filter_map(Arithmetic::of) {
             // What a rerun computes is compared, not voted with: it may be by a later build.
             if stage::is_rerun() {

@@ -79,6 +79,11 @@ pub trait Zone: Sealed + Clone + std::fmt::Debug + Send + Sync + 'static {
         self.store().list(prefix)
     }
 
+    /// Whether no object is below the root, and no mark of ours.
+    fn is_empty(&self) -> impl Future<Output = Result<bool, LakeError>> + Send {
+        self.store().is_empty()
+    }
+
     /// Removes one object; absent is fine.
     fn delete(&self, path: &str) -> impl Future<Output = Result<(), LakeError>> + Send {
         self.store().delete(path)

@@ -288,7 +288,8 @@ impl Store {
         let mark: Mark = serde_json::from_slice(&body).map_err(|_| {
             LakeError::Malformed(format!(
                 "{}: expected {{\"zone\": \"private\"}} or {{\"zone\": \"release\"}}\n\
-                 help: restore the object; it keeps the roots from being swapped",
+                 help: restore the object, which keeps the roots from being swapped; where doppel did not write it, choose another \
+                 root",
                 self.url_of(ZONE)
             ))
         })?;
@@ -415,6 +416,16 @@ impl Store {
         let mut folders = folders.into_iter();
         found.retain(|object| !folders.next().unwrap_or(false) && !OURS.contains(&object.path.as_str()));
         Ok(found)
+    }
+
+    /// Whether nothing is below the root, as the first object that is listed tells.
+    pub(crate) async fn is_empty(&self) -> Result<bool, LakeError> {
+        let mut objects = self.0.objects.list(Some(&self.0.location.path));
+        match self.within(self.url(), objects.try_next()).await {
+            Ok(first) => Ok(first.is_none()),
+            Err(LakeError::NotFound(_)) => Ok(true),
+            Err(error) => Err(error),
+        }
     }
 
     fn relative(&self, path: &Path) -> Option<String> {

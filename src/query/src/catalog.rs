@@ -1,6 +1,6 @@
 //! Names in a query, resolved when the query uses them.
 //!
-//! A schema is a run, a table is a Delta table of that run, and the tables of [`crate::audit`] are in every schema.
+//! A schema is a run, a table is a Delta table of that run, and the tables of [`crate::audit`] are of no run.
 //! Nothing is listed up front: a lake may hold thousands of runs, and a query names a few tables. Only an error lists
 //! what there is, to suggest what may have been meant.
 

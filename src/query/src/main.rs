@@ -8,6 +8,9 @@ const STACK: usize = 1 << 28;
 
 fn main() -> ExitCode {
     let main = || stage::main("query", doppel_query::Args::options, doppel_query::run);
-    let thread = thread::Builder::new().name("main".into()).stack_size(STACK).spawn(main);
-    thread.ok().and_then(|thread| thread.join().ok()).unwrap_or(ExitCode::FAILURE)
+    match thread::Builder::new().name("main".into()).stack_size(STACK).spawn(main) {
+        Ok(thread) => thread.join().unwrap_or(ExitCode::FAILURE),
+        // Where addresses are limited, most queries do with less.
+        Err(_) => main(),
+    }
 }

@@ -81,7 +81,7 @@ fn check_read_only(statement: &Statement) -> Result<(), QueryError> {
 fn check_sql_read_only(statement: &SqlStatement) -> Result<(), QueryError> {
     match statement {
         SqlStatement::Query(query) => check_reads_throughout(query),
-        SqlStatement::ExplainTable { .. } => Ok(()),
+        SqlStatement::ExplainTable { table_name, .. } => check_is_of_one_run(table_name),
         SqlStatement::Explain { statement, .. } => check_sql_read_only(statement),
         other => Err(refused(&other.to_string())),
     }
@@ -157,17 +157,22 @@ impl Visitor for Gate {
         ControlFlow::Break(refused(&statement.to_string()))
     }
 
-    /// Tables of all runs are those of no single one.
     fn pre_visit_relation(&mut self, name: &ObjectName) -> ControlFlow<QueryError> {
-        let parts: Vec<&str> = name.0.iter().filter_map(|part| Some(part.as_ident()?.value.as_str())).collect();
-        match parts.as_slice() {
-            [.., run, table] if TABLES.iter().any(|own| own.eq_ignore_ascii_case(table)) => {
-                ControlFlow::Break(QueryError::Sql(format!(
-                    "{name}: `{table}` tells of all runs\nhelp: SELECT … FROM {table} WHERE run = '{run}'"
-                )))
-            }
-            _ => ControlFlow::Continue(()),
+        match check_is_of_one_run(name) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => ControlFlow::Break(error),
         }
+    }
+}
+
+/// Refuses a table of all runs that is written as one of a single run.
+fn check_is_of_one_run(name: &ObjectName) -> Result<(), QueryError> {
+    let parts: Vec<&str> = name.0.iter().filter_map(|part| Some(part.as_ident()?.value.as_str())).collect();
+    match parts.as_slice() {
+        [.., _, table] if TABLES.iter().any(|own| own.eq_ignore_ascii_case(table)) => Err(QueryError::Sql(format!(
+            "{name}: `{table}` tells of all runs\nhelp: write {table} alone, and choose by its column `run`"
+        ))),
+        _ => Ok(()),
     }
 }
 

@@ -396,8 +396,10 @@ fn what_a_value_does_not_allow_is_the_querys_fault() {
 #[test]
 fn tables_of_all_runs_are_not_read_as_those_of_one() {
     let release = release();
-    for sql in ["SELECT * FROM demo.releases", "SELECT 1 WHERE EXISTS (SELECT * FROM \"nosuch\".RUNS)"] {
-        fails(release.path(), &["--run", "demo", sql], 2, &["tells of all runs", "help: ", " WHERE run = '"]);
+    for sql in
+        ["SELECT * FROM demo.releases", "SELECT 1 WHERE EXISTS (SELECT * FROM \"nosuch\".RUNS)", "DESCRIBE demo.stages"]
+    {
+        fails(release.path(), &["--run", "demo", sql], 2, &["tells of all runs", "help: write ", "column `run`"]);
     }
 }
 
