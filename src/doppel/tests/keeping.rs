@@ -243,11 +243,10 @@ fn the_id_of_a_dropped_run_is_closed_and_dropping_it_again_does_nothing() {
 }
 
 #[test]
-fn roots_without_runs_are_named() {
+fn mistyped_roots_are_named() {
     let folder = TempDir::new().unwrap();
-    let (stdout, _) = run(doppel(folder.path(), &["runs", "--private", "typo", "--release", "typo2"]), 0);
-    assert!(stdout.starts_with("no runs in file://"), "{stdout}");
-    assert!(stdout.contains("/typo and file://") && stdout.ends_with("/typo2\n"), "{stdout}");
+    let (_, told) = run(doppel(folder.path(), &["runs", "--private", "typo", "--release", "typo2"]), 3);
+    assert!(told.contains("/typo and file://") && told.contains("/typo2: nothing is there\nhelp: "), "{told}");
 }
 
 #[test]
