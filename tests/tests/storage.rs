@@ -213,7 +213,7 @@ async fn child_no_tls() {
     assert!(matches!(&found, Err(LakeError::Usage(text)) if text.contains("does not speak TLS")), "{found:?}");
 }
 
-/// A server that answers every request with success, conditions or not.
+/// A server that holds nothing and answers every write with success, conditions or not.
 fn store_without_conditions() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
@@ -224,7 +224,10 @@ fn store_without_conditions() -> String {
                 let mut buffer = [0; 65_536];
                 // The tests' bodies are small, so that a request is one read.
                 while stream.read(&mut buffer).is_ok_and(|read| read > 0) {
-                    let answer = "HTTP/1.1 200 OK\r\nETag: \"1\"\r\nContent-Length: 0\r\n\r\n";
+                    let answer = match buffer.starts_with(b"GET ") {
+                        true => "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+                        false => "HTTP/1.1 200 OK\r\nETag: \"1\"\r\nContent-Length: 0\r\n\r\n",
+                    };
                     if stream.write_all(answer.as_bytes()).is_err() {
                         return;
                     }
