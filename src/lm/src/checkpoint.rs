@@ -3,7 +3,7 @@
 //! Both look the same from outside: tensors have Hugging Face's names and row order, and the architecture is a
 //! [`DecoderConfig`]. Files are memory-mapped; a tensor's bytes are copied once, to where it will be used.
 
-mod folder;
+pub(crate) mod folder;
 mod llama_gguf;
 mod weights;
 

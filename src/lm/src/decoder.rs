@@ -5,7 +5,7 @@
 //! in that. [`Decoder::logits`] is the readable whole; [`crate::gradients`] and [`crate::generate`] use the same layers.
 
 pub(crate) mod layer;
-pub(crate) mod rope;
+pub(crate) mod packed;
 
 use std::sync::OnceLock;
 
@@ -15,10 +15,12 @@ use crate::LmError;
 use crate::adapter::{Lora, Target};
 use crate::checkpoint::{Checkpoint, DecoderConfig};
 use crate::device::{self, Compute};
-use crate::generate::native::Packed;
 use crate::ops::Frozen;
+use crate::ops::plain::rms_norm;
+use crate::rope::Rope;
 
 pub(crate) use layer::{Adapters, Layer};
+pub(crate) use packed::Packed;
 
 /// A frozen decoder.
 pub struct Decoder {
@@ -31,7 +33,7 @@ pub struct Decoder {
     pub(crate) norm: Tensor,
     /// `[vocab, hidden]`; the embedding itself where they are tied.
     pub(crate) output: Frozen,
-    pub(crate) rope: rope::Rope,
+    pub(crate) rope: Rope,
     /// Bytes that were free on the device when the weights were there; `None` on CPU.
     spare: Option<usize>,
     /// The weights once more, as sampling on CPU wants them; made at first use.
@@ -51,7 +53,7 @@ impl Decoder {
                 .collect::<Result<_, _>>()?;
             let norm = checkpoint.tensor("model.norm.weight", &[config.hidden_size], compute)?;
             let output = output(checkpoint, &config, &embedding, compute)?.into();
-            let rope = rope::Rope::new(&config, compute)?;
+            let rope = Rope::new(&config, compute)?;
             let spare = compute.device.is_cuda().then(device::free_cuda_memory).flatten();
             if let Some(bytes) = spare {
                 tracing::info!(free_bytes = bytes as u64, "the model is on the GPU");
@@ -110,7 +112,7 @@ impl Decoder {
             };
             hidden = layer.forward(&hidden, &self.config, &angles, &adapters)?;
         }
-        layer::rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)
+        rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)
     }
 
     /// Bytes of one copy of the weights, with an output of its own: packed, it is not the embedding.

@@ -20,9 +20,9 @@ use std::ops::RangeInclusive;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::{LmError, decoder::Decoder};
+use crate::LmError;
+use crate::decoder::{Decoder, Packed};
 use cache::Slots;
-use native::Packed;
 use sampler::Sampler;
 
 /// Sampling parameters.
@@ -105,8 +105,8 @@ fn draw(
     let fit = room::sequences(decoder, copies, first.prompt.len() + sampling.max_new_tokens);
     let mut requests = std::iter::once(Ok(first)).chain(requests);
     match packed {
-        Some(Packed::Bf16(model)) => pool::run(&model, sampling, requests, batch.min(fit), &mut done),
-        Some(Packed::F32(model)) => pool::run(&model, sampling, requests, batch.min(fit), &mut done),
+        Some(Packed::Bf16(weights)) => pool::run(&weights, sampling, requests, batch.min(fit), &mut done),
+        Some(Packed::F32(weights)) => pool::run(&weights, sampling, requests, batch.min(fit), &mut done),
         None => by_libtorch(decoder, sampling, &mut requests, (batch, fit), &mut done),
     }
 }

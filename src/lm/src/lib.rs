@@ -16,6 +16,7 @@ mod kernels;
 mod ops;
 mod padding;
 mod products;
+mod rope;
 pub mod template;
 pub mod tokenizer;
 mod workers;

@@ -1,23 +1,19 @@
-//! The elementwise parts of a layer and their gradients, and attention with its gradient.
+//! What layers are made of, with gradients: elementwise parts here, products and attention below.
 //!
 //! Each has one definition in libtorch's operations, which runs on every device; on CPU a kernel of our own does the same
-//! in one pass ([`crate::kernels`]), and so it is with products ([`crate::products`]) and attention ([`crate::attention`]). None of them is differentiable: the gradients are here too.
+//! in one pass ([`crate::kernels`]), and so it is with products ([`crate::products`]) and attention
+//! ([`crate::attention`]). Only what is [`plain`] is differentiable by libtorch: of the others, the gradients are here too.
 
-use std::ops::Deref;
-use std::sync::OnceLock;
+pub(crate) mod plain;
 
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
 use crate::LmError;
-use crate::attention::{self, Sequence, Work};
 use crate::checkpoint::DecoderConfig;
 use crate::cuda;
-use crate::decoder::layer::{self, join_heads, split_heads};
-use crate::decoder::rope::{self, Angles};
-use crate::device::Compute;
 use crate::kernels::{self, Element, Heads};
-use crate::products::{self, Activation, Factor, Multiplier, Packed, Plus, View, Weight};
+use crate::rope::{self, Angles};
 
 /// Runs the block with `E` as the element type of `$tensor`, where our kernels can compute on it; else `$otherwise`.
 macro_rules! on_cpu {
@@ -36,204 +32,14 @@ macro_rules! on_cpu {
     };
 }
 
-/// A weight of products, `[outputs, inputs]` or `[inputs, outputs]`.
-pub(crate) trait Factored {
-    /// The weight.
-    fn tensor(&self) -> &Tensor;
+// Behind the macro, which they use.
+mod attention;
+mod linear;
 
-    /// It packed for `x · weightᵀ` where `turned`, else for `x · weight`; `None` where that is to be done on the way.
-    fn packed<E: Factor>(&self, turned: bool) -> Result<Option<&Packed>, LmError>;
-}
+use linear::added;
 
-impl Factored for Tensor {
-    fn tensor(&self) -> &Tensor {
-        self
-    }
-
-    fn packed<E: Factor>(&self, _: bool) -> Result<Option<&Packed>, LmError> {
-        Ok(None)
-    }
-}
-
-/// A weight that does not change, packed when it is first multiplied by.
-pub(crate) struct Frozen {
-    tensor: Tensor,
-    plain: OnceLock<Option<Packed>>,
-    turned: OnceLock<Option<Packed>>,
-}
-
-impl From<Tensor> for Frozen {
-    fn from(tensor: Tensor) -> Self {
-        Self { tensor, plain: OnceLock::new(), turned: OnceLock::new() }
-    }
-}
-
-impl Deref for Frozen {
-    type Target = Tensor;
-
-    fn deref(&self) -> &Tensor {
-        &self.tensor
-    }
-}
-
-impl Factored for Frozen {
-    fn tensor(&self) -> &Tensor {
-        self
-    }
-
-    fn packed<E: Factor>(&self, turned: bool) -> Result<Option<&Packed>, LmError> {
-        let place = if turned { &self.turned } else { &self.plain };
-        if let Some(packed) = place.get() {
-            return Ok(packed.as_ref());
-        }
-        let weight = self.tensor.f_contiguous()?;
-        let view = view::<E>(&weight)?;
-        // Whoever else wants it meanwhile waits.
-        let pack = || Packed::new(if turned { Weight::Outputs(view) } else { Weight::Inputs(view) });
-        Ok(place.get_or_init(pack).as_ref())
-    }
-}
-
-/// `x · weightᵀ + bias + rows` of x `[…, inputs]`, a weight `[outputs, inputs]` and rows `[…, outputs]`.
-pub(crate) fn linear(
-    x: &Tensor,
-    weight: &impl Factored,
-    bias: Option<&Tensor>,
-    rows: Option<&Tensor>,
-) -> Result<Tensor, LmError> {
-    let done = own_linear(x, weight, (bias, rows), Activation::Identity)?;
-    done.map_or_else(|| added(x.f_linear(weight.tensor(), bias)?, rows), Ok)
-}
-
-/// GELU(`x · weightᵀ + bias`), with the error function.
-pub(crate) fn linear_gelu(x: &Tensor, weight: &impl Factored, bias: &Tensor) -> Result<Tensor, LmError> {
-    let done = own_linear(x, weight, (Some(bias), None), Activation::Gelu)?;
-    done.map_or_else(|| Ok(x.f_linear(weight.tensor(), Some(bias))?.f_gelu("none")?), Ok)
-}
-
-/// [`linear`] by our product, where that can compute it.
-fn own_linear(
-    x: &Tensor,
-    weight: &impl Factored,
-    plus: (Option<&Tensor>, Option<&Tensor>),
-    activation: Activation,
-) -> Result<Option<Tensor>, LmError> {
-    on_cpu!(x, E => {
-        if !multiplies::<E>(weight.tensor().size2()?.1) {
-            return Ok(None);
-        }
-        if let Some(packed) = weight.packed::<E>(true)? {
-            return product::<E>(x, Multiplier::Packed(packed), plus, activation).map(Some);
-        }
-        let weight = weight.tensor().f_contiguous()?;
-        product::<E>(x, Multiplier::Plain(Weight::Outputs(view(&weight)?)), plus, activation).map(Some)
-    }, Ok(None))
-}
-
-/// `x · weight + rows` of x `[…, inputs]`, a weight `[inputs, outputs]` and rows `[…, outputs]`.
-pub(crate) fn matmul(x: &Tensor, weight: &impl Factored, rows: Option<&Tensor>) -> Result<Tensor, LmError> {
-    on_cpu!(x, E => {
-        if multiplies::<E>(weight.tensor().size2()?.0) {
-            if let Some(packed) = weight.packed::<E>(false)? {
-                return product::<E>(x, Multiplier::Packed(packed), (None, rows), Activation::Identity);
-            }
-            let weight = weight.tensor().f_contiguous()?;
-            let weight = Multiplier::Plain(Weight::Inputs(view(&weight)?));
-            return product::<E>(x, weight, (None, rows), Activation::Identity);
-        }
-    }, {});
-    added(x.f_matmul(weight.tensor())?, rows)
-}
-
-/// `x · weightᵀ + rows`, as [`linear`]; the rows are used up.
-pub(crate) fn linear_onto(rows: Tensor, x: &Tensor, weight: &impl Factored) -> Result<Tensor, LmError> {
-    match rows.device().is_cuda() {
-        true => product_onto(rows, x, &weight.tensor().f_transpose(0, 1)?),
-        false => linear(x, weight, None, Some(&rows)),
-    }
-}
-
-/// `x · weight + rows`, as [`matmul`]; the rows are used up.
-pub(crate) fn matmul_onto(rows: Tensor, x: &Tensor, weight: &impl Factored) -> Result<Tensor, LmError> {
-    match rows.device().is_cuda() {
-        true => product_onto(rows, x, weight.tensor()),
-        false => matmul(x, weight, Some(&rows)),
-    }
-}
-
-/// Adds a product to contiguous rows where they are.
-fn product_onto(rows: Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor, LmError> {
-    let (inputs, outputs) = weight.size2()?;
-    let _ = rows.f_view([-1, outputs])?.f_addmm_(&x.f_reshape([-1, inputs])?, weight)?;
-    Ok(rows)
-}
-
-/// `leftᵀ · right` of each `[length, left]` and `[length, right]` of a batch: `[batch, left, right]`.
-pub(crate) fn outer(left: &Tensor, right: &Tensor) -> Result<Tensor, LmError> {
-    let (_, length, width) = right.size3()?;
-    on_cpu!(left, E => {
-        if multiplies::<E>(length) {
-            let (left, right) = (left.f_transpose(1, 2)?.f_contiguous()?, right.f_contiguous()?);
-            let (batch, rows, _) = left.size3()?;
-            let mut out = Tensor::f_empty([batch, rows, width], (E::KIND, Device::Cpu))?;
-            let (length, width) = (length as usize, width as usize);
-            let lefts = values::<E>(&left)?.chunks_exact(rows as usize * length);
-            let rights = values::<E>(&right)?.chunks_exact(length * width);
-            let outs = values_mut::<E>(&mut out)?.chunks_exact_mut(rows as usize * width);
-            for ((left, right), out) in lefts.zip(rights).zip(outs) {
-                let weight = Weight::Inputs(View::new(right, width, 0..length, 0..width));
-                products::product(left, Multiplier::Plain(weight), Plus::NOTHING, Activation::Identity, out);
-            }
-            return Ok(out);
-        }
-    }, {});
-    Ok(left.f_transpose(1, 2)?.f_bmm(right)?)
-}
-
-fn added(mut product: Tensor, rows: Option<&Tensor>) -> Result<Tensor, LmError> {
-    match rows {
-        None => Ok(product),
-        Some(rows) => Ok(product.f_add_(rows)?),
-    }
-}
-
-/// Whether our products compute all of a model's, with so many inputs each.
-pub(crate) fn multiplies_all(compute: Compute, inputs: impl IntoIterator<Item = i64>) -> bool {
-    let mut inputs = inputs.into_iter();
-    match (compute.device, compute.kind) {
-        (Device::Cpu, Kind::BFloat16) => inputs.all(multiplies::<bf16>),
-        (Device::Cpu, Kind::Float) => inputs.all(multiplies::<f32>),
-        _ => false,
-    }
-}
-
-/// Whether our products can have so many inputs.
-fn multiplies<E: Factor>(inputs: i64) -> bool {
-    products::is_supported() && inputs > 0 && (inputs as usize).is_multiple_of(E::GROUP)
-}
-
-/// The rows of a contiguous matrix.
-fn view<E: Element>(matrix: &Tensor) -> Result<View<'_, E>, LmError> {
-    let (rows, width) = matrix.size2()?;
-    Ok(View::new(values(matrix)?, width as usize, 0..rows as usize, 0..width as usize))
-}
-
-fn product<E: Factor>(
-    x: &Tensor,
-    weight: Multiplier<'_, E>,
-    (bias, rows): (Option<&Tensor>, Option<&Tensor>),
-    activation: Activation,
-) -> Result<Tensor, LmError> {
-    let x = x.f_contiguous()?;
-    let rows = rows.map(Tensor::f_contiguous).transpose()?;
-    let plus = Plus { bias: bias.map(values).transpose()?, rows: rows.as_ref().map(values).transpose()? };
-    let mut shape = x.size();
-    shape.pop();
-    shape.push(weight.outputs() as i64);
-    let mut out = Tensor::f_empty(shape, (E::KIND, Device::Cpu))?;
-    products::product(values(&x)?, weight, plus, activation, values_mut(&mut out)?);
-    Ok(out)
-}
+pub(crate) use attention::{Attention, Text, attend, attend_padded, thirds};
+pub(crate) use linear::{Frozen, linear, linear_gelu, linear_onto, matmul, matmul_onto, multiplies_all, outer};
 
 /// `[rows]` f64: Σ x² of each row of `[rows, n]` f32, squares in float32. On CPU a row's sum is the same bits whatever rows
 /// are beside it, which libtorch promises of no sum.
@@ -256,7 +62,7 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tens
         Ok(out)
     }, match x.device().is_cuda() {
         true => cuda::rms_norm(x, weight, epsilon),
-        false => layer::rms_norm(x, weight, epsilon),
+        false => plain::rms_norm(x, weight, epsilon),
     })
 }
 
@@ -315,7 +121,7 @@ pub(crate) fn swiglu(gate_up: &Tensor) -> Result<Tensor, LmError> {
         let mut out = Tensor::f_empty(shape, (E::KIND, Device::Cpu))?;
         kernels::swiglu::<E>(values(&gate_up)?, inner, values_mut(&mut out)?);
         Ok(out)
-    }, layer::swiglu(gate_up))
+    }, plain::swiglu(gate_up))
 }
 
 /// Gradient of [`swiglu`] with respect to `gate_up`.
@@ -425,230 +231,6 @@ fn check<E: Element>(tensor: &Tensor) -> Result<(), LmError> {
     }
 }
 
-/// Causal attention and what its gradient needs.
-pub(crate) struct Attention {
-    /// Queries, keys and values, `[batch, length, (heads + 2 · key-value heads) · head_dim]`.
-    joint: Tensor,
-    heads: attention::Heads,
-    /// `[batch, length, heads · head_dim]`.
-    pub(crate) output: Tensor,
-    way: Way,
-}
-
-/// How attention is computed.
-enum Way {
-    /// Our kernel.
-    Own,
-    /// libtorch's kernel for CPU: its q, k, v and output, `[batch, heads, length, head_dim]`, and the row-wise log of the sum
-    /// of exponentials that it gave.
-    Flash([Tensor; 4], Tensor),
-    /// Whatever libtorch has for the device, with its gradient: q, k, v and the output.
-    Autograd([Tensor; 4]),
-}
-
-impl Attention {
-    /// Attention of a group's joined heads `[batch, length, (heads + 2 · key-value heads) · head_dim]`.
-    pub(crate) fn forward(joint: Tensor, config: &DecoderConfig) -> Result<Self, LmError> {
-        let heads = attention::Heads {
-            queries: config.heads as usize,
-            keys: config.kv_heads as usize,
-            width: config.head_dim as usize,
-        };
-        on_cpu!(joint, E => {
-            let length = joint.size3()?.1;
-            if can_attend::<E>(length, heads) {
-                let visible: Vec<usize> = (1..=length as usize).collect();
-                let joint = joint.f_contiguous()?;
-                let output = attended::<E>(&joint, heads, &visible)?;
-                return Ok(Self { joint, heads, output, way: Way::Own });
-            }
-        }, {});
-        let (q, k, v) = split_heads(&joint, config)?;
-        match joint.device() {
-            Device::Cpu => Self::by_flash(joint, heads, q, k, v),
-            _ => Self::by_autograd(joint, heads, q, k, v),
-        }
-    }
-
-    fn by_flash(joint: Tensor, heads: attention::Heads, q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
-        let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
-        let (output, normaliser) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
-            &q,
-            &wide_k,
-            &wide_v,
-            0.0,
-            true,
-            None::<&Tensor>,
-            None,
-        )?;
-        let way = Way::Flash([q, k, v, output.shallow_clone()], normaliser);
-        Ok(Self { joint, heads, output: join_heads(&output)?, way })
-    }
-
-    /// Autograd over this one operation: its kernels differ by device, kind and head width.
-    fn by_autograd(joint: Tensor, heads: attention::Heads, q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
-        let leaf = |tensor: Tensor| tensor.f_detach()?.f_set_requires_grad(true);
-        let (q, k, v) = (leaf(q)?, leaf(k)?, leaf(v)?);
-        let output = tch::with_grad(|| -> Result<Tensor, LmError> {
-            let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
-            let none = None::<&Tensor>;
-            Ok(Tensor::f_scaled_dot_product_attention(&q, &wide_k, &wide_v, none, 0.0, true, None, false)?)
-        })?;
-        Ok(Self { joint, heads, output: join_heads(&output.detach())?, way: Way::Autograd([q, k, v, output]) })
-    }
-
-    /// The output alone, where no gradient is wanted.
-    pub(crate) fn inference(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, LmError> {
-        let (wide_k, wide_v) = (repeated(k, q)?, repeated(v, q)?);
-        Ok(Tensor::f_scaled_dot_product_attention(q, &wide_k, &wide_v, None::<&Tensor>, 0.0, true, None, false)?)
-    }
-
-    /// Gradient of the joined heads, of which the output's gradient is `gradient` `[batch, length, heads · head_dim]`.
-    pub(crate) fn backward(self, gradient: &Tensor) -> Result<Tensor, LmError> {
-        let Self { joint, heads, way, .. } = self;
-        let (batch, length, width) = joint.size3()?;
-        let apart = |rows: &Tensor| -> Result<Tensor, LmError> {
-            Ok(rows.f_reshape([batch, length, -1, heads.width as i64])?.f_transpose(1, 2)?)
-        };
-        let (q, k, v) = match way {
-            Way::Own => return own_backward(gradient, &joint, heads),
-            Way::Flash([q, k, v, output], normaliser) => {
-                let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
-                let (of_q, of_k, of_v) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward(
-                    &apart(gradient)?,
-                    &q,
-                    &wide_k,
-                    &wide_v,
-                    &output,
-                    &normaliser,
-                    0.0,
-                    true,
-                    None::<&Tensor>,
-                    None,
-                )?;
-                (of_q, summed(&of_k, &k)?, summed(&of_v, &v)?)
-            }
-            Way::Autograd([q, k, v, output]) => {
-                let gradient = apart(gradient)?;
-                let objective = tch::with_grad(|| output.f_mul(&gradient)?.f_sum(Kind::Float))?;
-                let found = Tensor::f_run_backward(&[objective], &[&q, &k, &v], false, false)?;
-                match <[Tensor; 3]>::try_from(found) {
-                    Ok([q, k, v]) => (q, k, v),
-                    Err(_) => return Err(LmError::Malformed("attention: libtorch gave no gradient".into())),
-                }
-            }
-        };
-        let joint = Tensor::f_cat(&[q.f_transpose(1, 2)?, k.f_transpose(1, 2)?, v.f_transpose(1, 2)?], 2)?;
-        Ok(joint.f_reshape([batch, length, width])?)
-    }
-}
-
-/// A text among others, one behind the other.
-#[derive(Clone, Copy)]
-pub(crate) struct Text {
-    /// Its tokens, padding included.
-    pub(crate) length: usize,
-    /// The first ones, which are no padding.
-    pub(crate) own: usize,
-}
-
-/// Attention of each text to its own tokens, by our kernel where that can compute it: joined heads `[tokens, 3 · heads ·
-/// head_dim]` to `[tokens, heads · head_dim]`. The texts must make up all tokens.
-pub(crate) fn attend(joint: &Tensor, heads: i64, texts: &[Text]) -> Result<Option<Tensor>, LmError> {
-    let (tokens, width) = joint.size2()?;
-    let count = heads as usize;
-    let heads = attention::Heads { queries: count, keys: count, width: width as usize / 3 / count };
-    let lengths = texts.iter().map(|text| text.length);
-    assert!(heads.row() == width as usize && lengths.sum::<usize>() == tokens as usize);
-    on_cpu!(joint, E => {
-        if !texts.iter().all(|text| can_attend::<E>(text.length as i64, heads)) {
-            return Ok(None);
-        }
-        let joint = joint.f_contiguous()?;
-        let mut out = Tensor::f_empty([tokens, heads.out() as i64], (E::KIND, Device::Cpu))?;
-        let (mut rows, mut outs, mut work) = (values::<E>(&joint)?, values_mut(&mut out)?, Work::new());
-        for text in texts {
-            let (own_rows, own_outs);
-            (own_rows, rows) = rows.split_at(text.length * heads.row());
-            (own_outs, outs) = outs.split_at_mut(text.length * heads.out());
-            Sequence { rows: own_rows, heads, visible: &vec![text.own; text.length] }.forward(&mut work, own_outs);
-        }
-        Ok(Some(out))
-    }, Ok(None))
-}
-
-/// The same by libtorch, of texts of one length: joined heads `[texts, length, 3 · heads · head_dim]`, to whose scores
-/// `blocked` is added.
-pub(crate) fn attend_padded(joint: &Tensor, heads: i64, blocked: &Tensor) -> Result<Tensor, LmError> {
-    let [q, k, v] = thirds(joint, heads)?;
-    join_heads(&Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(blocked), 0.0, false, None, false)?)
-}
-
-/// Queries, keys and values, `[texts, heads, length, head_dim]` each, of joined heads `[texts, length, 3 · heads · head_dim]`.
-pub(crate) fn thirds(joint: &Tensor, heads: i64) -> Result<[Tensor; 3], LmError> {
-    let split = joint.f_unflatten(-1, [3, heads, -1])?;
-    let part = |index: i64| split.f_select(2, index)?.f_transpose(1, 2);
-    Ok([part(0)?, part(1)?, part(2)?])
-}
-
-/// Whether our kernel can have such sequences.
-fn can_attend<E: Factor>(length: i64, heads: attention::Heads) -> bool {
-    multiplies::<E>(length) && multiplies::<E>(heads.width as i64)
-}
-
-/// What our kernel gives for sequences `[batch, length, row of heads]`, which all see what `visible` says.
-fn attended<E: Factor>(joint: &Tensor, heads: attention::Heads, visible: &[usize]) -> Result<Tensor, LmError> {
-    let (batch, length, _) = joint.size3()?;
-    let mut out = Tensor::f_empty([batch, length, heads.out() as i64], (E::KIND, Device::Cpu))?;
-    let mut work = Work::new();
-    let rows = values::<E>(joint)?.chunks_exact(length as usize * heads.row());
-    let outs = values_mut(&mut out)?.chunks_exact_mut(length as usize * heads.out());
-    for (rows, out) in rows.zip(outs) {
-        Sequence { rows, heads, visible }.forward(&mut work, out);
-    }
-    Ok(out)
-}
-
-/// Gradient of what [`Attention::forward`] had from our kernel.
-fn own_backward(gradient: &Tensor, joint: &Tensor, heads: attention::Heads) -> Result<Tensor, LmError> {
-    on_cpu!(joint, E => {
-        let length = joint.size3()?.1 as usize;
-        let gradient = gradient.f_contiguous()?;
-        let mut out = joint.f_empty_like()?;
-        let mut work = Work::new();
-        let visible: Vec<usize> = (1..=length).collect();
-        let rows = values::<E>(joint)?.chunks_exact(length * heads.row());
-        let gradients = values::<E>(&gradient)?.chunks_exact(length * heads.out());
-        let outs = values_mut::<E>(&mut out)?.chunks_exact_mut(length * heads.row());
-        for ((rows, gradient), out) in rows.zip(gradients).zip(outs) {
-            Sequence { rows, heads, visible: &visible }.backward(gradient, &mut work, out);
-        }
-        Ok(out)
-    }, Err(LmError::Malformed("attention by our kernel on another device than the CPU".into())))
-}
-
-/// Key-value heads, one for each query head.
-fn repeated(heads: &Tensor, q: &Tensor) -> Result<Tensor, LmError> {
-    let repeats = q.size()[1] / heads.size()[1];
-    match repeats {
-        1 => Ok(heads.shallow_clone()),
-        _ => Ok(heads.f_repeat_interleave_self_int(repeats, 1, None::<i64>)?),
-    }
-}
-
-/// The reverse: gradients of the copies, summed by head.
-fn summed(gradient: &Tensor, heads: &Tensor) -> Result<Tensor, LmError> {
-    let [batch, wide, length, width] = <[i64; 4]>::from(gradient.size4()?);
-    let count = heads.size()[1];
-    match wide / count {
-        1 => Ok(gradient.shallow_clone()),
-        repeats => {
-            let groups = gradient.f_reshape([batch, count, repeats, length, width])?;
-            Ok(groups.f_sum_dim_intlist(2i64, false, gradient.kind())?)
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -685,40 +267,6 @@ mod tests {
     }
 
     #[test]
-    fn products_are_what_libtorch_gives() {
-        // More inputs than are multiplied at once, and sizes that fill no panel and no tile.
-        for (inputs, outputs) in [(6, 5), (64, 32), (70, 130), (2 * 2048 + 70, 65)] {
-            for rows in [1, 12, 97] {
-                for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 5e-3)] {
-                    let value = |seed, shape: &[i64]| wave(seed, shape).to_kind(kind);
-                    let (x, weight) = (value(1, &[rows, inputs]), value(2, &[outputs, inputs]));
-                    let (bias, plus) = (value(3, &[outputs]), value(4, &[rows, outputs]));
-                    let wide = |tensor: &Tensor| tensor.to_kind(Kind::Double);
-                    let plain = wide(&x).matmul(&wide(&weight).tr());
-                    let size = plain.abs().max().double_value(&[]).max(1.0);
-                    let close = |found: Tensor, expected: Tensor| {
-                        let difference = largest_difference(&wide(&found), &expected) / size;
-                        assert!(difference < tolerance, "{kind:?} {rows} × {inputs} × {outputs}: {difference}");
-                    };
-                    close(linear(&x, &weight, None, None).unwrap(), plain.copy());
-                    let all = &plain + wide(&bias) + wide(&plus);
-                    close(linear(&x, &weight, Some(&bias), Some(&plus)).unwrap(), all);
-                    let gelu = (&plain + wide(&bias)).gelu("none");
-                    close(linear_gelu(&x, &weight, &bias).unwrap(), gelu);
-                    let turned = weight.tr().contiguous();
-                    close(matmul(&x, &turned, Some(&plus)).unwrap(), &plain + wide(&plus));
-                    // Packed before or on the way, not a bit differs.
-                    let frozen = |weight: &Tensor| Frozen::from(weight.shallow_clone());
-                    let packed = linear(&x, &frozen(&weight), Some(&bias), Some(&plus)).unwrap();
-                    assert_eq!(packed, linear(&x, &weight, Some(&bias), Some(&plus)).unwrap());
-                    let packed = matmul(&x, &frozen(&turned), Some(&plus)).unwrap();
-                    assert_eq!(packed, matmul(&x, &turned, Some(&plus)).unwrap());
-                }
-            }
-        }
-    }
-
-    #[test]
     fn squares_of_a_row_do_not_depend_on_its_company() {
         let x = wave(1, &[5, 40_003]);
         let all = squares(&x).unwrap();
@@ -732,18 +280,6 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_a_product_do_not_depend_on_their_company() {
-        for kind in [Kind::Float, Kind::BFloat16] {
-            let (x, weight) = (wave(1, &[100, 96]).to_kind(kind), wave(2, &[70, 96]).to_kind(kind));
-            let all = linear(&x, &weight, None, None).unwrap();
-            for row in [0, 5, 41, 99] {
-                let alone = linear(&x.narrow(0, row, 1), &weight, None, None).unwrap();
-                assert_eq!(alone, all.narrow(0, row, 1));
-            }
-        }
-    }
-
-    #[test]
     fn rotation_by_the_kernel_is_rotation_by_libtorch() {
         let decoder = tiny("smollm2");
         let angles = decoder.rope.first(11).unwrap();
@@ -754,59 +290,5 @@ mod tests {
         assert!(largest_difference(&found.to_kind(Kind::Double), &expected) < 1e-6);
         let back = rotate(found, &decoder.config, &angles.inverse().unwrap()).unwrap();
         assert!(largest_difference(&back, &x) < 1e-6);
-    }
-
-    #[test]
-    fn attention_is_the_same_by_autograd() {
-        // Lengths that fill no panel, some panels, and several blocks; with query heads that share a key and without.
-        for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 0.05)] {
-            for (name, length) in [("smollm2", 12), ("llama2", 64), ("smollm2", 2 * 96 + 20), ("smollm2", 13)] {
-                let config = tiny(name).config;
-                let width = (config.heads + 2 * config.kv_heads) * config.head_dim;
-                let joint = wave(1, &[2, length, width]).to_kind(kind);
-                let gradient = wave(9, &[2, length, config.heads * config.head_dim]).to_kind(kind);
-                tch::no_grad(|| {
-                    let one = Attention::forward(joint.copy(), &config).unwrap();
-                    let wide = joint.to_kind(Kind::Double);
-                    let (q, k, v) = split_heads(&wide, &config).unwrap();
-                    let other = Attention::by_autograd(wide, one.heads, q, k, v).unwrap();
-                    let close = |one: &Tensor, other: &Tensor| {
-                        let difference = largest_difference(&one.to_kind(Kind::Double), other);
-                        assert!(difference < tolerance, "{kind:?} {name} {length}: {difference}");
-                    };
-                    close(&one.output, &other.output);
-                    let found = one.backward(&gradient).unwrap();
-                    close(&found, &other.backward(&gradient.to_kind(Kind::Double)).unwrap());
-                });
-            }
-        }
-    }
-
-    #[test]
-    fn texts_attend_to_their_own_tokens() {
-        let heads = 4;
-        let texts = [(72, 70), (8, 3), (200, 200), (8, 7)].map(|(length, own)| Text { length, own });
-        let all = texts.iter().map(|text| text.length as i64).sum();
-        let joint = wave(5, &[all, 3 * heads * 32]);
-        for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 0.02)] {
-            let found = attend(&joint.to_kind(kind), heads, &texts).unwrap();
-            assert_eq!(found.is_some(), products::is_supported());
-            let mut first = 0;
-            for Text { length, own } in texts {
-                let (length, own) = (length as i64, own as i64);
-                let part = joint.narrow(0, first, length).unsqueeze(0);
-                let is_padding = Tensor::arange(length, (Kind::Int64, Device::Cpu)).ge(own).reshape([1, 1, 1, -1]);
-                let by_libtorch = |kind| {
-                    let blocked = Tensor::zeros([1, 1, 1, length], (kind, Device::Cpu));
-                    let blocked = blocked.masked_fill(&is_padding, f64::NEG_INFINITY);
-                    attend_padded(&part.to_kind(kind), heads, &blocked).unwrap().get(0)
-                };
-                let found = found.as_ref().map_or_else(|| by_libtorch(kind), |all| all.narrow(0, first, length));
-                let [found, expected] = [found.to_kind(Kind::Double), by_libtorch(Kind::Double)];
-                let difference = largest_difference(&found.narrow(0, 0, own), &expected.narrow(0, 0, own));
-                assert!(difference < tolerance, "{kind:?} {own} of {length}: {difference}");
-                first += length;
-            }
-        }
     }
 }

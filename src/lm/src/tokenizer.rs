@@ -11,7 +11,7 @@ use serde_json::Value;
 use tokenizers::TruncationParams;
 
 use crate::LmError;
-use crate::checkpoint::read_json;
+use crate::checkpoint::folder::read_json;
 use crate::gguf::Gguf;
 
 /// A tokenizer with its special tokens and chat template.

@@ -9,8 +9,8 @@ use tch::{Kind, Tensor};
 use super::{Batch, Group, size};
 use crate::LmError;
 use crate::checkpoint::Weights;
-use crate::decoder::layer::join_heads;
 use crate::device::Compute;
+use crate::ops::plain::join_heads;
 use crate::ops::{self, Frozen};
 
 /// What `config.json` says.

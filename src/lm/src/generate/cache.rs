@@ -5,10 +5,10 @@ use tch::{Kind, Tensor};
 use super::room::{READ, STRIDE, tiles};
 use crate::LmError;
 use crate::cuda::{self, Filled};
-use crate::decoder::layer::{join_heads, split_heads};
-use crate::decoder::rope::Angles;
 use crate::decoder::{Decoder, Layer};
+use crate::ops::plain::{join_heads, split_heads};
 use crate::ops::{self, rms_norm, swiglu};
+use crate::rope::Angles;
 
 /// Cached keys and values of `[layer]`, each `[rows, capacity, kv_heads, head_dim]`.
 struct Tile {

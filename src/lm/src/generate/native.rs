@@ -13,95 +13,14 @@ mod elementwise;
 
 use std::sync::Arc;
 
-use half::bf16;
-use tch::{Device, Kind, Tensor};
-
-use crate::LmError;
 use crate::checkpoint::DecoderConfig;
-use crate::decoder::Decoder;
-use crate::products::{Factor, Matrix, copy, is_supported};
+use crate::decoder::packed::{LayerWeights, Weights};
+use crate::products::Factor;
 use attention::{BLOCK, attend, put_key};
 use elementwise::{add, angles, gated, narrow, norm, turn};
 
 /// Rows that go through the model together at most.
 pub(super) const LARGEST: usize = 48;
-
-/// A decoder's weights as the products here want them.
-pub(crate) struct Model<E> {
-    config: DecoderConfig,
-    embedding: Vec<E>,
-    layers: Vec<Layer<E>>,
-    norm: Vec<f32>,
-    output: Matrix<E>,
-    /// RoPE's angle per position of each pair.
-    frequencies: Vec<f32>,
-}
-
-struct Layer<E> {
-    input_norm: Vec<f32>,
-    qkv: Matrix<E>,
-    bias: Vec<f32>,
-    o: Matrix<E>,
-    post_norm: Vec<f32>,
-    gate_up: Matrix<E>,
-    down: Matrix<E>,
-}
-
-/// A packed decoder of either kind.
-#[derive(Clone)]
-pub(crate) enum Packed {
-    /// bfloat16.
-    Bf16(Arc<Model<bf16>>),
-    /// float32.
-    F32(Arc<Model<f32>>),
-}
-
-impl Packed {
-    /// Packs `decoder`; `None` where libtorch has to compute: another device, a CPU without the instructions, or widths that
-    /// are not whole groups of inputs.
-    pub(crate) fn new(decoder: &Decoder) -> Result<Option<Self>, LmError> {
-        let config = &decoder.config;
-        let even = (config.hidden_size | config.intermediate_size) % 2 == 0;
-        match (decoder.compute.device, decoder.compute.kind) {
-            (Device::Cpu, Kind::BFloat16) if is_supported() && even => {
-                Ok(Some(Self::Bf16(Arc::new(Model::pack(decoder)?))))
-            }
-            (Device::Cpu, Kind::Float) if is_supported() => Ok(Some(Self::F32(Arc::new(Model::pack(decoder)?)))),
-            _ => Ok(None),
-        }
-    }
-}
-
-impl<E: Factor> Model<E> {
-    fn pack(decoder: &Decoder) -> Result<Self, LmError> {
-        let config = decoder.config.clone();
-        let layer = |layer: &crate::decoder::Layer| -> Result<Layer<E>, LmError> {
-            Ok(Layer {
-                input_norm: floats(&layer.input_norm)?,
-                qkv: Matrix::pack(&layer.qkv)?,
-                bias: layer.qkv_bias.as_ref().map(floats).transpose()?.unwrap_or_default(),
-                o: Matrix::pack(&layer.o)?,
-                post_norm: floats(&layer.post_norm)?,
-                gate_up: Matrix::pack(&layer.gate_up)?,
-                down: Matrix::pack(&layer.down)?,
-            })
-        };
-        let mut embedding = vec![E::narrow(0.0); decoder.embedding.numel()];
-        copy(&decoder.embedding, &mut embedding)?;
-        Ok(Self {
-            embedding,
-            layers: decoder.layers.iter().map(layer).collect::<Result<_, _>>()?,
-            norm: floats(&decoder.norm)?,
-            output: Matrix::pack(&decoder.output)?,
-            frequencies: floats(decoder.rope.frequencies())?,
-            config,
-        })
-    }
-}
-
-fn floats(tensor: &Tensor) -> Result<Vec<f32>, LmError> {
-    Ok(Vec::<f32>::try_from(tensor.f_to_kind(Kind::Float)?.f_reshape([-1i64])?)?)
-}
 
 /// One token of one sequence on its way through the model.
 #[derive(Clone, Copy)]
@@ -113,7 +32,7 @@ pub(super) struct Row {
 
 /// The cache and the working memory of one worker.
 pub(super) struct Engine<E> {
-    model: Arc<Model<E>>,
+    weights: Arc<Weights<E>>,
     slots: usize,
     capacity: usize,
     /// Of each layer: slot, key-value head, and what [`put_key`] lays out.
@@ -138,14 +57,14 @@ struct Prompt<E> {
 }
 
 impl<E: Factor> Engine<E> {
-    pub(super) fn new(model: Arc<Model<E>>, slots: usize) -> Self {
-        let config = &model.config;
+    pub(super) fn new(weights: Arc<Weights<E>>, slots: usize) -> Self {
+        let config = &weights.config;
         let rows = LARGEST.max(slots);
-        let products = model.layers.iter().flat_map(|layer| [&layer.qkv, &layer.o, &layer.gate_up, &layer.down]);
+        let products = weights.layers.iter().flat_map(|layer| [&layer.qkv, &layer.o, &layer.gate_up, &layer.down]);
         let widest = products.map(|product| product.outputs).max().unwrap_or(0);
         let heads = (config.heads * config.head_dim) as usize;
         let narrow = (config.intermediate_size as usize).max(config.hidden_size as usize).max(heads) + E::GROUP;
-        let layers = model.layers.len();
+        let layers = weights.layers.len();
         Self {
             slots,
             capacity: 0,
@@ -156,15 +75,15 @@ impl<E: Factor> Engine<E> {
             wide: vec![0.0; rows * widest],
             attended: vec![0.0; heads],
             scores: Vec::new(),
-            logits: vec![0.0; slots.max(1) * model.output.outputs],
+            logits: vec![0.0; slots.max(1) * weights.output.outputs],
             prompt: None,
-            model,
+            weights,
         }
     }
 
     /// Vocabulary, and the distance between rows of logits.
     fn vocabulary(&self) -> (usize, usize) {
-        (self.model.config.vocab_size as usize, self.model.output.outputs)
+        (self.weights.config.vocab_size as usize, self.weights.output.outputs)
     }
 
     /// Puts a prompt into a slot, with room for `room` tokens in all; logits of its last position.
@@ -193,7 +112,7 @@ impl<E: Factor> Engine<E> {
         self.forward(rows);
         let mut logits = std::mem::take(&mut self.logits);
         self.final_norm(0, rows.len());
-        self.model.output.multiply(&self.input, rows.len(), &mut logits);
+        self.weights.output.multiply(&self.input, rows.len(), &mut logits);
         let (vocabulary, stride) = self.vocabulary();
         for (row, logits) in logits.chunks_exact(stride).take(rows.len()).enumerate() {
             each(row, &logits[..vocabulary]);
@@ -203,14 +122,14 @@ impl<E: Factor> Engine<E> {
 
     fn last_logits(&mut self, row: usize) {
         self.final_norm(row, 1);
-        self.model.output.multiply(&self.input, 1, &mut self.logits);
+        self.weights.output.multiply(&self.input, 1, &mut self.logits);
     }
 
     fn reserve(&mut self, room: usize) {
         if room <= self.capacity {
             return;
         }
-        let config = &self.model.config;
+        let config = &self.weights.config;
         let (heads, width) = (config.kv_heads as usize, config.head_dim as usize);
         let (old, new) = (self.capacity * width, room.next_multiple_of(BLOCK) * width);
         for cache in self.keys.iter_mut().chain(&mut self.values) {
@@ -232,13 +151,13 @@ impl<E: Factor> Engine<E> {
 
     /// The same to the position, which is what values need.
     fn span(&self, slot: usize, head: usize, length: usize) -> std::ops::Range<usize> {
-        let (heads, width) = (self.model.config.kv_heads as usize, self.model.config.head_dim as usize);
+        let (heads, width) = (self.weights.config.kv_heads as usize, self.weights.config.head_dim as usize);
         let first = (slot * heads + head) * self.capacity * width;
         first..first + length * width
     }
 
     fn saved(&self, slot: usize, prompt: &[i64]) -> Prompt<E> {
-        let heads = self.model.config.kv_heads as usize;
+        let heads = self.weights.config.kv_heads as usize;
         let of = |cache: &Vec<E>| -> Vec<E> {
             (0..heads).flat_map(|head| cache[self.blocks(slot, head, prompt.len())].iter().copied()).collect()
         };
@@ -247,7 +166,7 @@ impl<E: Factor> Engine<E> {
     }
 
     fn restore(&mut self, slot: usize, known: &Prompt<E>) {
-        for head in 0..self.model.config.kv_heads as usize {
+        for head in 0..self.weights.config.kv_heads as usize {
             let span = self.blocks(slot, head, known.tokens.len());
             let from = head * span.len()..(head + 1) * span.len();
             for (layer, (keys, values)) in known.cached.iter().enumerate() {
@@ -259,26 +178,26 @@ impl<E: Factor> Engine<E> {
 
     /// Rows `first..first + count` of the residual stream, normed, as the input of the vocabulary product.
     fn final_norm(&mut self, first: usize, count: usize) {
-        let model = self.model.clone();
-        let width = model.config.hidden_size as usize;
+        let weights = self.weights.clone();
+        let width = weights.config.hidden_size as usize;
         let hidden = &self.hidden[first * width..(first + count) * width];
-        norm(hidden, &model.norm, model.config.rms_norm_eps as f32, model.output.inputs, &mut self.input);
+        norm(hidden, &weights.norm, weights.config.rms_norm_eps as f32, weights.output.inputs, &mut self.input);
     }
 
     /// Takes rows through all layers; the residual stream is left in `hidden`.
     fn forward(&mut self, rows: &[Row]) {
-        let model = self.model.clone();
-        let width = model.config.hidden_size as usize;
+        let weights = self.weights.clone();
+        let width = weights.config.hidden_size as usize;
         for (row, hidden) in rows.iter().zip(self.hidden.chunks_exact_mut(width)) {
             let first = row.token as usize * width;
-            for (to, from) in hidden.iter_mut().zip(&model.embedding[first..first + width]) {
+            for (to, from) in hidden.iter_mut().zip(&weights.embedding[first..first + width]) {
                 *to = from.wide();
             }
         }
-        let angles: Vec<Vec<(f32, f32)>> = rows.iter().map(|row| angles(row.position, &model.frequencies)).collect();
-        for (index, layer) in model.layers.iter().enumerate() {
-            self.attention(rows, index, layer, &angles, &model.config);
-            self.feed_forward(rows.len(), layer, &model.config);
+        let angles: Vec<Vec<(f32, f32)>> = rows.iter().map(|row| angles(row.position, &weights.frequencies)).collect();
+        for (index, layer) in weights.layers.iter().enumerate() {
+            self.attention(rows, index, layer, &angles, &weights.config);
+            self.feed_forward(rows.len(), layer, &weights.config);
         }
     }
 
@@ -286,7 +205,7 @@ impl<E: Factor> Engine<E> {
         &mut self,
         rows: &[Row],
         index: usize,
-        layer: &Layer<E>,
+        layer: &LayerWeights<E>,
         angles: &[Vec<(f32, f32)>],
         config: &DecoderConfig,
     ) {
@@ -330,7 +249,7 @@ impl<E: Factor> Engine<E> {
         add(&mut self.hidden, &self.wide, rows.len(), width, layer.o.outputs);
     }
 
-    fn feed_forward(&mut self, rows: usize, layer: &Layer<E>, config: &DecoderConfig) {
+    fn feed_forward(&mut self, rows: usize, layer: &LayerWeights<E>, config: &DecoderConfig) {
         let (width, inner) = (config.hidden_size as usize, config.intermediate_size as usize);
         let epsilon = config.rms_norm_eps as f32;
         norm(&self.hidden[..rows * width], &layer.post_norm, epsilon, layer.gate_up.inputs, &mut self.input);

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 
-use super::native::{Engine, Model, Row};
+use super::native::{Engine, Row};
 use super::{Completion, Request, Sampling, Sequence};
+use crate::decoder::packed::Weights;
 use crate::products::Factor;
 use crate::{LmError, workers};
 
@@ -17,7 +18,7 @@ const AHEAD: usize = 2;
 
 /// Samples every request with at most `batch` sequences at a time.
 pub(super) fn run<E: Factor>(
-    model: &Arc<Model<E>>,
+    weights: &Arc<Weights<E>>,
     sampling: &Sampling,
     mut requests: impl Iterator<Item = Result<Request, LmError>>,
     batch: usize,
@@ -31,7 +32,7 @@ pub(super) fn run<E: Factor>(
         for number in 0..count {
             let (feed, waiting) = channel();
             let slots = batch / count + usize::from(number < batch % count);
-            let worker = Worker { number, model: model.clone(), sampling, slots, stop: &stop };
+            let worker = Worker { number, weights: weights.clone(), sampling, slots, stop: &stop };
             let finished = finished.clone();
             scope.spawn(move || worker.run(&waiting, &finished));
             feeds.push((feed, slots + AHEAD));
@@ -93,7 +94,7 @@ impl Drop for Alarm<'_> {
 
 struct Worker<'a, E> {
     number: usize,
-    model: Arc<Model<E>>,
+    weights: Arc<Weights<E>>,
     sampling: &'a Sampling,
     slots: usize,
     stop: &'a AtomicBool,
@@ -102,7 +103,7 @@ struct Worker<'a, E> {
 impl<E: Factor> Worker<'_, E> {
     fn run(&self, waiting: &Receiver<Request>, finished: &Sender<Finished>) {
         let _alarm = Alarm { finished, stop: self.stop };
-        let mut engine = Engine::new(self.model.clone(), self.slots);
+        let mut engine = Engine::new(self.weights.clone(), self.slots);
         let mut live: Vec<Option<(Sequence, usize)>> = Vec::new();
         live.resize_with(self.slots, || None);
         let send = |completion: Completion| finished.send(Some((self.number, completion))).is_ok();

@@ -13,9 +13,9 @@ use crate::adapter::{Lora, Target};
 use crate::checkpoint::DecoderConfig;
 use crate::cuda;
 use crate::decoder::layer::rows_of;
-use crate::decoder::rope::Angles;
 use crate::decoder::{Adapters, Decoder, Layer};
 use crate::ops::{self, Frozen};
+use crate::rope::Angles;
 
 /// Padded tokens × layers above which, on CPU, a layer keeps its input alone and its inside is computed again on the way
 /// back: a third more products for an eighth of the memory. 2¹⁸ keeps SmolLM2 at 8,192 tokens under 4 GB.
