@@ -484,6 +484,16 @@ fn a_text_column_in_parquet() {
 }
 
 #[test]
+fn two_columns_of_one_name_in_parquet() {
+    let setting = Setting::new();
+    let columns = [("id", strings(["a"])), ("id", strings(["b"])), ("text", strings(["hush, a zebra sleeps"]))];
+    let batch = RecordBatch::try_from_iter(columns).expect("a batch");
+    let input = setting.input("in.parquet", parquet_of(&batch));
+    setting.run(&["--input", &input]).check(3, &["in.parquet", "more than one column `id`", "help:"]).lacks("hush");
+    setting.run(&["--input", &input, "--unit-rule", "record"]).check(0, &[]);
+}
+
+#[test]
 fn invalid_utf8_in_parquet_is_corrupt() {
     let setting = Setting::new();
     let batch = RecordBatch::try_from_iter([("id", strings(["a"])), ("text", strings(["hush, a zebra sleeps"]))]);

@@ -57,6 +57,10 @@ pub(super) fn feed(url: &str, content: ByteStream, config: &Config, sender: &mps
 fn find_layout(schema: &Schema, config: &Config) -> Result<Layout, String> {
     let has = |name: &str| schema.field_with_name(name).is_ok();
     let layout = Layout::resolve(config, has)?;
+    let is_double = |column: &&str| schema.fields().iter().filter(|field| field.name() == column).count() > 1;
+    if let Some(column) = layout.columns().into_iter().find(is_double) {
+        return Err(format!("there is more than one column `{column}`, and nothing says which is meant"));
+    }
     let needed = [Some(&layout.body), layout.unit.as_ref()];
     let Some(column) = needed.into_iter().flatten().find(|column| !has(column)).cloned() else {
         return Ok(layout);
