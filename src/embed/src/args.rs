@@ -3,6 +3,7 @@
 use std::fmt;
 
 use clap::{Parser, ValueEnum};
+use lake::layout;
 use lake::manifest::Claim;
 use lm::device::{DeviceChoice, DtypeChoice};
 use serde::{Deserialize, Serialize};
@@ -131,8 +132,8 @@ impl Args {
             return Err(Failure::Usage(findings.join("\n")));
         }
         let table = match self.of {
-            Of::Corpus => format!("corpora/{name}"),
-            Of::Synthetic => path.map_or_else(|| format!("runs/{}/synthetic", self.common.run), str::to_string),
+            Of::Corpus => layout::corpus(name),
+            Of::Synthetic => path.map_or_else(|| layout::synthetic(&self.common.run), str::to_string),
         };
         Ok(Config { of: self.of, table, dtype: self.dtype, arithmetic: None })
     }

@@ -1,7 +1,7 @@
 //! The stage: claim, load, embed, settle.
 
 use lake::manifest::{self, Begin, Claim, Input, Manifest, RunHandle};
-use lake::{LocalFolder, Output, PrivateRoot, ReleaseRoot, Zone};
+use lake::{LocalFolder, Output, PrivateRoot, ReleaseRoot, Zone, layout};
 use lm::device::Compute;
 use lm::encoder::Encoder;
 use serde_json::json;
@@ -9,7 +9,7 @@ use stage::{Failure, Shard, Summary};
 
 use crate::args::{Args, Arithmetic, Config, Of};
 use crate::failure;
-use crate::table::{self, Kind, Meter, Work};
+use crate::table::{self, Meter, Work};
 
 /// Stage name of the vectors of public texts.
 const PUBLIC: &str = "embed";
@@ -35,7 +35,7 @@ async fn embed_public(args: &Args, config: &Config, release: &ReleaseRoot) -> Re
     if args.table.is_none() {
         require_all_shards(release, &args.common.run).await?;
     }
-    let stage = Stage { zone: release, name: PUBLIC, input: "texts", kind: Kind::Public };
+    let stage = Stage { zone: release, name: PUBLIC, input: "texts", of: Of::Synthetic };
     let manifest = match stage.begin(args, config).await? {
         Started::Done(manifest) => return Ok(summary(args, &manifest, true)),
         Started::Open(open) => {
@@ -47,7 +47,7 @@ async fn embed_public(args: &Args, config: &Config, release: &ReleaseRoot) -> Re
 }
 
 async fn embed_corpus(args: &Args, config: &Config, private: &PrivateRoot) -> Result<Summary, Failure> {
-    let stage = Stage { zone: private, name: CORPUS, input: "corpus", kind: Kind::Corpus };
+    let stage = Stage { zone: private, name: CORPUS, input: "corpus", of: Of::Corpus };
     let manifest = match stage.begin(args, config).await? {
         Started::Done(manifest) => return Ok(summary(args, &manifest, true)),
         Started::Open(open) => stage.work(args, config, open, Meter::private()).await?,
@@ -60,7 +60,7 @@ struct Stage<'a, Z: Zone> {
     zone: &'a Z,
     name: &'static str,
     input: &'static str,
-    kind: Kind,
+    of: Of,
 }
 
 #[expect(clippy::large_enum_variant, reason = "there is one of them in a run")]
@@ -109,7 +109,7 @@ impl<Z: Zone> Stage<'_, Z> {
     /// Refuses a table without rows or without the columns before the run is bound to it.
     async fn check_readable(&self, config: &Config, version: i64) -> Result<(), Failure> {
         let table = self.zone.table(&config.table);
-        drop(table.scan(version, self.kind.columns()).await?);
+        drop(table.scan(version, self.of.columns()).await?);
         match table.count(version).await? {
             0 => Err(Failure::Input(format!(
                 "{}: no rows to embed\nhelp: run the stage that writes the table first, on an input with texts",
@@ -138,7 +138,7 @@ impl<Z: Zone> Stage<'_, Z> {
     /// PRIVACY: which rows a shard embeds depends on how many records stand before them. If shards differed by rounding,
     /// one more record would move the vectors of others, and their votes.
     async fn arithmetic(&self, args: &Args, compute: Compute) -> Result<Option<Arithmetic>, Failure> {
-        if self.kind != Kind::Corpus {
+        if self.of != Of::Corpus {
             return Ok(None);
         }
         let run = &args.common.run;
@@ -191,12 +191,12 @@ impl<Z: Zone> Stage<'_, Z> {
 
     /// Embeds this shard's rows and writes the manifest.
     async fn work(&self, args: &Args, config: &Config, open: Open<Z>, meter: Meter) -> Result<Manifest, Failure> {
-        let output = format!("runs/{}/embeddings", args.common.run);
+        let output = layout::embeddings(&args.common.run);
         let work = Work {
             source: self.zone.table(&config.table),
             version: open.version,
             output: self.zone.table(&output),
-            kind: self.kind,
+            of: self.of,
             shard: args.shard.unwrap_or(Shard::WHOLE),
             transaction: stage::transaction(&args.common.run, self.name, args.shard),
             batch_tokens: args.batch_tokens,
@@ -241,7 +241,7 @@ fn summary(args: &Args, manifest: &Manifest, already: bool) -> Summary {
         Of::Corpus => (PrivateRoot::NAME, None),
         Of::Synthetic => (ReleaseRoot::NAME, version),
     };
-    let path = format!("runs/{run}/embeddings");
+    let path = layout::embeddings(run);
     let done = if already { "done already; " } else { "" };
     Summary {
         text: format!("embed: {done}the vectors are in the {zone} zone at {path}"),

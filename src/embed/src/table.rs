@@ -12,33 +12,25 @@ use lake::{AppTransaction, Table, schema};
 use lm::encoder::Encoder;
 use stage::{Failure, PrivateProgress, Progress, Shard};
 
+use crate::args::Of;
 use crate::failure;
 
 /// Rows of one commit: large enough to find texts of one length, small enough to lose little when killed.
 const CHUNK_ROWS: usize = 2048;
 
-/// Whose texts they are, and so which columns go along.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// `id`, `text` of public texts.
-    Public,
-    /// `record_id`, `text`, `unit`, `split` of private records.
-    Corpus,
-}
-
-impl Kind {
-    /// Columns to read: id and text first.
+impl Of {
+    /// Columns to read, and the ones that go along: id and text first.
     pub(crate) fn columns(self) -> &'static [&'static str] {
         match self {
-            Kind::Public => &["id", "text"],
-            Kind::Corpus => &["record_id", "text", "unit", "split"],
+            Of::Synthetic => &["id", "text"],
+            Of::Corpus => &["record_id", "text", "unit", "split"],
         }
     }
 
     fn schema(self) -> SchemaRef {
         match self {
-            Kind::Public => schema::embeddings(),
-            Kind::Corpus => schema::private_embeddings(),
+            Of::Synthetic => schema::embeddings(),
+            Of::Corpus => schema::private_embeddings(),
         }
     }
 }
@@ -53,7 +45,7 @@ pub struct Work {
     /// Where the vectors go: a table of the same zone.
     pub output: Table,
     /// Whose texts.
-    pub kind: Kind,
+    pub of: Of,
     /// Which part of the work.
     pub shard: Shard,
     /// Application transaction of this shard.
@@ -99,9 +91,9 @@ impl Meter {
 
 /// Embeds this shard's rows, but for those of earlier attempts.
 pub async fn embed(work: &Work, encoder: &Encoder, meter: &Meter) -> Result<(), Failure> {
-    work.output.create(work.kind.schema()).await?;
+    work.output.create(work.of.schema()).await?;
     let committed = work.output.last_chunk(&work.transaction).await?;
-    let mut batches = work.source.scan(work.version, work.kind.columns()).await?;
+    let mut batches = work.source.scan(work.version, work.of.columns()).await?;
     let mut chunk = Chunk::new(work);
     while let Some(batch) = batches.try_next().await? {
         let mut rest = batch;
@@ -173,7 +165,7 @@ impl Chunk {
 /// The output rows of a chunk.
 fn vectors(work: &Work, parts: &[RecordBatch], encoder: &Encoder) -> Result<RecordBatch, Failure> {
     let column = |name: &str| -> Vec<&str> {
-        let place = work.kind.columns().iter().position(|column| *column == name).unwrap_or_default();
+        let place = work.of.columns().iter().position(|column| *column == name).unwrap_or_default();
         parts
             .iter()
             .flat_map(|part| part.column(place).as_string::<i32>().iter())
@@ -181,7 +173,7 @@ fn vectors(work: &Work, parts: &[RecordBatch], encoder: &Encoder) -> Result<Reco
             .collect()
     };
     let vectors = encoder.embed(&column("text"), work.batch_tokens).map_err(failure)?;
-    let schema = work.kind.schema();
+    let schema = work.of.schema();
     let arrays: Vec<ArrayRef> = schema
         .fields()
         .iter()
@@ -194,7 +186,7 @@ fn vectors(work: &Work, parts: &[RecordBatch], encoder: &Encoder) -> Result<Reco
                 }
                 Arc::new(list.finish()) as ArrayRef
             }
-            ("id", _) => Arc::new(StringArray::from_iter_values(column(work.kind.columns()[0]))) as ArrayRef,
+            ("id", _) => Arc::new(StringArray::from_iter_values(column(work.of.columns()[0]))) as ArrayRef,
             (name, _) => Arc::new(StringArray::from_iter_values(column(name))) as ArrayRef,
         })
         .collect();

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LakeError, PrivateRoot, Zone};
+use crate::{LakeError, PrivateRoot, Zone, layout};
 
 /// The terms under which a guarantee about a corpus holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,23 +20,23 @@ impl CorpusTerms {
     /// Writes the terms of `corpus`, replacing those of an earlier partition.
     pub async fn write(&self, root: &PrivateRoot, corpus: &str) -> Result<(), LakeError> {
         let body = serde_json::to_vec_pretty(self).map_err(|error| LakeError::Malformed(error.to_string()))?;
-        root.put(&path(corpus), body.into()).await
+        root.put(&layout::terms(corpus), body.into()).await
     }
 
     /// Reads the terms of `corpus`.
     pub async fn read(root: &PrivateRoot, corpus: &str) -> Result<Self, LakeError> {
-        let body = root.get(&path(corpus)).await.map_err(|error| match error {
+        let body = root.get(&layout::terms(corpus)).await.map_err(|error| match error {
             LakeError::NotFound(found) => {
                 LakeError::NotFound(format!("{found}; the corpus is not complete\nhelp: run partition to its end"))
             }
             other => other,
         })?;
         serde_json::from_slice(&body).map_err(|error| {
-            LakeError::Malformed(format!("{}/{}: {error}\nhelp: run partition again", root.url(), path(corpus)))
+            LakeError::Malformed(format!(
+                "{}/{}: {error}\nhelp: run partition again",
+                root.url(),
+                layout::terms(corpus)
+            ))
         })
     }
-}
-
-fn path(corpus: &str) -> String {
-    format!("corpora/{corpus}.terms.json")
 }

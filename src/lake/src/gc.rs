@@ -16,6 +16,7 @@ use futures::{StreamExt, TryStreamExt};
 use serde::Deserialize;
 
 use crate::files::decoded;
+use crate::layout::{self, run_of};
 use crate::manifest::DROPPED;
 use crate::store::Stored;
 use crate::{LakeError, Zone};
@@ -132,7 +133,7 @@ pub struct Plan {
 
 /// When `run` last wrote to `zone`; `None` where nothing of it is left but the mark that it is dropped.
 pub async fn last_write<Z: Zone>(zone: &Z, run: &str) -> Result<Option<DateTime<Utc>>, LakeError> {
-    let objects = zone.store().list_stored(&format!("runs/{run}")).await?;
+    let objects = zone.store().list_stored(&layout::run(run)).await?;
     Ok(objects.iter().filter(|object| !object.path.ends_with(DROPPED)).map(|object| object.modified).max())
 }
 
@@ -144,10 +145,15 @@ pub async fn plan<Z: Zone>(zone: &Z, retained: &Retained) -> Result<Plan, LakeEr
     let (dropped, rest): (Vec<&Stored>, Vec<&Stored>) =
         objects.iter().partition(|object| run_of(&object.path).is_some_and(|run| retained.dropped.contains_key(run)));
     let stay = drop_runs(&dropped, &tables, retained, &mut plan);
+    let mut pinned: HashMap<&str, Vec<i64>> = HashMap::new();
+    for pin in &retained.pins {
+        pinned.entry(&pin.path).or_default().extend(pin.version);
+    }
     for table in tables.iter().filter(|table| is_ours(table)) {
         let gone = run_of(table).is_some_and(|run| retained.dropped.contains_key(run)) && !stay.contains(*table);
         if !gone {
-            shrink(zone, table, &objects, retained, &mut plan).await?;
+            let pinned = pinned.get(table).map_or(&[][..], Vec::as_slice);
+            shrink(zone, (table, inside(&objects, table)), pinned, retained, &mut plan).await?;
         }
     }
     if Z::NAME == crate::PrivateRoot::NAME {
@@ -193,16 +199,25 @@ fn tables(objects: &[Stored]) -> BTreeSet<&str> {
 
 /// Tables of other programs are their own concern.
 fn is_ours(table: &str) -> bool {
-    run_of(table).is_some() || table.starts_with("corpora/")
-}
-
-fn run_of(path: &str) -> Option<&str> {
-    path.strip_prefix("runs/")?.split('/').next()
+    run_of(table).is_some() || layout::is_of_corpus(table)
 }
 
 /// Whether `path` is `folder` or lies in it.
 fn within(path: &str, folder: &str) -> bool {
     path.strip_prefix(folder.trim_end_matches('/')).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// The objects that lie in `folder`, of all by path.
+fn inside<'a>(objects: &'a [Stored], folder: &str) -> &'a [Stored] {
+    // What follows the slash of a folder sorts before the next character in its place.
+    let (first, end) = (format!("{folder}/"), format!("{folder}0"));
+    let place = |bound: &str| objects.partition_point(|object| object.path.as_str() < bound);
+    &objects[place(&first)..place(&end)]
+}
+
+/// The table that the object at `path` is part of.
+fn table_of<'a>(path: &str, tables: &BTreeSet<&'a str>) -> Option<&'a str> {
+    path.match_indices('/').find_map(|(end, _)| tables.get(&path[..end]).copied())
 }
 
 /// Plans the removal of dropped runs; returns the tables of theirs that stay.
@@ -217,8 +232,8 @@ fn drop_runs<'a>(
         let Some(name) = run_of(&run[0].path) else { continue };
         let mut kept = BTreeMap::new();
         let mut going = Vec::new();
-        for object in run.iter().filter(|object| object.path != format!("runs/{name}/{DROPPED}")) {
-            let table = tables.iter().find(|table| within(&object.path, table)).copied();
+        for object in run.iter().filter(|object| object.path != layout::of_run(name, DROPPED)) {
+            let table = table_of(&object.path, tables);
             let pin = retained.pins.iter().find(|pin| {
                 // What a table is part of is never a folder that somebody named.
                 within(table.unwrap_or(&object.path), &pin.path)
@@ -235,12 +250,12 @@ fn drop_runs<'a>(
             let whom = pin.run.as_ref().map_or("a ledger entry".to_string(), |run| format!("run {run}"));
             plan.kept.push(Kept { path: pin.path.clone(), reason: format!("{whom} names it") });
         }
-        let place = format!("runs/{name}");
-        let is_told = |path: &str| within(path, &format!("{place}/stages"));
+        let (place, stages) = (layout::run(name), layout::stages(name));
+        let is_told = |path: &str| within(path, &stages);
         let on_record = retained.dropped.get(name).copied().flatten();
         if let Some(reason) = on_record.or((!kept.is_empty()).then_some("they say what made the rest")) {
             if going.iter().any(|(object, _)| is_told(&object.path)) {
-                plan.kept.push(Kept { path: format!("{place}/stages"), reason: reason.to_string() });
+                plan.kept.push(Kept { path: stages.clone(), reason: reason.to_string() });
             }
             going.retain(|(object, _)| !is_told(&object.path));
         }
@@ -269,13 +284,12 @@ fn commit_number(name: &str) -> Option<i64> {
 /// Plans the removal of data files of `table` that no retained version names.
 async fn shrink<Z: Zone>(
     zone: &Z,
-    table: &str,
-    objects: &[Stored],
+    (table, objects): (&str, &[Stored]),
+    pinned: &[i64],
     retained: &Retained,
     plan: &mut Plan,
 ) -> Result<(), LakeError> {
-    let inside = objects.iter().filter(|object| within(&object.path, table));
-    let old = inside.clone().filter(|object| object.modified < retained.before && is_data(&object.path, table));
+    let old = objects.iter().filter(|object| object.modified < retained.before && is_data(&object.path, table));
     if old.clone().next().is_none() {
         return Ok(());
     }
@@ -285,12 +299,11 @@ async fn shrink<Z: Zone>(
         plan.kept.push(Kept { path: table.to_string(), reason });
         return Ok(());
     };
-    let pinned: Vec<i64> = retained.pins.iter().filter(|pin| pin.path == table).filter_map(|pin| pin.version).collect();
     for object in old {
         let reason = match lives.get(&object.path[table.len() + 1..]) {
             None => Reason::Orphan,
             Some(_) if retained.every_version => continue,
-            Some(life) if life.must_stay(&pinned, retained.before) => continue,
+            Some(life) if life.must_stay(pinned, retained.before) => continue,
             Some(_) => Reason::Superseded,
         };
         plan.removals.push(removal(object, table, reason, Step::Loose));
@@ -374,14 +387,33 @@ struct Named {
 
 /// Plans the removal of scratch areas of reruns to which nothing was written for long.
 fn clear_scratch(objects: &[&Stored], retained: &Retained, plan: &mut Plan) {
-    let area =
-        |object: &Stored| object.path.strip_prefix("reruns/").map(|rest| rest.split('/').next().map(str::to_string));
+    let area = |object: &Stored| {
+        let below = object.path.strip_prefix(layout::RERUNS)?.strip_prefix('/')?;
+        below.split('/').next().map(|run| format!("{}/{run}", layout::RERUNS))
+    };
     for objects in objects.chunk_by(|a, b| area(a) == area(b)) {
-        let Some(Some(name)) = area(objects[0]) else { continue };
+        let Some(place) = area(objects[0]) else { continue };
         if objects.iter().all(|object| object.modified < retained.before) {
-            let place = format!("reruns/{name}");
             let removals = objects.iter().map(|object| removal(object, &place, Reason::Scratch, Step::Data));
             plan.removals.extend(removals);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_not_inside() {
+        let stored = |path: &str| Stored { path: path.to_owned(), size: 0, modified: Utc::now() };
+        let objects = ["t-b/x", "t.json", "t/x", "t/y/z", "t0/x", "tt/x"].map(stored);
+        let paths =
+            |folder: &str| inside(&objects, folder).iter().map(|object| object.path.as_str()).collect::<Vec<_>>();
+        assert_eq!(paths("t"), ["t/x", "t/y/z"]);
+        assert_eq!(paths("t/y"), ["t/y/z"]);
+        assert!(paths("s").is_empty() && paths("u").is_empty());
+        let tables = BTreeSet::from(["t", "t/y"]);
+        assert_eq!((table_of("t/y/z", &tables), table_of("t0/x", &tables)), (Some("t"), None));
     }
 }

@@ -15,6 +15,7 @@ mod error;
 mod fetch;
 mod files;
 pub mod gc;
+pub mod layout;
 mod location;
 pub mod manifest;
 pub mod overlay;

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{LakeError, Zone};
+use crate::{LakeError, Zone, layout};
 
 /// One pinned input.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -120,13 +120,13 @@ pub(crate) const DROPPED: &str = "dropped.json";
 pub async fn close<Z: Zone>(zone: &Z, run: &str) -> Result<(), LakeError> {
     check_name("run id", run)?;
     let mark = format!("{{\"dropped\": \"{}\"}}\n", Utc::now().to_rfc3339());
-    zone.put_if_absent(&format!("runs/{run}/{DROPPED}"), mark.into()).await.map(drop)
+    zone.put_if_absent(&layout::of_run(run, DROPPED), mark.into()).await.map(drop)
 }
 
 /// Whether `run` is [closed](close).
 pub async fn is_dropped<Z: Zone>(zone: &Z, run: &str) -> Result<bool, LakeError> {
     check_name("run id", run)?;
-    Ok(read::<Z, Value>(zone, &format!("runs/{run}/{DROPPED}")).await?.is_some())
+    Ok(read::<Z, Value>(zone, &layout::of_run(run, DROPPED)).await?.is_some())
 }
 
 /// Refuses a run that is [closed](close) in `zone`. [`begin`] does so where it claims; a stage that spends also asks the
@@ -138,7 +138,7 @@ pub async fn refuse_dropped<Z: Zone>(zone: &Z, run: &str) -> Result<(), LakeErro
     Err(LakeError::Conflict(format!(
         "{}: run {run} was dropped: its results are removed, and what it was stays on record\n\
          help: choose another --run",
-        zone.url_of(&format!("runs/{run}/{DROPPED}"))
+        zone.url_of(&layout::of_run(run, DROPPED))
     )))
 }
 
@@ -189,27 +189,27 @@ pub async fn find<Z: Zone>(
 
 /// Ids of all runs that left a claim or a manifest in `zone`, sorted.
 pub async fn list_runs<Z: Zone>(zone: &Z) -> Result<Vec<String>, LakeError> {
-    let paths = stage_objects(zone, "runs").await?;
-    let mut runs: Vec<String> = paths.iter().filter_map(|path| path.split('/').nth(1)).map(str::to_string).collect();
+    let paths = stage_objects(zone, layout::RUNS).await?;
+    let mut runs: Vec<String> = paths.iter().filter_map(|path| layout::run_of(path)).map(str::to_string).collect();
     runs.dedup();
     Ok(runs)
 }
 
 /// All manifests in `zone`, by run, stage and shard.
 pub async fn manifests<Z: Zone>(zone: &Z) -> Result<Vec<Manifest>, LakeError> {
-    read_all(zone, "runs", false).await
+    read_all(zone, layout::RUNS, false).await
 }
 
 /// The manifests of one run.
 pub async fn manifests_of<Z: Zone>(zone: &Z, run: &str) -> Result<Vec<Manifest>, LakeError> {
     check_name("run id", run)?;
-    read_all(zone, &format!("runs/{run}"), false).await
+    read_all(zone, &layout::run(run), false).await
 }
 
 /// The claims of one run, of finished and of unfinished stages.
 pub async fn claims_of<Z: Zone>(zone: &Z, run: &str) -> Result<Vec<Claim>, LakeError> {
     check_name("run id", run)?;
-    read_all(zone, &format!("runs/{run}"), true).await
+    read_all(zone, &layout::run(run), true).await
 }
 
 impl<Z: Zone> RunHandle<Z> {
@@ -236,7 +236,7 @@ struct Paths {
 impl Paths {
     fn new(run: &str, stage: &str, shard: Option<(u32, u32)>) -> Self {
         let shard = shard.map(|(index, count)| format!(".{index}-of-{count}")).unwrap_or_default();
-        let stem = format!("runs/{run}/stages/{stage}{shard}");
+        let stem = format!("{}/{stage}{shard}", layout::stages(run));
         Self { claim: format!("{stem}.claim.json"), manifest: format!("{stem}.json") }
     }
 }
@@ -295,7 +295,7 @@ async fn stage_objects<Z: Zone>(zone: &Z, below: &str) -> Result<Vec<String>, La
     let mut paths = zone.list(below).await?;
     paths.retain(|path| {
         let parts: Vec<&str> = path.split('/').collect();
-        matches!(parts[..], ["runs", _, "stages", name] if name.ends_with(".json"))
+        matches!(parts[..], [layout::RUNS, _, layout::STAGES, name] if name.ends_with(".json"))
     });
     Ok(paths)
 }
@@ -311,7 +311,7 @@ async fn read_all<Z: Zone, T: DeserializeOwned>(zone: &Z, below: &str, claims: b
 async fn refuse_other_shards<Z: Zone>(zone: &Z, claim: &Claim) -> Result<(), LakeError> {
     let own = Paths::new(&claim.run, &claim.stage, claim.shard).claim;
     let mut others = Vec::new();
-    for path in stage_objects(zone, &format!("runs/{}/stages", claim.run)).await? {
+    for path in stage_objects(zone, &layout::stages(&claim.run)).await? {
         let name = path.rsplit('/').next().unwrap_or_default();
         let Some(rest) = name.strip_suffix(".claim.json").and_then(|name| name.strip_prefix(&claim.stage)) else {
             continue;

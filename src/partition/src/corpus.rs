@@ -92,10 +92,10 @@ impl Extraction {
 
     fn row(&self, batch: &Batch, choice: Choice, index: usize) -> Result<Row, PartitionError> {
         let record = batch.read(index)?;
-        let text = record.text.ok_or_else(|| changed(batch.object()))?;
+        let text = record.text.ok_or_else(|| PartitionError::changed(batch.object()))?;
         let kept = Kept::new(&self.config, &record.source, text);
         if self.keys.priority(&kept.record_id) != choice.priority {
-            return Err(changed(batch.object()));
+            return Err(PartitionError::changed(batch.object()));
         }
         Ok(self.placed(kept))
     }
@@ -103,15 +103,6 @@ impl Extraction {
     fn placed(&self, kept: Kept) -> Row {
         let split = self.keys.split(&kept.unit, self.config.split);
         Row { kept, split }
-    }
-}
-
-/// An input that is not the same at the second reading.
-pub fn changed(object: &str) -> PartitionError {
-    PartitionError::Object {
-        object: object.to_owned(),
-        problem: "the object changed while it was being read".into(),
-        help: "let its writer finish, then run again".into(),
     }
 }
 

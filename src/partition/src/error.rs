@@ -81,6 +81,17 @@ pub enum PartitionError {
     Ledger(#[from] ledger::LedgerError),
 }
 
+impl PartitionError {
+    /// An input that is not the same at the second reading.
+    pub fn changed(object: &str) -> Self {
+        Self::Object {
+            object: object.to_owned(),
+            problem: "the object changed while it was being read".into(),
+            help: "let its writer finish, then run again".into(),
+        }
+    }
+}
+
 impl From<PartitionError> for Failure {
     fn from(error: PartitionError) -> Self {
         match error {

@@ -22,7 +22,9 @@ pub mod select;
 use std::sync::Arc;
 
 use chrono::Utc;
-use lake::{Begin, Claim, CorpusTerms, Input, Manifest, Output, Private, PrivateRoot, RunHandle, StorageOptions, Zone};
+use lake::{
+    Begin, Claim, CorpusTerms, Input, Manifest, Output, Private, PrivateRoot, RunHandle, StorageOptions, Zone, layout,
+};
 use serde::Serialize;
 use stage::progress::PrivateProgress;
 use stage::{Failure, Summary};
@@ -34,7 +36,7 @@ pub use error::PartitionError;
 
 use crate::bound::{Choice, Keys};
 use crate::config::{Dedup, UnitRule};
-use crate::corpus::{Extraction, SplitCounts, Writer, changed};
+use crate::corpus::{Extraction, SplitCounts, Writer};
 use crate::input::{Event, Object, QUEUE};
 use crate::owner::Owner;
 use crate::select::{Counts, Selected, Selection};
@@ -141,7 +143,7 @@ async fn second_pass(
     run: &str,
 ) -> Result<(lake::Table, SplitCounts), PartitionError> {
     let progress = PrivateProgress::new("writing the corpus");
-    let table = root.table(&format!("corpora/{}", config.corpus));
+    let table = root.table(&layout::corpus(&config.corpus));
     let mut writer = Writer::open(table, format!("{run}/{STAGE}")).await?;
     let mut extraction = Extraction::new(config.clone(), keys, selection);
     read(config, objects, async |event| {
@@ -154,7 +156,7 @@ async fn second_pass(
     .await?;
     if !extraction.is_complete() {
         let last = objects.last().map_or("the input", |object| object.identity.url.as_str());
-        return Err(changed(last));
+        return Err(PartitionError::changed(last));
     }
     writer.finish().await
 }
@@ -222,8 +224,8 @@ async fn finish(
 ) -> Result<(), Failure> {
     terms.write(root, &config.corpus).await?;
     let body = serde_json::to_vec_pretty(counts.expose()).map_err(|error| Failure::Bug(error.to_string()))?;
-    root.put(&format!("runs/{}/partition-counts.json", handle.claim.run), body.into()).await?;
-    let path = format!("corpora/{}", config.corpus);
+    root.put(&layout::partition_counts(&handle.claim.run), body.into()).await?;
+    let path = layout::corpus(&config.corpus);
     let outputs = vec![Output { name: "corpus".into(), path, version: Some(table.pin().await?) }];
     let facts = serde_json::json!({
         "unit_rule": config.unit_rule.to_string(),

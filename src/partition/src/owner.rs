@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use lake::{LakeError, PrivateRoot, StorageOptions, Zone};
+use lake::{LakeError, PrivateRoot, StorageOptions, Zone, layout};
 use serde::{Deserialize, Serialize};
 use stage::Failure;
 
@@ -52,7 +52,7 @@ impl Owner {
     /// Makes this run the only one that writes to the corpus, before its first row.
     pub async fn take(&self, root: &PrivateRoot, corpus: &str) -> Result<(), Failure> {
         let body = serde_json::to_vec_pretty(self).map_err(|error| Failure::Bug(error.to_string()))?;
-        if root.put_if_absent(&path(corpus), body.into()).await? {
+        if root.put_if_absent(&layout::owner(corpus), body.into()).await? {
             return Ok(());
         }
         match read(root, corpus).await? {
@@ -63,7 +63,9 @@ impl Owner {
                     .find(|(earlier, now)| !earlier.is_same(now))
                     .map_or(Ok(()), |(earlier, now)| Err(changed(corpus, &self.run, earlier, now)))
             }
-            None => Err(Failure::Transient(format!("{}: removed while it was read", root.url_of(&path(corpus))))),
+            None => {
+                Err(Failure::Transient(format!("{}: removed while it was read", root.url_of(&layout::owner(corpus)))))
+            }
         }
     }
 }
@@ -91,17 +93,13 @@ async fn current(earlier: &Identity, storage: &StorageOptions) -> Result<Identit
     Ok(now)
 }
 
-fn path(corpus: &str) -> String {
-    format!("corpora/{corpus}.owner.json")
-}
-
 async fn read(root: &PrivateRoot, corpus: &str) -> Result<Option<Owner>, Failure> {
-    let body = match root.get(&path(corpus)).await {
+    let body = match root.get(&layout::owner(corpus)).await {
         Err(LakeError::NotFound(_)) => return Ok(None),
         found => found?,
     };
     serde_json::from_slice(&body).map(Some).map_err(|_| {
-        let place = root.url_of(&path(corpus));
+        let place = root.url_of(&layout::owner(corpus));
         Failure::Input(format!("{place}: not an owner record\nhelp: restore it from a backup"))
     })
 }

@@ -13,7 +13,7 @@ use chrono::{DateTime, Utc};
 use datafusion::catalog::TableProvider;
 use datafusion::datasource::MemTable;
 use futures::{StreamExt, TryStreamExt};
-use lake::{Claim, Input, Manifest, Output, ReleaseRoot, Zone, manifest};
+use lake::{Claim, Input, Manifest, Output, ReleaseRoot, Zone, layout, manifest};
 use serde_json::Value;
 
 use crate::error::QueryError;
@@ -54,7 +54,7 @@ impl Audit {
     /// from a root whose name is mistyped would say that nothing was released.
     pub async fn read(root: &ReleaseRoot) -> Result<Self, QueryError> {
         let runs = manifest::list_runs(root).await?;
-        if runs.is_empty() && root.list("runs").await?.is_empty() {
+        if runs.is_empty() && root.list(layout::RUNS).await?.is_empty() {
             return Err(QueryError::Missing(format!(
                 "{}: no run is there\nhelp: correct --release, or let a stage write there first",
                 root.url()
@@ -211,7 +211,7 @@ fn released(stage: &Stage) -> impl Iterator<Item = &Output> {
 
 /// `(run, table)` of all Delta tables of one run, or of all runs, sorted.
 pub(crate) async fn tables_of(root: &ReleaseRoot, run: Option<&str>) -> Result<Vec<(String, String)>, QueryError> {
-    let prefix = run.map_or_else(|| "runs".to_string(), |run| format!("runs/{run}"));
+    let prefix = run.map_or_else(|| layout::RUNS.to_string(), layout::run);
     let paths = root.list(&prefix).await?;
     let tables: BTreeSet<(String, String)> = paths
         .iter()
@@ -227,7 +227,7 @@ pub(crate) async fn tables_of(root: &ReleaseRoot, run: Option<&str>) -> Result<V
 async fn tables(root: &ReleaseRoot) -> Result<Result<RecordBatch, ArrowError>, QueryError> {
     let rows: Vec<(String, String, Option<i64>)> = futures::stream::iter(tables_of(root, None).await?)
         .map(|(run, name)| async move {
-            let version = root.table(&format!("runs/{run}/{name}")).version().await?;
+            let version = root.table(&layout::of_run(&run, &name)).version().await?;
             Ok::<_, QueryError>((run, name, version))
         })
         .buffered(CONCURRENCY)

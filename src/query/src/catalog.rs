@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use datafusion::catalog::{CatalogProvider, SchemaProvider, TableProvider};
 use datafusion::error::{DataFusionError, Result};
-use lake::{ReleaseRoot, Zone};
+use lake::{ReleaseRoot, Zone, layout};
 use strsim::levenshtein;
 use tokio::sync::OnceCell;
 
@@ -51,7 +51,7 @@ impl ReleaseCatalog {
     /// Refuses aliases that are ids of runs: a query that names such a run would be answered from another one.
     pub async fn refuse_aliases_of_runs(&self) -> std::result::Result<(), QueryError> {
         for (name, run) in &self.0.options.aliases {
-            if !self.0.root.list(&format!("runs/{name}")).await?.is_empty() {
+            if !self.0.root.list(&layout::run(name)).await?.is_empty() {
                 return Err(QueryError::Sql(format!(
                     "--alias {name}={run}: {name} is the id of a run\nhelp: choose another NAME"
                 )));
@@ -113,7 +113,7 @@ impl Released {
 
     async fn delta(&self, run: &str, name: &str) -> std::result::Result<Arc<dyn TableProvider>, QueryError> {
         let pinned = self.pinned(run, name);
-        let table = self.root.table(&format!("runs/{run}/{name}"));
+        let table = self.root.table(&layout::of_run(run, name));
         let Some(latest) = table.version().await? else {
             return Err(self.missing(run, name).await?);
         };
@@ -140,7 +140,7 @@ impl Released {
             )));
         }
         let known = self.runs_with_tables().await?;
-        let found = if self.root.list(&format!("runs/{run}")).await?.is_empty() {
+        let found = if self.root.list(&layout::run(run)).await?.is_empty() {
             format!("no run {run} has tables here{}", suggestion(run, known.iter().map(String::as_str)))
         } else {
             format!("run {run} has no tables yet, or it was dropped")

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use lake::manifest::{self, Begin, Claim, Input, Manifest};
-use lake::{AppTransaction, LakeError, LocalFolder, Output, ReleaseRoot, Table, TemporaryFolder, Zone};
+use lake::{AppTransaction, LakeError, LocalFolder, Output, ReleaseRoot, Table, TemporaryFolder, Zone, layout};
 use lm::LmError;
 use lm::adapter::Lora;
 use lm::checkpoint::Checkpoint;
@@ -44,7 +44,7 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
         Begin::Done(manifest) => return Ok(summary(&args, &manifest, true)),
         Begin::Fresh(handle) | Begin::Resumed(handle) => handle,
     };
-    let path = format!("runs/{}/synthetic", args.common.run);
+    let path = layout::synthetic(&args.common.run);
     let table = release.table(&path);
     table.create(lake::schema::synthetic()).await?;
     tell(Fact::Bytes(sample(&args, &config, sampler, &table).await?));
@@ -172,7 +172,7 @@ impl Sources {
 
 impl Adapter {
     async fn fetch(release: &ReleaseRoot, run: &str) -> Result<Self, Failure> {
-        let path = format!("runs/{run}/adapter");
+        let path = layout::adapter(run);
         let url = release.url_of(&path);
         let missing = || {
             Failure::Input(format!(
@@ -297,7 +297,7 @@ async fn sample(args: &Args, config: &Config, sampler: Sampler, table: &Table) -
 
 fn summary(args: &Args, manifest: &Manifest, already: bool) -> Summary {
     let run = &args.common.run;
-    let path = format!("runs/{run}/synthetic");
+    let path = layout::synthetic(run);
     let rows = manifest.facts.get("rows").and_then(serde_json::Value::as_u64).unwrap_or_default();
     let done = if already { "done already; " } else { "" };
     let version = manifest.outputs.first().and_then(|output| output.version);

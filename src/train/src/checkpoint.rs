@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
-use lake::{LakeError, PrivateRoot, Zone};
+use lake::{LakeError, PrivateRoot, Zone, layout};
 use lm::LmError;
 use lm::adapter::Lora;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -26,7 +26,7 @@ pub struct Checkpoints<'a> {
 impl<'a> Checkpoints<'a> {
     /// Checkpoints of `stage` of `run` under the plan that `fingerprint` names.
     pub fn new(root: &'a PrivateRoot, run: &str, stage: &str, fingerprint: String) -> Self {
-        Self { root, folder: format!("runs/{run}/{stage}/checkpoints"), fingerprint }
+        Self { root, folder: format!("{}/checkpoints", layout::working(run, stage)), fingerprint }
     }
 
     /// Writes the state after `training.steps` steps, then drops older checkpoints.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use arrow::array::{Float64Array, Int64Array, RecordBatch, StringArray};
-use lake::{AppTransaction, LakeError, Private, PrivateRoot, Zone, schema};
+use lake::{AppTransaction, LakeError, Private, PrivateRoot, Zone, layout, schema};
 use lm::LmError;
 use lm::adapter::Lora;
 use lm::decoder::Decoder;
@@ -38,7 +38,7 @@ pub async fn record(
     step: u64,
     loss: &Private<f64>,
 ) -> Result<(), LakeError> {
-    let table = root.table(&format!("runs/{run}/{stage}/loss"));
+    let table = root.table(&layout::loss(run, stage));
     table.create(schema::loss()).await?;
     let step = i64::try_from(step).unwrap_or(i64::MAX);
     let columns: Vec<arrow::array::ArrayRef> = vec![

@@ -1,7 +1,7 @@
 //! The only file of this crate that writes adapters, and what each zone accepts: the release zone one made by noised
 //! gradients, the private zone a baseline's. What else goes to the release zone are claims and manifests, by `run.rs`.
 
-use lake::{Output, PrivateRoot, ReleaseRoot, Zone};
+use lake::{Output, PrivateRoot, ReleaseRoot, Zone, layout};
 use lm::adapter::Lora;
 use stage::Failure;
 
@@ -33,7 +33,7 @@ pub async fn publish_baseline(
 /// What is there already stays. PRIVACY: two adapters under equal noise, such as those of two machines that round
 /// differently, would differ by something private, so the first is the only one.
 async fn write<Z: Zone>(zone: &Z, run: &str, base_model: &str, lora: &Lora) -> Result<Output, Failure> {
-    let folder = format!("runs/{run}/adapter");
+    let folder = layout::adapter(run);
     let mut files = lora.to_peft(base_model).map_err(crate::failure)?;
     files.sort_by_key(|(name, _)| name.ends_with(".json"));
     for (name, body) in files {

@@ -1,7 +1,7 @@
 //! The stage: load the model, claim, reserve, read, train, publish, settle.
 
 use lake::manifest::{self, Begin, Claim, Input, RunHandle};
-use lake::{LocalFolder, PrivateRoot, ReleaseRoot, Table, Zone};
+use lake::{LocalFolder, PrivateRoot, ReleaseRoot, Table, Zone, layout};
 use ledger::{LedgerError, Request, Reservation};
 use lm::LmError;
 use lm::adapter::Lora;
@@ -131,7 +131,7 @@ struct Base<'a> {
 
 impl<'a> Base<'a> {
     async fn open(args: &'a Args, config: &'a Config, private: &'a PrivateRoot) -> Result<Self, Failure> {
-        let corpus = private.table(&format!("corpora/{}", config.corpus));
+        let corpus = private.table(&layout::corpus(&config.corpus));
         let corpus_version = corpus.pin().await?;
         // partition writes the terms when the records stand. Before, there is a version without records, and a run that
         // was bound to it would pay for nothing.
@@ -189,7 +189,7 @@ impl<'a> Base<'a> {
             shard: None,
             // PRIVACY: a digest of the corpus would let anyone confirm a guess of it, so the pin is the version alone.
             inputs: vec![
-                input("corpus", &format!("corpora/{}", self.config.corpus), Some(self.corpus_version), None),
+                input("corpus", &layout::corpus(&self.config.corpus), Some(self.corpus_version), None),
                 input("model", stage::base_name(&self.args.model), None, Some(&self.model_digest)),
             ],
             config: serde_json::to_value(self.config).map_err(|error| Failure::Bug(error.to_string()))?,
@@ -450,7 +450,7 @@ fn summary(args: &Args, config: &Config, already: bool) -> Summary {
     };
     let json = json!({
         "stage": config.mechanism.stage(), "run": run, "already_done": already, "zone": zone,
-        "adapter": format!("runs/{run}/adapter"),
+        "adapter": layout::adapter(run),
     });
     Summary { text, json }
 }

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, Float64Array, Int32Array, Int64Array, StringArray};
-use lake::{PrivateRoot, Zone, schema};
+use lake::{PrivateRoot, Zone, layout, schema};
 
 use crate::error::VoteError;
 use crate::publish::Chunks;
@@ -25,14 +25,13 @@ pub fn total_variation(one: &[f64], other: &[f64]) -> f64 {
 /// Writes `comparison` and `comparison_bins` of `run`: `sets` by name, against `test`, as counts by bin. Where either
 /// side is empty there is nothing to compare, and no row.
 pub async fn write(root: &PrivateRoot, run: &str, test: &[u64], sets: &[(&str, Vec<u64>)]) -> Result<(), VoteError> {
-    let open = |name: &str, schema| {
-        Chunks::open(root.table(&format!("runs/{run}/{name}")), format!("{run}/vote/{name}"), schema)
-    };
+    let open =
+        |name: &str, schema| Chunks::open(root.table(&layout::of_run(run, name)), format!("{run}/vote/{name}"), schema);
     let distance = |counts: &[u64]| Some(total_variation(&shares(test)?, &shares(counts)?));
     let distances = sets.iter().filter_map(|(name, counts)| Some((*name, distance(counts)?)));
     let (names, distances): (Vec<&str>, Vec<f64>) = distances.unzip();
     let columns: Vec<ArrayRef> = vec![Arc::new(StringArray::from(names)), Arc::new(Float64Array::from(distances))];
-    open("comparison", schema::comparison()).await?.write(columns).await?;
+    open(layout::COMPARISON, schema::comparison()).await?.write(columns).await?;
 
     let all = std::iter::once(("test", test)).chain(sets.iter().map(|(name, counts)| (*name, counts.as_slice())));
     let (mut bins, mut names, mut all_counts, mut all_shares) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -49,7 +48,7 @@ pub async fn write(root: &PrivateRoot, run: &str, test: &[u64], sets: &[(&str, V
         Arc::new(Int64Array::from(all_counts)),
         Arc::new(Float64Array::from(all_shares)),
     ];
-    open("comparison_bins", schema::comparison_bins()).await?.write(columns).await
+    open(layout::COMPARISON_BINS, schema::comparison_bins()).await?.write(columns).await
 }
 
 #[cfg(test)]

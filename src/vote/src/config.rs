@@ -1,6 +1,7 @@
 //! What was typed, and what it means. All of it is public.
 
 use clap::Parser;
+use lake::layout;
 use privacy::accounting::DELTAS;
 use serde::Serialize;
 
@@ -132,7 +133,7 @@ impl Config {
             sigma: args.sigma,
             target: args.target,
             baseline_run: args.baseline_run.clone(),
-            candidates: args.candidates.clone().unwrap_or_else(|| format!("runs/{run}/synthetic")),
+            candidates: args.candidates.clone().unwrap_or_else(|| layout::synthetic(run)),
             seed: args.seed,
         })
     }

@@ -3,7 +3,7 @@
 //! Votes of one corpus must not be paid from the ledger of another, and distances between vectors of two encoders mean
 //! nothing; both are told apart here, before anything is read, for every shard: their rows stand in one table.
 
-use lake::{Manifest, Zone, manifest};
+use lake::{Manifest, Zone, layout, manifest};
 
 use crate::error::VoteError;
 
@@ -27,8 +27,9 @@ pub const OF_CORPUS: (&str, &str) = ("embed-corpus", "corpus");
 
 /// What `run` embedded in `zone`; all shards must be done, and alike.
 pub async fn embedded<Z: Zone>(zone: &Z, run: &str, (stage, input): (&str, &str)) -> Result<Embedded, VoteError> {
-    let refused =
-        |problem: String, help| VoteError::input(zone.url_of(&format!("runs/{run}/stages/{stage}")), problem, help);
+    let refused = |problem: String, help| {
+        VoteError::input(zone.url_of(&format!("{}/{stage}", layout::stages(run))), problem, help)
+    };
     let unfinished =
         |problem| refused(problem, "run doppel-embed to its end, for the synthetic texts and for the corpus");
     let nothing = || unfinished(format!("run `{run}` has not finished `{stage}`"));

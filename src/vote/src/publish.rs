@@ -10,7 +10,7 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, AsArray, Float32Array, Int32Array, Int64Array, RecordBatch, StringArray};
 use arrow::datatypes::{Int32Type, Int64Type, SchemaRef};
 use futures::StreamExt;
-use lake::{AppTransaction, LakeError, Output, ReleaseRoot, Table, Zone, schema};
+use lake::{AppTransaction, LakeError, Output, ReleaseRoot, Table, Zone, layout, schema};
 use privacy::training::Noised;
 
 use crate::error::VoteError;
@@ -179,7 +179,7 @@ impl Publisher {
     }
 
     fn path(&self, name: &str) -> String {
-        format!("runs/{}/{name}", self.run)
+        layout::of_run(&self.run, name)
     }
 
     fn table(&self, name: &str) -> Table {

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use chrono::Utc;
-use lake::{Begin, Claim, CorpusTerms, Input, Manifest, PrivateRoot, RunHandle, Table, Zone, manifest};
+use lake::{Begin, Claim, CorpusTerms, Input, Manifest, PrivateRoot, RunHandle, Table, Zone, layout, manifest};
 use privacy::histogram::VotingMechanism;
 use privacy::keyed::Context;
 use stage::progress::PrivateProgress;
@@ -103,7 +103,7 @@ async fn vote<Z: Zone>(
 /// Binds the run's votes to the centroids that they are first cast on: votes on others, whether k-means came out
 /// otherwise or somebody replaced them, would draw a second sample of noise for one reservation.
 async fn bind(private: &PrivateRoot, run: &str, centroids: &blake3::Hash) -> Result<(), VoteError> {
-    let path = format!("runs/{run}/vote/centroids.blake3");
+    let path = format!("{}/centroids.blake3", layout::working(run, STAGE));
     let digest = centroids.to_hex();
     if private.put_if_absent(&path, digest.as_bytes().to_vec().into()).await? {
         return Ok(());
@@ -126,7 +126,7 @@ struct Embeddings {
 impl Embeddings {
     async fn find<Z: Zone>(zone: &Z, run: &str, stage: (&str, &str)) -> Result<Self, VoteError> {
         let embedded = embedded(zone, run, stage).await?;
-        Ok(Self { table: zone.table(&format!("runs/{run}/embeddings")), embedded })
+        Ok(Self { table: zone.table(&layout::embeddings(run)), embedded })
     }
 }
 
@@ -148,7 +148,7 @@ impl Inputs {
         Ok(Self {
             candidates: release.table(&config.candidates),
             texts: Embeddings::find(release, run, OF_TEXTS).await?,
-            corpus: private.table(&format!("corpora/{}", config.corpus)),
+            corpus: private.table(&layout::corpus(&config.corpus)),
             votes: Embeddings::find(private, run, OF_CORPUS).await?,
             baseline,
         })
@@ -163,7 +163,7 @@ impl Inputs {
                 config.candidates, texts.0
             )));
         }
-        if corpus.0 != format!("corpora/{}", config.corpus) {
+        if corpus.0 != layout::corpus(&config.corpus) {
             return Err(VoteError::Usage(format!(
                 "--corpus {}: this run embedded {}\nhelp: votes are paid from the ledger of the corpus that was embedded",
                 config.corpus, corpus.0
@@ -197,7 +197,7 @@ impl Inputs {
     fn claim(&self, run: &str, config: &Config) -> Result<Claim, VoteError> {
         let input =
             |name: &str, location: String, version| Input { name: name.to_owned(), location, version, digest: None };
-        let embeddings = format!("runs/{run}/embeddings");
+        let embeddings = layout::embeddings(run);
         let (texts, votes) = (&self.texts.embedded, &self.votes.embedded);
         let mut inputs = vec![
             input("candidates", texts.source.0.clone(), Some(texts.source.1)),
@@ -207,7 +207,7 @@ impl Inputs {
         ];
         if let (Some(baseline), Some(run)) = (&self.baseline, &config.baseline_run) {
             let version = Some(baseline.embedded.version);
-            inputs.push(input("baseline-embeddings", format!("runs/{run}/embeddings"), version));
+            inputs.push(input("baseline-embeddings", layout::embeddings(run), version));
         }
         Ok(Claim {
             run: run.to_owned(),

@@ -17,7 +17,6 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::config::Config;
-use crate::corpus::changed;
 use crate::error::PartitionError;
 use crate::input::json::JsonProblem;
 use crate::input::parquet::Rows;
@@ -139,7 +138,7 @@ impl Object {
     async fn content(&self) -> Result<ByteStream, PartitionError> {
         let url = &self.identity.url;
         let content = lake::read_stream(url, &self.storage).await?;
-        if Identity::new(url, &content) == self.identity { Ok(content) } else { Err(changed(url)) }
+        if Identity::new(url, &content) == self.identity { Ok(content) } else { Err(PartitionError::changed(url)) }
     }
 
     async fn feed_json(&self, framing: Framing, config: &Config, sender: &mpsc::Sender<Event>) -> Result<(), Stop> {
