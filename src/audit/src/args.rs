@@ -2,8 +2,7 @@
 
 use clap::Parser;
 use privacy::training::TrainingMechanism;
-use stage::common::Verbosity;
-use stage::{Failure, Format};
+use stage::{Failure, Format, Verbosity};
 
 /// Attack the training mechanism with canaries, and state the ε that the attack proves.
 ///

@@ -7,6 +7,7 @@ use crate::bound::{self, Hits};
 use crate::canary::Directions;
 use crate::parts::Parts;
 use crate::report::Finding;
+use crate::target::Target;
 
 /// Smallest share of scores behind a threshold that is tried, as a power of ½.
 const SMALLEST_TAIL: i32 = 12;
@@ -20,17 +21,6 @@ pub(crate) struct Attack {
     pub confidence: f64,
     /// Of coins, sampling and noise.
     pub seed: u64,
-}
-
-/// Training that canaries take part in.
-pub(crate) trait Target {
-    /// What is attacked.
-    fn parts(&self) -> &Parts;
-    /// Number of canaries.
-    fn canaries(&self) -> usize;
-    /// Takes `step` with those canaries in the data that are `present`. For each canary: how far the released gradient
-    /// reaches in its direction, in units of `clip_norm`. That is noise, plus 1 where the canary took part.
-    fn step(&mut self, step: u64, present: &[bool]) -> Result<Vec<f64>, Failure>;
 }
 
 impl Attack {

@@ -8,8 +8,8 @@ use privacy::keyed::{Context, NoiseKey};
 use privacy::training::ClippedSum;
 use stage::Failure;
 
-use crate::attack::{Attack, Target};
 use crate::parts::Parts;
+use crate::target::Target;
 
 /// Norm of a canary's gradient before clipping ÷ `clip_norm`: large, so that clipping has something to do.
 pub(crate) const OVERSIZE: f64 = 10.0;
@@ -31,9 +31,9 @@ pub(crate) struct Directions {
 }
 
 impl Directions {
-    pub fn new(parts: Parts, canaries: usize, attack: &Attack) -> Self {
+    pub fn new(parts: Parts, canaries: usize, key: NoiseKey) -> Self {
         let units = (0..canaries).map(|canary| format!("canary-{canary}")).collect();
-        Self { parts, key: attack.key(), context: Context::new("audit/directions"), units }
+        Self { parts, key, context: Context::new("audit/directions"), units }
     }
 }
 

@@ -17,6 +17,7 @@ mod canary;
 mod model;
 mod parts;
 mod report;
+mod target;
 #[cfg(test)]
 mod tests;
 
@@ -35,7 +36,7 @@ use report::Report;
 pub async fn run(args: Args) -> Result<Summary, Failure> {
     let mechanism = args.mechanism()?;
     let attack = Attack { delta: args.delta, confidence: args.confidence, seed: args.seed };
-    let directions = || Directions::new(Parts::of(&mechanism), args.canaries, &attack);
+    let directions = || Directions::new(Parts::of(&mechanism), args.canaries, attack.key());
     let mut findings = vec![attack.per_step(&mut directions())?, attack.one_run("one run", &mut directions())?];
     if let Some(url) = &args.model {
         let mut model = Model::fetch(url, Parts::of(&mechanism), args.canaries, &attack).await?;
@@ -45,7 +46,7 @@ pub async fn run(args: Args) -> Result<Summary, Failure> {
     match report.refuted() {
         None => Ok(report.summary()),
         Some(reason) => {
-            report.print(args.format)?;
+            report.summary().print(args.format)?;
             Err(Failure::Bug(reason))
         }
     }

@@ -17,10 +17,11 @@ use lm::gradients::Example;
 use privacy::keyed::{Context, NoiseKey};
 use stage::Failure;
 
-use crate::attack::{Attack, Target};
+use crate::attack::Attack;
 use crate::canary::clipped;
 use crate::failure;
 use crate::parts::Parts;
+use crate::target::Target;
 
 /// Ordinary units that train beside the canaries, and tokens of each.
 const TEXTS: u64 = 32;

@@ -3,7 +3,7 @@
 use privacy::training::TrainingMechanism;
 use serde::Serialize;
 use serde_json::json;
-use stage::{Failure, Format, Summary};
+use stage::Summary;
 
 /// Outcome of one audit.
 #[derive(Clone, Debug, Serialize)]
@@ -59,16 +59,6 @@ impl Report {
                 "delta": self.delta, "confidence": self.confidence, "audits": audits, "refuted": !holds,
             }),
         }
-    }
-
-    /// Writes the summary to standard output, where the stage then fails.
-    pub fn print(&self, format: Format) -> Result<(), Failure> {
-        let summary = self.summary();
-        let text = match format {
-            Format::Text => summary.text,
-            Format::Json => summary.json.to_string(),
-        };
-        stage::print(format!("{text}\n").as_bytes())
     }
 
     fn table(&self) -> String {

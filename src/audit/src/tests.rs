@@ -86,7 +86,7 @@ fn all() -> impl Iterator<Item = Option<Fault>> {
 #[test]
 fn every_fault_shows_in_single_steps() {
     for fault in all() {
-        let mut target = Directions::new(parts(fault, &mechanism()), 4000, &ATTACK);
+        let mut target = Directions::new(parts(fault, &mechanism()), 4000, ATTACK.key());
         let finding = ATTACK.per_step(&mut target).unwrap();
         check(fault, &finding, 0.0);
     }
@@ -95,7 +95,7 @@ fn every_fault_shows_in_single_steps() {
 #[test]
 fn every_fault_shows_in_one_run() {
     for fault in all() {
-        let mut target = Directions::new(parts(fault, &mechanism()), 4000, &ATTACK);
+        let mut target = Directions::new(parts(fault, &mechanism()), 4000, ATTACK.key());
         let finding = ATTACK.one_run("one run", &mut target).unwrap();
         check(fault, &finding, 0.2);
     }
@@ -119,9 +119,9 @@ fn every_fault_shows_in_one_run_of_a_model() {
 #[test]
 fn a_large_epsilon_is_seen_as_large() {
     let mechanism = TrainingMechanism::new(1.0, 0.5, 10, 1.0, 200.0).unwrap();
-    let finding = ATTACK.one_run("one run", &mut Directions::new(Parts::of(&mechanism), 4000, &ATTACK)).unwrap();
+    let finding = ATTACK.one_run("one run", &mut Directions::new(Parts::of(&mechanism), 4000, ATTACK.key())).unwrap();
     assert!(finding.lower_bound > 3.0 && finding.lower_bound < finding.claimed_epsilon, "{finding:?}");
-    let finding = ATTACK.per_step(&mut Directions::new(Parts::of(&mechanism), 4000, &ATTACK)).unwrap();
+    let finding = ATTACK.per_step(&mut Directions::new(Parts::of(&mechanism), 4000, ATTACK.key())).unwrap();
     assert!(finding.lower_bound > 3.0 && finding.lower_bound < finding.claimed_epsilon, "{finding:?}");
 }
 
@@ -129,7 +129,8 @@ fn a_large_epsilon_is_seen_as_large() {
 fn the_same_seed_gives_the_same_answer() {
     let run = |seed| {
         let attack = Attack { seed, ..ATTACK };
-        let finding = attack.one_run("one run", &mut Directions::new(Parts::of(&mechanism()), 500, &attack)).unwrap();
+        let finding =
+            attack.one_run("one run", &mut Directions::new(Parts::of(&mechanism()), 500, attack.key())).unwrap();
         finding.right
     };
     assert_eq!(run(1), run(1));

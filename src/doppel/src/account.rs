@@ -1,14 +1,50 @@
 //! `doppel account`: ε of mechanisms, a noise multiplier for a target ε, the trade-off between ε and δ.
 
+use std::path::PathBuf;
+
+use clap::Args;
 use privacy::event::Event;
 use privacy::{Bounds, Epsilon};
 use serde_json::{Value, json};
-use stage::{Failure, Summary};
+use stage::{Failure, Format, Summary, Verbosity};
 
 use crate::budget::{mechanism, up};
-use crate::cli::AccountArgs;
 use crate::plot::{self, Chart};
 use crate::table::table;
+use crate::values::{delta, positive};
+
+/// Compute the ε of mechanisms, or the noise multiplier for a target ε.
+///
+/// Adjacency is adding or removing one privacy unit. ε is by privacy loss distributions (`pld`), rounded up, and by
+/// Rényi DP (`rdp`) as a second opinion.
+///
+/// Example: the paper's training and its vote.
+///
+/// doppel account --delta 5e-7 --mechanism noise_multiplier=1.122,sampling_probability=0.022756,steps=439 \
+///     --mechanism noise_multiplier=10,kind=discrete_gaussian
+#[derive(Args, Clone, Debug)]
+#[command(verbatim_doc_comment)]
+pub struct AccountArgs {
+    /// The δ at which ε is taken.
+    #[arg(long, allow_negative_numbers = true, value_parser = delta)]
+    pub delta: f64,
+    /// A mechanism: noise_multiplier=S[,sampling_probability=Q][,steps=N][,kind=gaussian|discrete_gaussian]; repeatable,
+    /// all are composed. With --target-epsilon, one of them leaves noise_multiplier out.
+    #[arg(long = "mechanism", value_name = "SPEC", required = true)]
+    pub mechanisms: Vec<String>,
+    /// Find the smallest noise multiplier for which the composition keeps to this ε.
+    #[arg(long, value_name = "E", allow_negative_numbers = true, value_parser = positive)]
+    pub target_epsilon: Option<f64>,
+    /// Print the trade-off between ε and δ; with a .svg or .png path, write it there as a plot too.
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    pub curve: Option<Option<PathBuf>>,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
 
 /// Does what `args` ask.
 pub fn account(args: &AccountArgs) -> Result<Summary, Failure> {

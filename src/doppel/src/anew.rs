@@ -5,14 +5,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lake::{Claim, Manifest, manifest};
+use lake::{Claim, Manifest, layout, manifest};
 use privacy::event::Event;
 use serde_json::json;
 use stage::{Failure, Summary};
 
-use crate::budget;
+use crate::afford;
 use crate::recorded::{Kind, MODELS, Parameters, Recorded, Stage, Starter, flag_and_value};
-use crate::runs::short;
+use crate::table::short;
 
 /// Runs the finished stages of `recorded` as `new`.
 pub async fn release(
@@ -67,9 +67,9 @@ struct Work<'a> {
 
 /// All shards, in the order of the stages.
 fn work<'a>(recorded: &'a Recorded, stages: &[&'a Stage], new: &str, parameters: &Parameters) -> Vec<Work<'a>> {
-    let below = format!("runs/{}/", recorded.run);
     // The corpus is made by the run, too, and stays.
-    let made: BTreeSet<&str> = recorded.made().into_iter().filter(|path| path.starts_with(&below)).collect();
+    let made: BTreeSet<&str> =
+        recorded.made().into_iter().filter(|path| layout::run_of(path) == Some(&recorded.run)).collect();
     let shards = stages.iter().flat_map(|stage| stage.shards.iter().map(|shard| (stage.kind, shard)));
     let work = |(kind, recorded): (Kind, &'a Manifest)| {
         let words = parameters.apply(&renamed(&recorded.claim, &made, new));
@@ -81,12 +81,12 @@ fn work<'a>(recorded: &'a Recorded, stages: &[&'a Stage], new: &str, parameters:
 /// The recorded flags of `claim` for the run `new`: what the old run made, the new one makes for itself; all other
 /// tables are pinned to what was read.
 fn renamed(claim: &Claim, made: &BTreeSet<&str>, new: &str) -> Vec<String> {
-    let (old, below) = (claim.run.as_str(), format!("runs/{}/", claim.run));
+    let (old, below) = (claim.run.as_str(), layout::of_run(&claim.run, ""));
     let rename = |word: &String| match flag_and_value(word) {
         ("pin", _) => None,
         (flag, value) if value == old && (flag == "run" || flag.ends_with("-run")) => Some(format!("--{flag}={new}")),
         (flag, value) => match value.strip_prefix(&below) {
-            Some(name) if made.contains(value) => Some(format!("--{flag}=runs/{new}/{name}")),
+            Some(name) if made.contains(value) => Some(format!("--{flag}={}", layout::of_run(new, name))),
             _ => Some(word.clone()),
         },
     };
@@ -136,7 +136,7 @@ async fn afford(starter: &Starter, work: &[Work<'_>], new: &str) -> Result<(), F
         asked.entry(corpus).or_default().extend(events);
     }
     for (corpus, events) in asked {
-        budget::afford(&starter.private, corpus, new, &events).await?;
+        afford::afford(&starter.private, corpus, new, &events).await?;
     }
     Ok(())
 }
@@ -144,7 +144,7 @@ async fn afford(starter: &Starter, work: &[Work<'_>], new: &str) -> Result<(), F
 /// What `work` will reserve: by its flags, which may have changed, or else what was reserved before.
 fn events(work: &Work<'_>) -> Vec<Event> {
     let flag = |name: &str| work.words.iter().map(|word| flag_and_value(word)).find(|word| word.0 == name);
-    if let Some(event) = budget::planned_event(work.kind.binary, &|name| flag(name).map(|(_, value)| value)) {
+    if let Some(event) = afford::planned_event(work.kind.binary, &|name| flag(name).map(|(_, value)| value)) {
         return vec![event];
     }
     let events = work.recorded.facts["events"].as_array().into_iter().flatten();

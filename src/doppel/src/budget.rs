@@ -1,21 +1,90 @@
 //! `doppel budget`: what was spent on a corpus, and what may be.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
+use clap::{Args, Subcommand};
 use lake::{PrivateRoot, Zone};
 use ledger::{Body, Ledger, LedgerError};
 use privacy::event::Event;
-use privacy::training::{calibrated_noise, steps_of};
 use serde_json::json;
-use stage::{Failure, Summary};
+use stage::{Failure, Format, Summary, Verbosity};
 
-use crate::cli::{BudgetSetArgs, BudgetShowArgs};
 use crate::plot::{self, Chart};
-use crate::preflight::{Finding, Invocation, storage};
-use crate::roots;
-use crate::runs::seconds;
-use crate::table::table;
+use crate::roots::{self, PrivateArgs};
+use crate::table::{seconds, table};
+use crate::values::{delta, positive};
+
+/// Show what was spent on a corpus, or set its budget.
+///
+/// The ledger lies in the private root and is as private as the corpus: beside the parameters of mechanisms, which are
+/// shown here, it holds digests that would confirm a right guess of the data.
+#[derive(Args, Clone, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct BudgetArgs {
+    /// Set a corpus's budget.
+    #[command(subcommand)]
+    pub command: Option<BudgetCommand>,
+    /// What to show.
+    #[command(flatten)]
+    pub show: BudgetShowArgs,
+}
+
+/// Commands about the budget.
+#[derive(Subcommand, Clone, Debug)]
+#[expect(missing_docs, reason = "the help of a command is its arguments' comment")]
+pub enum BudgetCommand {
+    Set(BudgetSetArgs),
+}
+
+/// Show what was spent.
+#[derive(Args, Clone, Debug)]
+pub struct BudgetShowArgs {
+    /// Corpus; all corpora of the root where none is named.
+    #[arg(value_name = "CORPUS", group = "one")]
+    pub name: Option<String>,
+    /// The same as a flag.
+    #[arg(long, value_name = "NAME", group = "one")]
+    pub corpus: Option<String>,
+    /// Write a plot of ε over the ledger's entries to this .svg or .png file.
+    #[arg(long, value_name = "FILE", requires = "one")]
+    pub plot: Option<PathBuf>,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Where the private zone is.
+    #[command(flatten)]
+    pub root: PrivateArgs,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
+
+/// Set the budget of a corpus.
+///
+/// The budget is one (ε, δ) for all mechanisms that ever touch the corpus, composed. A stage that would exceed it is
+/// refused with exit code 4 before it reads a record. Setting the same budget again does nothing.
+#[derive(Args, Clone, Debug)]
+pub struct BudgetSetArgs {
+    /// Corpus.
+    #[arg(long, value_name = "NAME")]
+    pub corpus: String,
+    /// Largest ε, under adding or removing one privacy unit; at most 1e6.
+    #[arg(long, allow_negative_numbers = true, value_parser = positive)]
+    pub epsilon: f64,
+    /// The δ at which ε is taken.
+    #[arg(long, allow_negative_numbers = true, value_parser = delta)]
+    pub delta: f64,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Where the private zone is.
+    #[command(flatten)]
+    pub root: PrivateArgs,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
 
 /// An ε above this bounds nothing.
 const LARGEST_EPSILON: f64 = 1e6;
@@ -57,7 +126,7 @@ fn exceeded(spent: f64, budget: f64) -> Option<f64> {
 /// Shows what was spent.
 pub async fn show(args: BudgetShowArgs) -> Result<Summary, Failure> {
     let root = args.root.open().await?;
-    let corpora = corpora(&root).await?;
+    let corpora = ledger::corpora(&root).await.map_err(failure)?;
     let one = args.name.or(args.corpus);
     if one.is_none() && corpora.is_empty() && root.is_empty().await? {
         return Err(roots::nothing(root.url()));
@@ -67,16 +136,20 @@ pub async fn show(args: BudgetShowArgs) -> Result<Summary, Failure> {
         Some(corpus) => return Err(Failure::Input(unknown(&root, corpus, &corpora))),
         None => corpora,
     };
-    let mut statements = Vec::new();
+    let (mut statements, mut failures) = (Vec::new(), Vec::new());
     for corpus in &corpora {
-        let ledger = ledger::read(&root, corpus).await.map_err(failure)?;
-        statements.push(crate::beside(move || Statement::of(ledger)).await?);
+        match statement(&root, corpus).await {
+            Ok(statement) => statements.push(statement),
+            Err(failure @ Failure::Transient(_)) => return Err(failure),
+            // A ledger that is broken does not hide the others.
+            Err(failure) => failures.push(failure),
+        }
     }
     if let (Some(file), Some(statement)) = (&args.plot, statements.first()) {
         statement.plot(file)?;
     }
     let text = match statements.as_slice() {
-        [] => format!("{}: no corpus has a ledger here", root.url()),
+        [] if failures.is_empty() => format!("{}: no corpus has a ledger here", root.url()),
         statements => statements.iter().map(Statement::text).collect::<Vec<_>>().join("\n\n"),
     };
     let list: Vec<_> = statements.iter().map(Statement::json).collect();
@@ -84,13 +157,20 @@ pub async fn show(args: BudgetShowArgs) -> Result<Summary, Failure> {
         (Some(_), [one]) => one.clone(),
         _ => json!(list),
     };
-    Ok(Summary { text, json })
+    let summary = Summary { text, json };
+    let Some(first) = failures.first() else {
+        return Ok(summary);
+    };
+    if !statements.is_empty() {
+        summary.print(args.format)?;
+    }
+    let told: Vec<String> = failures.iter().map(ToString::to_string).collect();
+    Err(Failure::coded(first.exit_code(), told.join("\n")))
 }
 
-/// Corpora that have a ledger.
-async fn corpora(root: &PrivateRoot) -> Result<BTreeSet<String>, Failure> {
-    let paths = root.list("ledger").await?;
-    Ok(paths.iter().filter_map(|path| path.split('/').nth(1)).map(str::to_owned).collect())
+async fn statement(root: &PrivateRoot, corpus: &str) -> Result<Statement, Failure> {
+    let ledger = ledger::read(root, corpus).await.map_err(failure)?;
+    crate::beside(move || Statement::of(ledger)).await
 }
 
 fn unknown(root: &PrivateRoot, corpus: &str, known: &BTreeSet<String>) -> String {
@@ -107,7 +187,7 @@ fn unknown(root: &PrivateRoot, corpus: &str, known: &BTreeSet<String>) -> String
 }
 
 /// The stage contract's failure for a ledger's error.
-fn failure(error: LedgerError) -> Failure {
+pub(crate) fn failure(error: LedgerError) -> Failure {
     Failure::coded(error.exit_code(), error)
 }
 
@@ -160,7 +240,6 @@ struct Statement {
     unit: Option<String>,
     conditions: BTreeSet<String>,
     budget: Option<ledger::Budget>,
-    remaining: Option<f64>,
     verified: bool,
     changes: Vec<Change>,
     lines: Vec<Line>,
@@ -174,13 +253,11 @@ impl Statement {
             // ε needs a δ, which only a budget names.
             None => Vec::new(),
         };
-        let remaining = ledger.remaining().map_err(failure)?;
         let mut statement = Self {
             corpus: ledger.corpus.clone(),
             unit: None,
             conditions: BTreeSet::new(),
             budget,
-            remaining,
             verified: ledger.verified,
             changes: Vec::new(),
             lines: Vec::new(),
@@ -216,12 +293,17 @@ impl Statement {
         self.lines.last().and_then(|line| line.epsilon).unwrap_or(privacy::Epsilon { pld: 0.0, rdp: 0.0 })
     }
 
+    /// What is left of the budget: a guide only, since ε does not add up.
+    fn remaining(&self) -> Option<f64> {
+        Some((self.budget?.epsilon - self.total().pld).max(0.0))
+    }
+
     fn exceeded(&self) -> Option<f64> {
         exceeded(self.total().pld, self.budget?.epsilon)
     }
 
     fn text(&self) -> String {
-        let mut text = match (self.budget, self.remaining) {
+        let mut text = match (self.budget, self.remaining()) {
             (Some(budget), Some(remaining)) => {
                 let left = match self.exceeded() {
                     Some(by) => format!("exceeded by {by:.3}"),
@@ -281,7 +363,7 @@ impl Statement {
             "conditions": self.conditions,
             "budget": self.budget.map(|budget| json!({ "epsilon": budget.epsilon, "delta": budget.delta })),
             "spent": self.budget.map(|_| epsilon(self.total())),
-            "remaining": self.remaining,
+            "remaining": self.remaining(),
             "exceeded": self.exceeded(),
             "verified": self.verified,
             "budgets": budgets.collect::<Vec<_>>(),
@@ -340,181 +422,9 @@ pub fn mechanism(event: &Event) -> String {
     }
 }
 
-/// Refuses what stages of `run` are about to reserve, `asked`, where the budget cannot pay all of it; what they
-/// reserved before is paid.
-pub async fn afford(root: &PrivateRoot, corpus: &str, run: &str, asked: &[(&str, Event)]) -> Result<(), Failure> {
-    let ledger = ledger::read(root, corpus).await.map_err(failure)?;
-    let reserved = |of: &str| {
-        ledger
-            .entries
-            .iter()
-            .any(|entry| matches!(&entry.body, Body::Reserve { run: other, stage, .. } if other == run && stage == of))
-    };
-    let asked: Vec<&Event> = asked.iter().filter(|(stage, _)| !reserved(stage)).map(|(_, event)| event).collect();
-    let Some(budget) = ledger.budget().filter(|_| !asked.is_empty()) else {
-        // Without a budget, the stage that reserves says what to do.
-        return Ok(());
-    };
-    let events: Vec<Event> = ledger.spent().into_iter().chain(asked.iter().map(|event| (*event).clone())).collect();
-    let total = privacy::epsilon(&events, budget.delta).map_err(|error| Failure::Usage(error.to_string()))?.pld;
-    if total <= budget.epsilon {
-        return Ok(());
-    }
-    let asked: Vec<String> = asked.iter().map(|event| mechanism(event)).collect();
-    Err(Failure::Budget(format!(
-        "{corpus}: run {run} would bring ε to {} at δ = {:e}; the budget is {}\nit would add: {}\n\
-         help: `doppel budget {corpus}` shows what was spent; raise the budget if its owner agrees",
-        up(total),
-        budget.delta,
-        budget.epsilon,
-        asked.join("; ")
-    )))
-}
-
-/// Whether the budgets suffice for what `invocations` will reserve, as far as their flags tell.
-pub async fn preflight(invocations: &[Invocation<'_>]) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    let mut corpora: BTreeMap<(String, &str), Vec<&Invocation>> = BTreeMap::new();
-    for invocation in invocations {
-        if let (Some(root), Some(corpus)) = (invocation.given("private"), invocation.one("corpus")) {
-            // One ledger, however its root is written.
-            let root = lake::canonical_url(&root).unwrap_or(root);
-            corpora.entry((root, corpus)).or_default().push(invocation);
-        }
-    }
-    for ((root, corpus), invocations) in corpora {
-        findings.extend(affordable(&root, corpus, &invocations).await);
-    }
-    findings
-}
-
-async fn affordable(root: &str, corpus: &str, invocations: &[&Invocation<'_>]) -> Vec<Finding> {
-    // A root that cannot be opened is a finding of its own.
-    let Ok(root) = PrivateRoot::open(root, &storage()).await else {
-        return Vec::new();
-    };
-    let ledger = match ledger::read(&root, corpus).await {
-        Ok(ledger) => ledger,
-        Err(LedgerError::Lake(_)) => return Vec::new(),
-        Err(error) => return vec![failure(error).into()],
-    };
-    let reserved = |invocation: &Invocation| {
-        ledger.entries.iter().any(|entry| match &entry.body {
-            Body::Reserve { run, stage, .. } => {
-                invocation.given("run").as_deref() == Some(run) && stage == invocation.program
-            }
-            _ => false,
-        })
-    };
-    let (mut asked, mut findings) = (Vec::new(), Vec::new());
-    for invocation in invocations.iter().filter(|invocation| !reserved(invocation)) {
-        let job = invocation.job.name.as_str();
-        asked.extend(planned_event(invocation.program, &|flag| invocation.one(flag)).map(|event| (job, event)));
-    }
-    if asked.is_empty() {
-        return findings;
-    }
-    let set = invocations.iter().rev().find(|one| one.program == "doppel" && one.words == ["budget", "set"]);
-    let set = set.and_then(|set| Some((set.number("epsilon")?, set.number("delta")?)));
-    let budget = set.or_else(|| ledger.budget().map(|budget| (budget.epsilon, budget.delta)));
-    let Some((epsilon, delta)) = budget else {
-        let message =
-            format!("the corpus `{corpus}` has no privacy budget; `doppel budget set --corpus {corpus}` sets one");
-        findings.push(Finding { message, code: 2 });
-        return findings;
-    };
-    let mut events = ledger.spent();
-    let before = events.len();
-    events.extend(asked.iter().map(|(_, event)| event.clone()));
-    match privacy::epsilon(&events, delta) {
-        Ok(total) if total.pld <= epsilon => {}
-        Ok(total) => {
-            let mut message = format!(
-                "{corpus}: the workflow would bring ε to {} at δ = {delta:e}; the budget is {epsilon}\n\
-                 {before} earlier reservations",
-                up(total.pld)
-            );
-            for (job, event) in &asked {
-                message += &format!("\n{job}: {}", mechanism(event));
-            }
-            findings.push(Finding { message, code: 4 });
-        }
-        Err(error) => findings.push(Finding { message: format!("{corpus}: {error}"), code: 2 }),
-    }
-    findings
-}
-
-/// What a stage will reserve, where its flags tell: `flag` gives the value of each. What is wrong with the flags is for the
-/// stage to say.
-pub fn planned_event<'a>(program: &str, flag: &dyn Fn(&str) -> Option<&'a str>) -> Option<Event> {
-    let number = |name: &str| flag(name)?.parse().ok();
-    let event = match program {
-        "vote" => Some(Event::DiscreteGaussian { noise_multiplier: number("sigma").unwrap_or(10.0) }),
-        "train" if flag("no-dp").is_none() => planned_training(&number),
-        _ => None,
-    };
-    event.filter(|event| event.validate().is_ok())
-}
-
-fn planned_training(number: &dyn Fn(&str) -> Option<f64>) -> Option<Event> {
-    let probability = || Some(number("expected-batch-size")? / number("records")?);
-    let sampling_probability = number("sampling-probability").or_else(probability)?;
-    let epochs = || Some(steps_of(number("epochs")?, sampling_probability));
-    let steps = number("steps").map(|steps| steps as u64).or_else(epochs)?;
-    let event = |noise_multiplier| Event::PoissonSampledGaussian { sampling_probability, noise_multiplier, steps };
-    let noise_multiplier = match (number("noise-multiplier"), number("target-epsilon"), number("delta")) {
-        (Some(noise_multiplier), ..) => noise_multiplier,
-        // Anything else wrong with the training is found with any noise.
-        (None, Some(target), Some(delta)) if event(1.0).validate().is_ok() => {
-            calibrated_noise(sampling_probability, steps, number("vote-sigma"), target, delta).ok()?
-        }
-        _ => return None,
-    };
-    Some(event(noise_multiplier))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_a_stage_will_reserve_follows_from_its_flags() {
-        let planned = |program: &str, given: &[(&str, &'static str)]| {
-            let flag = |name: &str| given.iter().find(|(flag, _)| *flag == name).map(|(_, value)| *value);
-            planned_event(program, &flag)
-        };
-        let vote = |noise_multiplier| Some(Event::DiscreteGaussian { noise_multiplier });
-        assert_eq!(planned("vote", &[]), vote(10.0));
-        assert_eq!(planned("vote", &[("sigma", "5")]), vote(5.0));
-        let train = [("sampling-probability", "0.2"), ("steps", "3"), ("noise-multiplier", "1.5")];
-        let event = Event::PoissonSampledGaussian { sampling_probability: 0.2, noise_multiplier: 1.5, steps: 3 };
-        assert_eq!(planned("train", &train), Some(event));
-        assert_eq!(planned("train", &[&train[..], &[("no-dp", "")]].concat()), None);
-        let targets = [("records", "50"), ("expected-batch-size", "10"), ("epochs", "0.6"), ("vote-sigma", "5")];
-        let event = planned("train", &[&targets[..], &[("target-epsilon", "3"), ("delta", "1e-5")]].concat());
-        let noise_multiplier = calibrated_noise(0.2, 3, Some(5.0), 3.0, 1e-5).unwrap();
-        assert_eq!(
-            event,
-            Some(Event::PoissonSampledGaussian { sampling_probability: 0.2, noise_multiplier, steps: 3 })
-        );
-        assert_eq!(planned("embed", &train), None);
-    }
-
-    #[tokio::test]
-    async fn a_root_written_in_two_ways_has_one_budget() {
-        let folder = tempfile::tempdir().unwrap();
-        let root = folder.path().join("private").display().to_string();
-        let text = format!(
-            "apiVersion: argoproj.io/v1alpha1\nkind: Workflow\nmetadata: {{name: t}}\nspec:\n  entrypoint: main\n  templates:\n  \
-             - name: main\n    dag: {{tasks: [{{name: set, template: set}}, {{name: vote, template: vote}}]}}\n  \
-             - name: set\n    container: {{command: [doppel, budget, set, --corpus=c, --epsilon=8, --delta=1e-5, \
-             '--private={root}']}}\n  \
-             - name: vote\n    container: {{command: [doppel, vote, --corpus=c, --sigma=10, '--private=file://{root}/']}}\n"
-        );
-        let plan = workflow::load("w.yaml", &text, &[]).unwrap();
-        let invocations: Vec<Invocation> = plan.jobs.iter().filter_map(Invocation::new).collect();
-        assert_eq!(preflight(&invocations).await, []);
-    }
 
     #[test]
     fn a_statement_tells_changes_of_the_budget_and_by_how_much_it_is_exceeded() {

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use clap::Args;
-use lake::{Writers, Zone};
+use lake::{Writers, Zone, layout};
 use serde_json::json;
 use stage::{Failure, Summary};
 
@@ -44,7 +44,7 @@ struct Compacted {
 /// Compacts tables.
 pub async fn compact(args: CompactArgs) -> Result<Summary, Failure> {
     let roots = Roots::open(&args.roots).await?;
-    if let Some(corpus) = args.tables.iter().find(|table| table.trim_matches('/').starts_with("corpora/")) {
+    if let Some(corpus) = args.tables.iter().find(|table| layout::is_of_corpus(table.trim_matches('/'))) {
         return Err(Failure::Usage(format!(
             "{corpus}: a corpus is one commit, and releases name its version; one more would tell its size\n\
              help: name tables of runs"
@@ -70,7 +70,7 @@ pub async fn compact(args: CompactArgs) -> Result<Summary, Failure> {
 }
 
 async fn compact_zone<Z: Zone>(zone: &Z, args: &CompactArgs, done: &mut Vec<Compacted>) -> Result<(), Failure> {
-    let below = args.run.as_ref().map_or("runs".to_owned(), |run| format!("runs/{run}"));
+    let below = args.run.as_ref().map_or(layout::RUNS.to_owned(), |run| layout::run(run));
     let paths = zone.list(if args.tables.is_empty() { &below } else { "" }).await?;
     let mut tables: BTreeSet<&str> = paths.iter().filter_map(|path| Some(path.split_once("/_delta_log/")?.0)).collect();
     if !args.tables.is_empty() {
@@ -86,7 +86,7 @@ async fn compact_zone<Z: Zone>(zone: &Z, args: &CompactArgs, done: &mut Vec<Comp
 
 /// Whether stages may still append to the table at `path`: until all that its run began have ended, in all shards.
 async fn writers<Z: Zone>(zone: &Z, path: &str) -> Result<Writers, Failure> {
-    let Some(run) = path.strip_prefix("runs/").and_then(|rest| rest.split('/').next()) else {
+    let Some(run) = layout::run_of(path) else {
         return Ok(Writers::Ended);
     };
     let claims = lake::manifest::claims_of(zone, run).await?;

@@ -5,12 +5,35 @@
 
 use arrow::array::AsArray;
 use arrow::datatypes::{Float64Type, Int64Type};
-use lake::{LakeError, Private, PrivateRoot, Table, Zone};
+use clap::Args;
+use lake::{LakeError, Private, PrivateRoot, Table, Zone, layout};
 use serde_json::{Value, json};
-use stage::{Failure, Summary};
+use stage::{Failure, Format, Summary, Verbosity};
 
-use crate::cli::CompareArgs;
+use crate::roots::PrivateArgs;
 use crate::table::table;
+
+/// Compare a run's sets and losses with held-out real records.
+///
+/// What the training and the resampling bought: the distance of each set of texts to the test records over the bins of
+/// the vote, and the validation loss before and after training, that of a baseline (`train --no-dp`) too. These figures
+/// come from private records without a mechanism, from the private root; they are for whoever may read that root, and
+/// no ε covers them.
+#[derive(Args, Clone, Debug)]
+pub struct CompareArgs {
+    /// Run id.
+    #[arg(value_name = "RUN", value_parser = stage::common::run_id)]
+    pub id: String,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Where the private zone is.
+    #[command(flatten)]
+    pub root: PrivateArgs,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
 
 const NOTICE: &str =
     "PRIVATE figures, computed from real records without a mechanism: no ε covers them, do not publish";
@@ -41,11 +64,12 @@ pub async fn compare(args: CompareArgs) -> Result<Summary, Failure> {
 }
 
 async fn read(root: &PrivateRoot, run: &str) -> Result<Private<Comparison>, Failure> {
-    let table = |name: &str| root.table(&format!("runs/{run}/{name}"));
-    let voted = table("comparison").version().await?.is_some();
-    let (losses, baseline) = (losses(&table("train/loss")).await?, losses(&table("train-baseline/loss")).await?);
+    let table = root.table(&layout::of_run(run, layout::COMPARISON));
+    let voted = table.version().await?.is_some();
+    let loss = |stage: &str| root.table(&layout::loss(run, stage));
+    let (losses, baseline) = (losses(&loss("train")).await?, losses(&loss("train-baseline")).await?);
     let mut comparison = Comparison { run: run.to_owned(), voted, sets: Vec::new(), losses, baseline };
-    for batch in rows(&table("comparison"), &["set", "total_variation"]).await? {
+    for batch in rows(&table, &["set", "total_variation"]).await? {
         let (sets, distances) = (batch.column(0).as_string::<i32>(), batch.column(1).as_primitive::<Float64Type>());
         let rows = sets.iter().flatten().map(str::to_owned).zip(distances.values().iter().copied());
         comparison.sets.extend(rows);

@@ -4,18 +4,63 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::Args;
+use clap::builder::TypedValueParser;
 use serde_json::json;
-use stage::{Failure, Format, Summary};
+use stage::{Failure, Format, Summary, Verbosity};
 use tokio::sync::watch;
 use workflow::retry::Outcome;
-use workflow::run::Stop;
-use workflow::{Job, JobReport, Machine, Observer, Options, Plan, Report, State};
+use workflow::{Job, JobReport, Machine, Observer, Options, Plan, Report, State, Stop};
 
-use crate::cli::RunArgs;
 use crate::exit::Signals;
-use crate::preflight::Invocation;
+use crate::finding::verdict;
+use crate::invocation::Invocation;
 use crate::table::{duration, table};
+use crate::values::name_value;
 use crate::{preflight, stages, view};
+
+/// Run a workflow file on this machine.
+///
+/// The file is an Argo Workflow (argoproj.io/v1alpha1), which Kubernetes runs as it is. Here its containers' commands
+/// run as processes: as many at a time as the dependencies and the declared CPUs, GPUs and memory allow, with retries
+/// as declared. Exit codes 2, 3 and 4 are final unless a retry expression says otherwise. Before the first task starts,
+/// a preflight checks what can be checked and reports all findings at once.
+///
+/// Ctrl-C ends all tasks in order (a second one at once). Running again continues: stages that are done do nothing.
+#[derive(Args, Clone, Debug)]
+pub struct RunArgs {
+    /// Workflow file.
+    pub file: PathBuf,
+    /// A parameter of the workflow; repeatable.
+    #[arg(short, long = "parameter", value_name = "NAME=VALUE", value_parser = name_value)]
+    pub parameters: Vec<(String, String)>,
+    /// Check the file and the parameters and print the tasks, without running anything.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Skip the preflight, file and parameters excepted.
+    #[arg(long)]
+    pub no_preflight: bool,
+    /// CPU slots; by default what this process may use.
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..=4096))]
+    pub cpus: Option<u64>,
+    /// GPU slots; by default those of this machine, or of CUDA_VISIBLE_DEVICES. A task without a GPU limit sees none.
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = clap::value_parser!(u64).range(0..=4096).map(|count| count as usize))]
+    pub gpus: Option<usize>,
+    /// Seconds between SIGTERM and SIGKILL when the run is stopped.
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, default_value_t = 20,
+          value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub grace: u64,
+    /// Folder for the tasks' logs; by default a temporary one, kept only when a task fails.
+    #[arg(long, value_name = "DIR")]
+    pub logs: Option<PathBuf>,
+    /// What standard output carries at the end.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
 
 /// Runs the workflow file that `args` name.
 pub async fn run(args: RunArgs) -> Result<Summary, Failure> {
@@ -28,7 +73,7 @@ pub async fn run(args: RunArgs) -> Result<Summary, Failure> {
     let machine = machine(&args);
     if !args.no_preflight {
         tokio::select! {
-            findings = preflight::check(&plan, &machine) => preflight::verdict(&findings)?,
+            findings = preflight::check(&plan, &machine) => verdict(&findings)?,
             () = signals.received() => return Err(signals.stopped()),
         }
     }
@@ -140,11 +185,7 @@ fn conclude(plan: &Plan, report: &Report, format: Format, signals: &Signals) -> 
     if report.success() {
         return Ok(summary);
     }
-    let data = match format {
-        Format::Text => format!("{}\n", summary.text),
-        Format::Json => format!("{}\n", summary.json),
-    };
-    stage::print(data.as_bytes())?;
+    summary.print(format)?;
     Err(match (report.failed().is_empty(), report.stopped) {
         (true, _) => signals.stopped(),
         (false, false) => failure(plan, report),

@@ -11,11 +11,12 @@ use std::time::Duration;
 use chrono::Utc;
 use clap::Args;
 use lake::gc::{self, Pin, Plan, Retained};
-use lake::{PrivateRoot, Zone};
+use lake::{PrivateRoot, layout};
 use ledger::Body;
 use serde_json::{Value, json};
 use stage::{Failure, Summary};
 
+use crate::budget;
 use crate::roots::{self, Known, Roots, RootsArgs};
 use crate::table::table;
 
@@ -190,14 +191,11 @@ async fn last_write(roots: &Roots, run: &str) -> Result<Option<chrono::DateTime<
 /// Corpus versions that the ledger names, and runs that it names.
 async fn ledger_pins(root: &PrivateRoot) -> Result<(Vec<Pin>, BTreeSet<String>), Failure> {
     let (mut pins, mut runs) = (Vec::new(), BTreeSet::new());
-    let paths = root.list("ledger").await?;
-    let corpora: BTreeSet<&str> = paths.iter().filter_map(|path| path.split('/').nth(1)).collect();
-    for corpus in corpora {
-        let ledger = ledger::read(root, corpus).await;
-        let ledger = ledger.map_err(|error| Failure::coded(error.exit_code(), error.to_string()))?;
+    for corpus in ledger::corpora(root).await.map_err(budget::failure)? {
+        let ledger = ledger::read(root, &corpus).await.map_err(budget::failure)?;
         for entry in ledger.entries {
             if let Body::Reserve { run, version, .. } = entry.body {
-                pins.push(Pin { path: format!("corpora/{corpus}"), version: Some(version), run: None });
+                pins.push(Pin { path: layout::corpus(&corpus), version: Some(version), run: None });
                 runs.insert(run);
             }
         }

@@ -5,6 +5,7 @@
 //! [`execute`].
 
 pub mod account;
+pub mod afford;
 pub mod anew;
 pub mod budget;
 pub mod cli;
@@ -13,7 +14,9 @@ pub mod compare;
 pub mod equal;
 pub mod execute;
 pub mod exit;
+pub mod finding;
 pub mod gc;
+pub mod invocation;
 pub mod lineage;
 pub mod openlineage;
 pub mod plan;
@@ -25,9 +28,11 @@ pub mod roots;
 pub mod runs;
 pub mod stages;
 pub mod table;
+pub mod values;
 pub mod view;
 
-use cli::{BudgetCommand, Cli, Command};
+use budget::BudgetCommand;
+use cli::{Cli, Command};
 use stage::{Failure, Summary};
 
 /// Does what the command line says.

@@ -2,13 +2,28 @@
 
 use std::collections::BTreeSet;
 
-use lake::{Claim, Input, Manifest, PrivateRoot, Zone};
+use clap::Args;
+use lake::{Claim, Input, Manifest, PrivateRoot, Zone, layout};
 use serde_json::{Value, json};
 use stage::{Failure, Summary};
 
-use crate::cli::LineageArgs;
-use crate::roots::{self, Known, Roots};
-use crate::runs::{seconds, shard, short};
+use crate::roots::{self, Known, Roots, RootsArgs};
+use crate::runs::shard;
+use crate::table::{seconds, short};
+
+/// Walk back from a table to the raw input.
+///
+/// By the manifests in both roots: which stage of which run wrote the table, by which binary, with which settings, and
+/// from which versions; and so on for each of those. With one root, the walk ends where the other would be read.
+#[derive(Args, Clone, Debug)]
+pub struct LineageArgs {
+    /// Table or other output, by its path below its root, such as runs/demo/selected, demo/selected or corpora/chats;
+    /// TABLE@VERSION for a version other than the latest.
+    pub table: String,
+    /// Where the roots are.
+    #[command(flatten)]
+    pub roots: RootsArgs,
+}
 
 /// Tells where a table comes from.
 pub async fn lineage(args: LineageArgs) -> Result<Summary, Failure> {
@@ -58,7 +73,7 @@ fn named(text: &str) -> Result<(String, Option<i64>), Failure> {
             "{text}: expected TABLE or TABLE@VERSION, such as runs/demo/selected, demo/selected@1 or corpora/chats"
         ))),
         (["runs" | "corpora", _, ..] | [_], _) => Ok((parts.join("/"), version.flatten())),
-        _ => Ok((format!("runs/{}", parts.join("/")), version.flatten())),
+        _ => Ok((layout::run(&parts.join("/")), version.flatten())),
     }
 }
 
@@ -188,7 +203,7 @@ impl Finished {
 
     fn input(&self, zone: &'static str, input: &Input, above: &mut Vec<String>) -> Node {
         let location = input.location.as_str();
-        if !location.starts_with("runs/") && !location.starts_with("corpora/") {
+        if layout::run_of(location).is_none() && !layout::is_of_corpus(location) {
             let what = if input.digest.is_some() { "a model, or another file, outside the roots" } else { "raw input" };
             let (path, digest) = (location.to_owned(), input.digest.clone());
             return Node { zone: "", path, version: None, digest, note: Some(what.to_owned()), makers: Vec::new() };

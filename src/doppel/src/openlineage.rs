@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use clap::Args;
-use lake::{Claim, Input, Manifest, Output, PrivateRoot, ReleaseRoot, Zone};
+use lake::{Claim, Input, Manifest, Output, PrivateRoot, ReleaseRoot, Zone, layout};
 use serde_json::{Value, json};
 use stage::{Failure, Summary};
 use url::Url;
@@ -148,10 +148,10 @@ impl Teller<'_> {
         let location = &input.location;
         // PRIVACY: a digest of a private stage's input may be that of private records.
         let digest = input.digest.as_ref().filter(|_| self.zone == ReleaseRoot::NAME);
-        if input.name == "corpus-embeddings" || location.starts_with("corpora/") {
+        if input.name == "corpus-embeddings" || layout::is_of_corpus(location) {
             return self.below(PrivateRoot::NAME, location, input.version);
         }
-        if location.starts_with("runs/") {
+        if layout::run_of(location).is_some() {
             return match (input.version, digest) {
                 (None, Some(digest)) => dataset(self.place(self.zone, location), Some(digest.clone())),
                 (version, _) => self.below(self.zone, location, version),
@@ -171,7 +171,7 @@ impl Teller<'_> {
 
     /// The dataset at `path` below the root of `zone`.
     fn below(&self, zone: &str, path: &str, version: Option<i64>) -> Value {
-        let may_be_told = zone == ReleaseRoot::NAME || path.starts_with("corpora/");
+        let may_be_told = zone == ReleaseRoot::NAME || layout::is_of_corpus(path);
         let version = version.filter(|_| may_be_told).map(|version| version.to_string());
         dataset(self.place(zone, path), version)
     }

@@ -2,13 +2,60 @@
 //!
 //! Arithmetic on declared numbers, by `privacy::plan`: no root is opened.
 
+use clap::Args;
 use privacy::plan::{Goal, Noise, Setting, plan as work_out};
 use serde_json::{Value, json};
-use stage::{Failure, Summary};
+use stage::{Failure, Format, Summary, Verbosity};
 
 use crate::budget::up;
-use crate::cli::PlanArgs;
 use crate::table::{duration, table};
+use crate::values::{count, delta, positive};
+
+/// Tell which settings fit a privacy budget and a number of records.
+///
+/// Nothing private is read: N is what you declare. Each row is a Poisson-sampled training followed by one vote.
+#[derive(Args, Clone, Debug)]
+pub struct PlanArgs {
+    /// Number of privacy units in the train split, as you declare it publicly.
+    #[arg(
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u64).range(1..=1_000_000_000_000)
+    )]
+    pub records: u64,
+    /// ε for training and votes together.
+    #[arg(long, value_name = "E", allow_negative_numbers = true, value_parser = positive)]
+    pub target_epsilon: f64,
+    /// The δ at which ε is taken.
+    #[arg(long, allow_negative_numbers = true, value_parser = delta)]
+    pub delta: f64,
+    /// σ of the votes' noise; 0 for no votes.
+    #[arg(long, value_name = "S", allow_negative_numbers = true, default_value_t = 10.0)]
+    pub vote_sigma: f64,
+    /// Expected batch sizes to consider; by default a range that suits N.
+    #[arg(long, value_delimiter = ',', value_name = "B,…", allow_negative_numbers = true, value_parser = count)]
+    pub expected_batch_size: Vec<u64>,
+    /// Numbers of steps to consider; by default a range.
+    #[arg(long, value_delimiter = ',', value_name = "N,…", allow_negative_numbers = true, value_parser = count)]
+    pub steps: Vec<u64>,
+    /// Number of trained parameters, for the noise against the signal (rank 8 on q, k, v, o of a 7B model: 8.4 million).
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = count, default_value_t = 8_388_608)]
+    pub parameters: u64,
+    /// Examples per second of training, for the wall time: 8.5 is what SmolLM2-135M reaches to 128 tokens on two CPU cores
+    /// (`make bench`).
+    #[arg(long, value_name = "R", allow_negative_numbers = true, value_parser = positive, default_value_t = 8.5)]
+    pub examples_per_second: f64,
+    /// GPU hours at most, at the GPU's --examples-per-second; settings that need more are marked.
+    #[arg(long, value_name = "H", allow_negative_numbers = true, value_parser = positive)]
+    pub gpu_hours: Option<f64>,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Which flags shape the log.
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
 
 /// Makes the table.
 pub fn plan(args: &PlanArgs) -> Result<Summary, Failure> {

@@ -3,66 +3,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
 
 use futures::StreamExt;
-use lake::{PrivateRoot, ReleaseRoot, StorageOptions, Zone};
+use lake::{PrivateRoot, ReleaseRoot, Zone};
 use stage::shell::CHECK_FLAGS;
-use stage::{Failure, base_name};
 use workflow::run::program_of;
 use workflow::{Job, Machine, Plan};
 
-use crate::{budget, stages};
+use crate::finding::{Finding, merged};
+use crate::invocation::Invocation;
+use crate::roots::impatient;
+use crate::{afford, stages};
 
 /// Free space below which nothing of use can be written.
 const LEAST_DISK: u64 = 256 << 20;
-
-/// A finding, with the exit code that it would have had.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Finding {
-    /// What is wrong and what to do.
-    pub message: String,
-    /// Exit code of the stage contract.
-    pub code: u8,
-}
-
-impl Finding {
-    /// A finding about usage.
-    fn usage(message: String) -> Self {
-        Self { message, code: 2 }
-    }
-}
-
-impl From<Failure> for Finding {
-    fn from(failure: Failure) -> Self {
-        Self { code: failure.exit_code(), message: failure.to_string() }
-    }
-}
-
-impl From<&lake::LakeError> for Finding {
-    fn from(error: &lake::LakeError) -> Self {
-        Self { message: error.to_string(), code: error.exit_code() }
-    }
-}
-
-/// No finding, or a failure with all of them.
-pub fn verdict(findings: &[Finding]) -> Result<(), Failure> {
-    // What only a person can mend comes before what may mend itself.
-    let Some(code) = findings.iter().map(|finding| finding.code).min() else {
-        return Ok(());
-    };
-    let many = if findings.len() == 1 { "1 finding".to_owned() } else { format!("{} findings", findings.len()) };
-    let mut text = format!("the preflight has {many}; nothing was started");
-    for finding in findings {
-        text += &format!("\n- {}", finding.message.replace('\n', "\n  "));
-    }
-    Err(match code {
-        3 => Failure::Input(text),
-        4 => Failure::Budget(text),
-        5 => Failure::Transient(text),
-        _ => Failure::Usage(text),
-    })
-}
 
 /// Checks `plan` against this machine and the storage that it names.
 pub async fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
@@ -71,34 +25,14 @@ pub async fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
         found.map(|message| (job.task.as_str(), Finding::usage(message)))
     });
     let invocations: Vec<Invocation> = plan.jobs.iter().filter_map(Invocation::new).collect();
-    let (flags, roots, inputs, budget) = futures::join!(
-        check_flags(plan),
-        check_roots(&invocations),
-        check_inputs(plan),
-        budget::preflight(&invocations),
-    );
+    let (flags, roots, inputs, budget) =
+        futures::join!(check_flags(plan), check_roots(&invocations), check_inputs(plan), afford::check(&invocations));
     let empty = plan.empty.iter().map(|task| {
         let message = "expands to no task, though others wait for it\nhelp: give it at least one item";
         Finding::usage(format!("{task}: {message}"))
     });
     let found = merged(around.chain(flags)).into_iter().chain(empty).chain(roots).chain(inputs).chain(budget);
     found.collect::<BTreeSet<_>>().into_iter().collect()
-}
-
-/// Findings of tasks, each once, after the names of all that it is about.
-fn merged<'a>(found: impl Iterator<Item = (&'a str, Finding)>) -> Vec<Finding> {
-    let mut tasks: BTreeMap<Finding, Vec<&str>> = BTreeMap::new();
-    for (task, finding) in found {
-        let tasks = tasks.entry(finding).or_default();
-        if !tasks.contains(&task) {
-            tasks.push(task);
-        }
-    }
-    let named = |(finding, tasks): (Finding, Vec<&str>)| Finding {
-        message: format!("{}: {}", tasks.join(", "), finding.message),
-        ..finding
-    };
-    tasks.into_iter().map(named).collect()
 }
 
 /// What a job needs of this machine and does not find.
@@ -145,105 +79,6 @@ fn free_space(path: &Path) -> Option<u64> {
     let existing = if existing.as_os_str().is_empty() { Path::new(".") } else { existing };
     let stat = rustix::fs::statvfs(existing).ok()?;
     Some(stat.f_bavail.saturating_mul(stat.f_frsize))
-}
-
-/// A job that runs a stage or the front itself, with its flags.
-#[derive(Debug)]
-pub struct Invocation<'a> {
-    /// The job.
-    pub job: &'a Job,
-    /// `partition`, …; `doppel` for the front.
-    pub program: &'a str,
-    /// What stands before the first long flag.
-    pub words: Vec<&'a str>,
-    flags: Vec<(&'a str, &'a str)>,
-}
-
-impl<'a> Invocation<'a> {
-    /// Reads the command of `job`, if it is one of ours.
-    pub fn new(job: &'a Job) -> Option<Self> {
-        let (program, mut args) = job.command.split_first()?;
-        let mut program = base_name(program);
-        if let Some(stage) = program.strip_prefix("doppel-") {
-            program = stages::STAGES.into_iter().find(|known| *known == stage)?;
-        } else if program != "doppel" {
-            return None;
-        }
-        if let (true, Some(stage)) = (program == "doppel", args.first())
-            && stages::STAGES.contains(&stage.as_str())
-        {
-            (program, args) = (stage, &args[1..]);
-        }
-        let first_flag = args.iter().position(|arg| arg.starts_with("--")).unwrap_or(args.len());
-        // Among them may be short flags; those of `budget set`, which is looked for, take no values.
-        let words = args[..first_flag].iter().map(String::as_str).filter(|word| !word.starts_with('-')).collect();
-        let mut flags = Vec::new();
-        let mut rest = args[first_flag..].iter().map(String::as_str).peekable();
-        while let Some(arg) = rest.next() {
-            let Some(flag) = arg.strip_prefix("--") else {
-                continue;
-            };
-            match flag.split_once('=') {
-                Some(pair) => flags.push(pair),
-                None => flags.push((flag, rest.next_if(|value| !value.starts_with("--")).unwrap_or_default())),
-            }
-        }
-        Some(Self { job, program, words, flags })
-    }
-
-    /// Values of a flag.
-    pub fn all(&self, flag: &str) -> impl Iterator<Item = &'a str> {
-        self.flags.iter().filter(move |(name, _)| *name == flag).map(|(_, value)| *value)
-    }
-
-    /// Last value of a flag.
-    pub fn one(&self, flag: &str) -> Option<&'a str> {
-        self.all(flag).last()
-    }
-
-    /// Last value of a flag as a number.
-    pub fn number(&self, flag: &str) -> Option<f64> {
-        self.one(flag)?.parse().ok()
-    }
-
-    /// `url` as this process finds it: where it is a relative path, the job takes it from its own working folder.
-    pub fn located(&self, url: &str) -> String {
-        match &self.job.working_dir {
-            Some(folder) if !url.contains("://") => Path::new(folder).join(url).display().to_string(),
-            _ => url.to_owned(),
-        }
-    }
-
-    /// The root of a zone, or the `run`: a flag, the job's environment, or that of this process.
-    pub fn given(&self, flag: &str) -> Option<String> {
-        let variable = format!("DOPPEL_{}", flag.to_uppercase());
-        let declared = || self.job.env.iter().rev().find(|(name, _)| *name == variable).map(|(_, value)| value.clone());
-        let given = self.one(flag).map(str::to_owned).or_else(declared).or_else(|| std::env::var(&variable).ok());
-        let given = given.filter(|given| !given.is_empty())?;
-        Some(if flag == "run" { given } else { self.located(&given) })
-    }
-
-    /// Whether it writes to the root of `zone`. One that is only read, or named, need not be writable.
-    fn writes(&self, zone: &str) -> bool {
-        let private = zone == PrivateRoot::NAME;
-        match (self.program, self.words.as_slice()) {
-            ("partition", _) => private,
-            ("train", _) => private || self.one("no-dp").is_none(),
-            ("synthesize", _) => !private,
-            ("embed", _) => private == (self.one("of") == Some("corpus")),
-            ("vote", _) => true,
-            ("doppel", ["budget", "set", ..]) => private,
-            ("doppel", ["rerun", ..]) => private || self.one("as").is_some(),
-            ("doppel", ["compact", ..]) => true,
-            ("doppel", ["gc", ..]) => self.one("dry-run").is_none(),
-            _ => false,
-        }
-    }
-}
-
-/// Storage options for a check: whoever waits wants to know soon.
-pub fn storage() -> StorageOptions {
-    StorageOptions { timeout: Duration::from_secs(30) }
 }
 
 /// Lets each stage judge its own flags and their values. Of a fan-out, which differs in its items only, the first and
@@ -307,10 +142,10 @@ async fn check_roots(invocations: &[Invocation<'_>]) -> Vec<Finding> {
         }
     }
     for url in &privates {
-        findings.extend(writable(PrivateRoot::open(url, &storage()).await).await);
+        findings.extend(writable(PrivateRoot::open(url, &impatient()).await).await);
     }
     for url in &releases {
-        findings.extend(writable(ReleaseRoot::open(url, &storage()).await).await);
+        findings.extend(writable(ReleaseRoot::open(url, &impatient()).await).await);
     }
     let releases = named(ReleaseRoot::NAME);
     for private in &named(PrivateRoot::NAME) {
@@ -394,9 +229,9 @@ fn local_names(path: &Path) -> std::io::Result<Vec<String>> {
 
 /// The objects below `url`; its own name where it is one object.
 async fn remote_names(url: &str) -> Result<Vec<String>, lake::LakeError> {
-    let below = ReleaseRoot::open(url, &storage()).await?.list("").await?;
+    let below = ReleaseRoot::open(url, &impatient()).await?.list("").await?;
     if below.is_empty() {
-        lake::read_stream(url, &storage()).await?;
+        lake::read_stream(url, &impatient()).await?;
         return Ok(url.rsplit('/').next().map(str::to_owned).into_iter().collect());
     }
     Ok(below)
@@ -429,7 +264,7 @@ fn local(url: &str) -> Option<PathBuf> {
         None => Some(PathBuf::from(url)),
         Some(("file", _)) => {
             // The lake knows how such a URL is written, `%20` and all.
-            let (_, path) = lake::open_url(url, &storage()).ok()?;
+            let (_, path) = lake::open_url(url, &impatient()).ok()?;
             Some(Path::new("/").join(AsRef::<str>::as_ref(&path)))
         }
         Some(_) => None,
@@ -439,49 +274,7 @@ fn local(url: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn job(command: &[&str]) -> Job {
-        Job {
-            name: "a(0:0)".into(),
-            task: "a".into(),
-            command: command.iter().map(|word| (*word).to_owned()).collect(),
-            env: vec![("DOPPEL_RELEASE".into(), "r".into())],
-            required_env: Vec::new(),
-            working_dir: None,
-            mounts: Vec::new(),
-            cpu: None,
-            cpu_limit: None,
-            gpus: 0,
-            memory: 0,
-            disk: 0,
-            retry: workflow::retry::Retry::never(),
-            after: Vec::new(),
-            dag: None,
-            at: Default::default(),
-        }
-    }
-
-    #[test]
-    fn flags_of_our_programs_are_read() {
-        let job = job(&["/opt/doppel", "train", "--model", "m", "--no-dp", "--private=p", "--steps", "8"]);
-        let invocation = Invocation::new(&job).unwrap();
-        assert_eq!(invocation.program, "train");
-        assert_eq!(invocation.one("model"), Some("m"));
-        assert_eq!(invocation.one("no-dp"), Some(""));
-        assert_eq!(invocation.number("steps"), Some(8.0));
-        assert_eq!(invocation.given("private").as_deref(), Some("p"));
-        assert_eq!(invocation.given("release").as_deref(), Some("r"));
-    }
-
-    #[test]
-    fn relative_paths_are_those_of_the_jobs_folder() {
-        let command = ["doppel", "train", "--private", "lake/p", "--run", "r1", "--release=s3://lake/r"];
-        let job = Job { working_dir: Some("/work".into()), ..job(&command) };
-        let invocation = Invocation::new(&job).unwrap();
-        let given = |flag| invocation.given(flag).unwrap();
-        assert_eq!([given("private"), given("run"), given("release")], ["/work/lake/p", "r1", "s3://lake/r"]);
-        assert_eq!([invocation.located("m"), invocation.located("/m")], ["/work/m", "/m"]);
-    }
+    use crate::invocation::tests::job;
 
     #[test]
     fn a_finding_of_many_tasks_is_told_once() {
@@ -489,34 +282,6 @@ mod tests {
         let found = [("train", finding()), ("embed", finding()), ("train", finding())];
         let told: Vec<String> = merged(found.into_iter()).into_iter().map(|finding| finding.message).collect();
         assert_eq!(told, ["train, embed: no `x`\nUsage: y"]);
-    }
-
-    #[test]
-    fn only_what_is_written_to_must_be_writable() {
-        let written = |words: &str| {
-            let job = job(&words.split(' ').collect::<Vec<_>>());
-            let one = Invocation::new(&job).unwrap();
-            ["private", "release"].map(|zone| one.writes(zone))
-        };
-        for (words, expected) in [
-            ("doppel-partition --corpus=c", [true, false]),
-            ("doppel train --corpus=c", [true, true]),
-            ("doppel train --no-dp", [true, false]),
-            ("doppel-synthesize --no-adapter", [false, true]),
-            ("doppel-embed --of=corpus", [true, false]),
-            ("doppel-embed --of synthetic", [false, true]),
-            ("doppel-vote --sigma=1", [true, true]),
-            ("doppel-query --release=r SELECT", [false, false]),
-            ("doppel budget set --corpus=c", [true, false]),
-            ("doppel budget --corpus=c", [false, false]),
-            ("doppel compare demo --private=p", [false, false]),
-            ("doppel rerun demo", [true, false]),
-            ("doppel rerun demo --as=new", [true, true]),
-            ("doppel compact", [true, true]),
-            ("doppel gc --dry-run", [false, false]),
-        ] {
-            assert_eq!(written(words), expected, "{words}");
-        }
     }
 
     #[tokio::test]
@@ -548,14 +313,6 @@ mod tests {
         assert_eq!(flags_of(&job).await, Some(("a", Finding::usage("no file".into()))));
         std::fs::write(folder.path().join("here"), "").unwrap();
         assert_eq!(flags_of(&job).await, None);
-    }
-
-    #[test]
-    fn words_before_the_flags_tell_subcommands() {
-        let set = job(&["doppel", "budget", "set", "-q", "--corpus", "c"]);
-        let invocation = Invocation::new(&set).unwrap();
-        assert_eq!((invocation.program, invocation.words), ("doppel", vec!["budget", "set"]));
-        assert!(Invocation::new(&job(&["sh", "-c", "doppel"])).is_none());
     }
 
     #[test]
@@ -610,14 +367,5 @@ mod tests {
         assert_eq!(local("file:///no/such%20folder/a%25b"), Some(PathBuf::from("/no/such folder/a%b")));
         assert_eq!(local("some/folder"), Some(PathBuf::from("some/folder")));
         assert_eq!(local("s3://bucket/a"), None);
-    }
-
-    #[test]
-    fn the_verdict_is_what_a_person_must_mend_first() {
-        assert!(verdict(&[]).is_ok());
-        let finding = |code| Finding { message: format!("code {code}"), code };
-        let failure = verdict(&[finding(5), finding(3)]).unwrap_err();
-        assert_eq!(failure.exit_code(), 3);
-        assert!(failure.to_string().contains("2 findings"));
     }
 }

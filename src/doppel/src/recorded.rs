@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use lake::{Claim, Manifest, PrivateRoot, ReleaseRoot, StorageOptions, Zone};
 use rustix::process::{Pid, Signal, kill_process};
-use stage::Failure;
-use stage::common::{OVERLAYS, Overlays, Verbosity};
+use stage::common::{OVERLAYS, Overlays};
+use stage::{Failure, Verbosity};
 use tokio::process::{Child, Command};
 
 use crate::roots::{Known, Roots};

@@ -11,18 +11,56 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use lake::{LakeError, Overlay, PrivateRoot, ReleaseRoot, StorageOptions, Zone};
+use clap::Args;
+use lake::{LakeError, Overlay, PrivateRoot, ReleaseRoot, StorageOptions, Zone, layout};
 use serde_json::{Value, json};
 use stage::common::Overlays;
-use stage::{Failure, Format, Summary};
+use stage::{Failure, Summary};
 use url::Url;
 
 use crate::anew;
-use crate::cli::RerunArgs;
 use crate::equal::{Item, Verdict, compare};
 use crate::recorded::{Parameters, Recorded, Stage, Starter, flag_and_value};
-use crate::roots::Roots;
+use crate::roots::{Roots, RootsArgs};
 use crate::table::table;
+use crate::values::name_value;
+
+/// Repeat a run from its pinned inputs and compare, or make a new release from them.
+///
+/// Without --as, each finished stage runs again as it was started, on the versions that it read, under the same noise,
+/// and every output is compared: tables row for row, adapters tensor for tensor. Nothing is published and nothing is
+/// spent. What the stages write lies below reruns/RUN in the private root, and stays there only where something
+/// differs, or the rerun did not end: two results under equal noise that differ tell something private, so the second
+/// must not be released.
+///
+/// With --as, the stages but partition run once more under a new run id, on the same corpus version and with the same
+/// settings: a new release with fresh noise, which the budget must pay. The same command continues it when interrupted.
+///
+/// Exit codes: 0 everything that was repeated is equal, or the new release is there; 2 wrong usage, such as a model
+/// that is not found; 3 something is not equal, or there is no such run; 4 the budget does not suffice; 5 storage or
+/// network.
+#[derive(Args, Clone, Debug)]
+pub struct RerunArgs {
+    /// Run id.
+    #[arg(value_name = "RUN", value_parser = stage::common::run_id)]
+    pub id: String,
+    /// Make a new release under this run id.
+    #[arg(long = "as", value_name = "NEW", value_parser = stage::common::run_id)]
+    pub new: Option<String>,
+    /// Repeat this stage alone, by its name in `doppel show`.
+    #[arg(long, value_name = "NAME", conflicts_with = "new")]
+    pub stage: Option<String>,
+    /// Value of a flag in all stages that were given it, such as model=models/smollm2; repeatable.
+    ///
+    /// Runs record a model on a local disk by its name alone, so where it lies now must be said, whatever its folder is
+    /// called. Without --as its digest must be the recorded one; with --as another is told at the end. Raw inputs are
+    /// read where they were.
+    #[arg(short, long = "parameter", value_name = "FLAG=VALUE", value_parser = name_value)]
+    pub parameters: Vec<(String, String)>,
+    /// Where the roots are; both are needed.
+    #[command(flatten)]
+    pub roots: RootsArgs,
+}
 
 /// Repeats a run.
 pub async fn rerun(args: RerunArgs) -> Result<Summary, Failure> {
@@ -69,12 +107,7 @@ async fn again(starter: &Starter, recorded: Recorded, args: &RerunArgs) -> Resul
         return Ok(report.summary(None));
     }
     let place = (!report.outcomes.is_empty()).then(|| starter.private.url_of(&scratch.path));
-    let summary = report.summary(place.as_deref());
-    let data = match args.roots.format {
-        Format::Text => format!("{}\n", summary.text),
-        Format::Json => format!("{}\n", summary.json),
-    };
-    stage::print(data.as_bytes())?;
+    report.summary(place.as_deref()).print(args.roots.format)?;
     Err(Failure::Input(match place {
         None => {
             format!("run {}: nothing was repeated, which shows nothing\nhelp: see above what is missing", recorded.run)
@@ -126,7 +159,7 @@ impl Scratch {
     /// One of its own for each rerun, so that two at a time do not meet.
     fn new(run: &str) -> Self {
         let now = chrono::Utc::now().format("%Y%m%dT%H%M%S");
-        Self { path: format!("reruns/{run}/{now}-{}", std::process::id()) }
+        Self { path: format!("{}/{run}/{now}-{}", layout::RERUNS, std::process::id()) }
     }
 
     /// Runs all shards of a stage in one area, apart from those of other stages: each must read what the others wrote
@@ -209,24 +242,16 @@ fn beside(stage: &Stage) -> Beside {
     };
     let (run, corpus) = (&claim.run, claim.config["corpus"].as_str().unwrap_or_default());
     let item = |name: &str, path: String| Item { name: name.to_owned(), path, version: None };
-    let (working, compared) = match stage.kind.name {
-        "train" | "train-baseline" => {
-            // Checkpoints and losses.
-            let folder = format!("runs/{run}/{}", stage.kind.name);
-            (vec![folder.clone()], vec![item("loss", format!("{folder}/loss"))])
-        }
+    let compared = match stage.kind.name {
+        "train" | "train-baseline" => vec![item("loss", layout::loss(run, stage.kind.name))],
         "vote" => {
-            let compared = ["comparison", "comparison_bins"].map(|name| item(name, format!("runs/{run}/{name}")));
-            (vec![format!("runs/{run}/vote")], compared.to_vec())
+            [layout::COMPARISON, layout::COMPARISON_BINS].map(|name| item(name, layout::of_run(run, name))).to_vec()
         }
-        "partition" => {
-            let terms = item("terms", format!("corpora/{corpus}.terms.json"));
-            let counts = item("counts", format!("runs/{run}/partition-counts.json"));
-            (vec![format!("corpora/{corpus}.owner.json")], vec![terms, counts])
-        }
-        _ => (Vec::new(), Vec::new()),
+        "partition" => vec![item("terms", layout::terms(corpus)), item("counts", layout::partition_counts(run))],
+        _ => Vec::new(),
     };
-    let hidden = working.into_iter().chain(compared.iter().map(|item| item.path.clone())).collect();
+    let own = [layout::working(run, stage.kind.name), layout::owner(corpus)];
+    let hidden = own.into_iter().chain(compared.iter().map(|item| item.path.clone())).collect();
     Beside { hidden, compared }
 }
 

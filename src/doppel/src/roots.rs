@@ -4,8 +4,31 @@ use std::time::Duration;
 
 use clap::Args;
 use lake::{Claim, Manifest, PrivateRoot, ReleaseRoot, StorageOptions, Zone, manifest};
-use stage::common::Verbosity;
-use stage::{Failure, Format};
+use stage::{Failure, Format, Verbosity};
+
+/// Where the private zone is.
+#[derive(Args, Clone, Debug)]
+pub struct PrivateArgs {
+    /// Private root: a path, file://, s3://, gs:// or az:// URL.
+    #[arg(long, env = "DOPPEL_PRIVATE", value_name = "URL", hide_env_values = true, global = true)]
+    pub private: Option<String>,
+    /// Deadline of one storage operation with its retries, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 180, global = true,
+          value_parser = stage::common::storage_timeout())]
+    pub storage_timeout: u64,
+}
+
+impl PrivateArgs {
+    /// Opens the private root.
+    pub async fn open(&self) -> Result<PrivateRoot, Failure> {
+        let url = self.private.as_deref().filter(|url| !url.is_empty());
+        let url = url.ok_or_else(|| {
+            Failure::Usage("no private root is given\nhelp: pass --private URL, or set DOPPEL_PRIVATE".to_owned())
+        })?;
+        let options = StorageOptions { timeout: Duration::from_secs(self.storage_timeout) };
+        Ok(PrivateRoot::open(url, &options).await?)
+    }
+}
 
 /// Where the roots are; one is enough.
 #[derive(Args, Clone, Debug)]
@@ -177,4 +200,9 @@ async fn known<Z: Zone>(root: &Z, run: &str) -> Result<Known, Failure> {
     let manifests = manifest::manifests_of(root, run).await?;
     let dropped = manifest::is_dropped(root, run).await?;
     Ok(Known { zone: Z::NAME, run: run.to_owned(), dropped, claims, manifests })
+}
+
+/// Storage options for a check: whoever waits wants to know soon.
+pub fn impatient() -> StorageOptions {
+    StorageOptions { timeout: Duration::from_secs(30) }
 }

@@ -1,12 +1,31 @@
 //! `doppel runs` and `doppel show`: what was run, from the manifests in the roots.
 
+use clap::Args;
 use lake::{Claim, Manifest};
 use serde_json::{Value, json};
 use stage::{Failure, Summary};
 
-use crate::cli::{RunsArgs, ShowArgs};
-use crate::roots::{Known, Roots};
-use crate::table::table;
+use crate::roots::{Known, Roots, RootsArgs};
+use crate::table::{seconds, short, table};
+
+/// List the runs of both roots.
+#[derive(Args, Clone, Debug)]
+pub struct RunsArgs {
+    /// Where the roots are.
+    #[command(flatten)]
+    pub roots: RootsArgs,
+}
+
+/// Show the stages of one run, with inputs, outputs and configuration.
+#[derive(Args, Clone, Debug)]
+pub struct ShowArgs {
+    /// Run id.
+    #[arg(value_parser = stage::common::run_id)]
+    pub id: String,
+    /// Where the roots are.
+    #[command(flatten)]
+    pub roots: RootsArgs,
+}
 
 /// Lists runs.
 pub async fn list(args: RunsArgs) -> Result<Summary, Failure> {
@@ -107,11 +126,6 @@ pub fn shard(claim: &Claim) -> Option<String> {
     claim.shard.map(|(index, count)| format!("{index}/{count}"))
 }
 
-/// As much of a digest as tells it from others.
-pub fn short(digest: &str) -> &str {
-    digest.get(..16).unwrap_or(digest)
-}
-
 fn stage_text(zone: &str, claim: &Claim, manifest: Option<&Manifest>) -> String {
     let shard = shard(claim).map(|shard| format!(" {shard}")).unwrap_or_default();
     let began = seconds(&claim.started.to_string());
@@ -145,11 +159,6 @@ fn stage_text(zone: &str, claim: &Claim, manifest: Option<&Manifest>) -> String 
         line("facts", manifest.facts.to_string());
     }
     lines.join("\n")
-}
-
-/// A time without its fraction of a second.
-pub fn seconds(time: &str) -> String {
-    time.get(..19).unwrap_or(time).replace('T', " ")
 }
 
 #[cfg(test)]

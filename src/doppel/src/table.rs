@@ -29,6 +29,16 @@ pub fn duration(time: std::time::Duration) -> String {
     }
 }
 
+/// As much of a digest as tells it from others.
+pub fn short(digest: &str) -> &str {
+    digest.get(..16).unwrap_or(digest)
+}
+
+/// A time without its fraction of a second.
+pub fn seconds(time: &str) -> String {
+    time.get(..19).unwrap_or(time).replace('T', " ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -421,6 +421,14 @@ fn budgets_are_set_shown_and_plotted() {
     let (code, _, told) = budget(&["sharegtp"]);
     assert_eq!(code, Some(3));
     assert!(told.contains("did you mean `sharegpt`?"), "{told}");
+    // One that is broken does not hide the others.
+    std::fs::create_dir(folder.path().join("private/ledger/broken")).unwrap();
+    std::fs::write(folder.path().join("private/ledger/broken/00000000.json"), "{").unwrap();
+    let (code, told, error) = budget(&[]);
+    assert!(code == Some(3) && told.starts_with("sharegpt: ε = 0.0000 of 8"), "{told}");
+    assert!(error.contains("ledger/broken/00000000.json"), "{error}");
+    let (code, told, error) = budget(&["broken"]);
+    assert!(code == Some(3) && told.is_empty() && error.contains("ledger/broken/00000000.json"), "{told}{error}");
     for (epsilon, delta, expected) in
         [("-1", "1e-5", "above 0"), ("inf", "1e-5", "above 0"), ("8", "1", "between 0 and 1")]
     {

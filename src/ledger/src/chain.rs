@@ -1,13 +1,15 @@
 //! The chain of objects: reading it whole, and appending one entry by put-if-absent.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use lake::{LakeError, PrivateRoot, Zone};
 use privacy::keyed::NoiseKey;
 
 use crate::entry::{Body, Entry, Seal};
-use crate::reserve::check_budget;
-use crate::{Ledger, LedgerError, key};
+use crate::spent::{Budget, Ledger};
+use crate::{LedgerError, key};
 
 /// How many objects are read at a time.
 const PARALLEL_READS: usize = 16;
@@ -39,7 +41,7 @@ pub(crate) async fn update<T>(
         };
         let reserving = matches!(body, Body::Reserve { .. });
         let seal = match reserving || ledger.has_reservation() {
-            true => Seal::keyed(&key::noise_key(root).await?),
+            true => Seal::keyed(&noise_key(root).await?),
             false => Seal::Plain,
         };
         let sequence = ledger.entries.len() as u64;
@@ -50,6 +52,27 @@ pub(crate) async fn update<T>(
     }
     let place = format!("{}/{}", root.url(), folder(corpus));
     Err(LakeError::Transient(format!("{place}: other writers won {ATTEMPTS} times in a row\nhelp: run again")).into())
+}
+
+/// Reads the ledger of `corpus` and checks its whole chain. One that was never written to is empty.
+pub async fn read(root: &PrivateRoot, corpus: &str) -> Result<Ledger, LedgerError> {
+    Ok(load(root, corpus).await?.0)
+}
+
+/// The noise key of the private root, drawn from the operating system at first use (put-if-absent).
+///
+/// Of two stages that start at once, both read back the winner's key. A key that is gone though mechanisms were reserved is
+/// an error: with a new one their runs would draw a second sample of noise that was paid for once.
+pub async fn noise_key(root: &PrivateRoot) -> Result<NoiseKey, LedgerError> {
+    if let Some(key) = key::stored(root).await? {
+        return Ok(key);
+    }
+    for corpus in corpora(root).await? {
+        // Reading a ledger with a reservation takes the key, which by then is written or lost.
+        load(root, &corpus).await?;
+    }
+    key::draw(root).await?;
+    key::stored(root).await?.ok_or_else(|| key::lost(root))
 }
 
 /// Reads and checks all entries; also the hash of the last object.
@@ -109,7 +132,7 @@ fn check(entry: &Entry, sequence: u64, corpus: &str, previous: Option<&str>, ear
         return Err("does not follow from the entry before: one of the two was replaced".into());
     }
     match &entry.body {
-        Body::Budget { epsilon, delta } => check_budget(*epsilon, *delta),
+        Body::Budget { epsilon, delta } => Budget { epsilon: *epsilon, delta: *delta }.check(),
         Body::Reserve { event, .. } => event.validate().map_err(|error| error.to_string()),
         Body::Settle { reservation } => {
             let reserved = usize::try_from(*reservation).ok().and_then(|at| earlier.get(at));
@@ -130,11 +153,9 @@ fn broken(root: &PrivateRoot, path: &str, problem: &str) -> LedgerError {
 }
 
 /// Corpora that have a ledger below `root`.
-pub(crate) async fn corpora(root: &PrivateRoot) -> Result<Vec<String>, LedgerError> {
+pub async fn corpora(root: &PrivateRoot) -> Result<BTreeSet<String>, LedgerError> {
     let paths = root.list("ledger").await?;
-    let mut names: Vec<String> = paths.iter().filter_map(|path| path.split('/').nth(1)).map(str::to_string).collect();
-    names.dedup();
-    Ok(names)
+    Ok(paths.iter().filter_map(|path| path.split('/').nth(1)).map(str::to_owned).collect())
 }
 
 fn folder(corpus: &str) -> String {

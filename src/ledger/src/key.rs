@@ -1,33 +1,17 @@
 //! The noise key: a 256-bit secret of the private root, from which all noise and sampling derive.
 //!
+//! Stored as 64 hexadecimal digits and a line end.
+//!
 //! PRIVACY: whoever has it and a release can subtract the noise. It is never printed, logged or copied elsewhere.
 
 use bytes::Bytes;
 use lake::{LakeError, PrivateRoot, Zone};
 use privacy::keyed::NoiseKey;
 
-use crate::{LedgerError, chain};
+use crate::LedgerError;
 
 const FOLDER: &str = "keys";
 const PATH: &str = "keys/noise.key";
-
-/// The noise key of the private root, drawn from the operating system at first use (put-if-absent).
-///
-/// Stored as 64 hexadecimal digits and a line end. What counts is what is stored: of two stages that start at once, both
-/// read back the winner's key. A key that is gone though mechanisms were reserved is an error: with a new one their runs
-/// would draw a second sample of noise that was paid for once.
-pub async fn noise_key(root: &PrivateRoot) -> Result<NoiseKey, LedgerError> {
-    if let Some(key) = stored(root).await? {
-        return Ok(key);
-    }
-    for corpus in chain::corpora(root).await? {
-        // Reading a ledger with a reservation takes the key, which by then is written or lost.
-        chain::load(root, &corpus).await?;
-    }
-    shut(root)?;
-    root.put_if_absent(PATH, draw()?).await?;
-    stored(root).await?.ok_or_else(|| lost(root))
-}
 
 /// The noise key as it is stored, if there is one.
 pub(crate) async fn stored(root: &PrivateRoot) -> Result<Option<NoiseKey>, LedgerError> {
@@ -59,12 +43,15 @@ const RESTORE: &str = "restore it from the store's versions or a backup. With an
                        second sample of its noise, so none is drawn in its place; if it is lost for good, begin a new \
                        private root, with a budget that is smaller by what was spent";
 
-fn draw() -> Result<Bytes, LedgerError> {
+/// Draws a key and stores it, unless there is one by then.
+pub(crate) async fn draw(root: &PrivateRoot) -> Result<(), LedgerError> {
     let mut secret = [0u8; 32];
     getrandom::fill(&mut secret).map_err(|error| {
         LakeError::Transient(format!("noise key: the operating system gave no randomness: {error}"))
     })?;
-    Ok(Bytes::from(format!("{}\n", hex::encode(secret))))
+    shut(root)?;
+    root.put_if_absent(PATH, Bytes::from(format!("{}\n", hex::encode(secret)))).await?;
+    Ok(())
 }
 
 fn parse(stored: &[u8]) -> Option<NoiseKey> {
@@ -99,9 +86,8 @@ fn shut(root: &PrivateRoot) -> Result<(), LedgerError> {
 mod tests {
     use std::path::Path;
 
-    use super::noise_key;
     use crate::tests::{Fixture, votes};
-    use crate::{read, reserve};
+    use crate::{noise_key, read, reserve};
 
     #[tokio::test]
     async fn the_noise_key_is_drawn_once_and_kept_from_other_users() {

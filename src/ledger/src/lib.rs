@@ -25,8 +25,8 @@ mod spent;
 #[cfg(test)]
 mod tests;
 
+pub use chain::{corpora, noise_key, read};
 pub use entry::{Adjacency, Body, Entry};
 pub use error::LedgerError;
-pub use key::noise_key;
 pub use reserve::{Request, Reservation, check, reserve, set_budget, settle};
-pub use spent::{Budget, Ledger, Spent, read};
+pub use spent::{Budget, Ledger, Spent};

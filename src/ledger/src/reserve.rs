@@ -102,23 +102,13 @@ pub async fn settle(root: &PrivateRoot, reservation: &Reservation) -> Result<(),
 
 /// Sets the budget of `corpus`. It applies from now on and may be below what was spent: then nothing more fits.
 pub async fn set_budget(root: &PrivateRoot, corpus: &str, epsilon: f64, delta: f64) -> Result<(), LedgerError> {
-    check_budget(epsilon, delta).map_err(LedgerError::Usage)?;
+    let new = Budget { epsilon, delta };
+    new.check().map_err(LedgerError::Usage)?;
     chain::update(root, corpus, |ledger| match ledger.budget() {
-        Some(budget) if budget == (Budget { epsilon, delta }) => Ok(Decision::Done(())),
+        Some(budget) if budget == new => Ok(Decision::Done(())),
         _ => Ok(Decision::Append(Body::Budget { epsilon, delta }, |_| ())),
     })
     .await
-}
-
-/// What a budget may be; the error says what is wrong.
-pub(crate) fn check_budget(epsilon: f64, delta: f64) -> Result<(), String> {
-    if !(epsilon.is_finite() && epsilon > 0.0) {
-        return Err(format!("budget: ε is {epsilon}; expected a number above 0"));
-    }
-    if !privacy::accounting::DELTAS.contains(&delta) {
-        return Err(format!("budget: δ is {delta}; expected a number between 0 and 1, such as 1e-6"));
-    }
-    Ok(())
 }
 
 fn entry(request: &Request) -> Body {

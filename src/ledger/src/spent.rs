@@ -1,13 +1,12 @@
-//! What the ledger of a corpus says: spent, budget, remaining.
+//! What the ledger of a corpus says: its budget, and what was spent of it.
 
 use std::collections::HashSet;
 
-use lake::PrivateRoot;
 use privacy::Epsilon;
 use privacy::event::Event;
 
+use crate::LedgerError;
 use crate::entry::{Body, Entry};
-use crate::{LedgerError, chain};
 
 /// The checked ledger of a corpus.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,9 +38,18 @@ pub struct Spent {
     pub epsilon: Epsilon,
 }
 
-/// Reads the ledger of `corpus` and checks its whole chain. One that was never written to is empty.
-pub async fn read(root: &PrivateRoot, corpus: &str) -> Result<Ledger, LedgerError> {
-    Ok(chain::load(root, corpus).await?.0)
+impl Budget {
+    /// Whether it can be one; the error says what is wrong.
+    pub(crate) fn check(self) -> Result<(), String> {
+        let Self { epsilon, delta } = self;
+        if !(epsilon.is_finite() && epsilon > 0.0) {
+            return Err(format!("budget: ε is {epsilon}; expected a number above 0"));
+        }
+        if !privacy::accounting::DELTAS.contains(&delta) {
+            return Err(format!("budget: δ is {delta}; expected a number between 0 and 1, such as 1e-6"));
+        }
+        Ok(())
+    }
 }
 
 impl Ledger {
@@ -61,15 +69,6 @@ impl Ledger {
     /// ε of everything spent, at `delta`; 0 when nothing was.
     pub fn epsilon(&self, delta: f64) -> Result<Epsilon, LedgerError> {
         Ok(epsilon(&self.spent(), delta)?)
-    }
-
-    /// What is left of the budget at its δ, as ε by PLD: a guide only, since ε does not add up. Never below 0;
-    /// `None` without a budget.
-    pub fn remaining(&self) -> Result<Option<f64>, LedgerError> {
-        let Some(budget) = self.budget() else {
-            return Ok(None);
-        };
-        Ok(Some((budget.epsilon - self.epsilon(budget.delta)?.pld).max(0.0)))
     }
 
     /// ε after each reservation, at `delta`, for tables and plots.

@@ -68,7 +68,7 @@ pub struct Args {
     pub storage_timeout: u64,
     /// Which flags shape the log.
     #[command(flatten)]
-    pub verbosity: stage::common::Verbosity,
+    pub verbosity: stage::Verbosity,
 }
 
 impl Args {

@@ -8,7 +8,7 @@ use lake::{Overlay, Pins, PrivateRoot, ReleaseRoot, StorageOptions};
 use serde::{Deserialize, Serialize};
 
 use crate::Failure;
-use crate::logging::LogFormat;
+use crate::logging::Verbosity;
 
 /// Flags that every stage shares.
 #[derive(Args, Clone, Debug)]
@@ -43,33 +43,6 @@ pub struct Common {
     /// Which flags shape the log.
     #[command(flatten)]
     pub verbosity: Verbosity,
-}
-
-/// Flags that shape what standard error tells.
-#[derive(Args, Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Verbosity {
-    /// Tell more; repeat for debug (`-vv`) and trace (`-vvv`). `RUST_LOG` overrides.
-    ///
-    /// Where a private root is given, messages of third-party crates are reduced to their place in the source, however
-    /// verbose: they may quote data.
-    #[arg(short, long, action = clap::ArgAction::Count, help_heading = "Output")]
-    pub verbose: u8,
-    /// Tell errors only, without progress.
-    #[arg(short, long, conflicts_with = "verbose", help_heading = "Output")]
-    pub quiet: bool,
-    /// Form of the log on standard error; `auto`: text on a terminal, one JSON object per line elsewhere.
-    #[arg(long, value_enum, env = "DOPPEL_LOG_FORMAT", default_value_t = LogFormat::Auto, help_heading = "Output")]
-    pub log_format: LogFormat,
-}
-
-impl Verbosity {
-    /// The flags that mean this, for a process that this one starts.
-    pub fn flags(&self) -> Vec<String> {
-        let told = std::iter::repeat_n("--verbose".to_owned(), self.verbose.into());
-        let quiet = self.quiet.then(|| "--quiet".to_owned());
-        let format = self.log_format.to_possible_value().map(|value| format!("--log-format={}", value.get_name()));
-        told.chain(quiet).chain(format).collect()
-    }
 }
 
 /// Format of the summary on standard output.

@@ -21,6 +21,7 @@
 //! terminal, one JSON object per line elsewhere (`--log-format` decides otherwise). About private records a stage can
 //! tell a label and elapsed time ([`PrivateProgress`]); numbers leave as [`telemetry::Fact`] or [`Progress`] only.
 
+mod binary;
 pub mod command;
 pub mod common;
 pub mod failure;
@@ -32,10 +33,12 @@ pub mod shell;
 pub mod signals;
 pub mod telemetry;
 
+pub use binary::binary;
 pub use command::{PLACE, base_name, command};
 pub use common::{Common, Format, is_rerun};
 pub use failure::Failure;
+pub use logging::Verbosity;
 pub use outcome::{Summary, print, tells_already_done};
 pub use progress::{PrivateProgress, Progress};
 pub use shard::{Shard, transaction};
-pub use shell::{Shell, binary, main};
+pub use shell::{Shell, main};

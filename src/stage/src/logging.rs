@@ -8,7 +8,7 @@
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use serde_json::{Map, Value, json};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber};
@@ -16,8 +16,34 @@ use tracing_subscriber::layer::{Context, Layer};
 use tracing_subscriber::{EnvFilter, registry::LookupSpan};
 
 use crate::Failure;
-use crate::common::Verbosity;
 use crate::progress;
+
+/// Flags that shape what standard error tells.
+#[derive(Args, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Verbosity {
+    /// Tell more; repeat for debug (`-vv`) and trace (`-vvv`). `RUST_LOG` overrides.
+    ///
+    /// Where a private root is given, messages of third-party crates are reduced to their place in the source, however
+    /// verbose: they may quote data.
+    #[arg(short, long, action = clap::ArgAction::Count, help_heading = "Output")]
+    pub verbose: u8,
+    /// Tell errors only, without progress.
+    #[arg(short, long, conflicts_with = "verbose", help_heading = "Output")]
+    pub quiet: bool,
+    /// Form of the log on standard error; `auto`: text on a terminal, one JSON object per line elsewhere.
+    #[arg(long, value_enum, env = "DOPPEL_LOG_FORMAT", default_value_t = LogFormat::Auto, help_heading = "Output")]
+    pub log_format: LogFormat,
+}
+
+impl Verbosity {
+    /// The flags that mean this, for a process that this one starts.
+    pub fn flags(&self) -> Vec<String> {
+        let told = std::iter::repeat_n("--verbose".to_owned(), self.verbose.into());
+        let quiet = self.quiet.then(|| "--quiet".to_owned());
+        let format = self.log_format.to_possible_value().map(|value| format!("--log-format={}", value.get_name()));
+        told.chain(quiet).chain(format).collect()
+    }
+}
 
 /// Form of the log.
 #[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]

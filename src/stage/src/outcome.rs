@@ -19,7 +19,15 @@ impl Summary {
         Self { text: String::new(), json: serde_json::Value::Null }
     }
 
-    pub(crate) fn render(&self, format: Format) -> Option<String> {
+    /// Writes it to standard output; for a command that fails beside what it has to tell.
+    pub fn print(&self, format: Format) -> Result<(), Failure> {
+        match self.render(format) {
+            Some(text) => print(text.as_bytes()),
+            None => Ok(()),
+        }
+    }
+
+    fn render(&self, format: Format) -> Option<String> {
         match format {
             Format::Text => (!self.text.is_empty()).then(|| format!("{}\n", self.text)),
             Format::Json => (!self.json.is_null()).then(|| format!("{}\n", self.json)),

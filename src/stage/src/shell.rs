@@ -14,10 +14,10 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
 
-use crate::common::Verbosity;
-use crate::logging::{self, Confidence, Log, LogFormat};
+use crate::binary::{binary_name, version};
+use crate::logging::{self, Confidence, Log, LogFormat, Verbosity};
 use crate::telemetry::{self, Telemetry};
-use crate::{Failure, Format, Summary, outcome, progress, signals};
+use crate::{Failure, Format, Summary, progress, signals};
 
 /// How long the end of a stage may wait for a collector that does not answer.
 const FLUSH: Duration = Duration::from_secs(3);
@@ -110,7 +110,7 @@ impl Shell {
         };
         let span = telemetry::root_span(self.stage, flags.run.as_deref());
         let result = self.execute(&telemetry, &span, started, work);
-        let result = result.and_then(|summary| tell(&summary, flags.format));
+        let result = result.and_then(|summary| summary.print(flags.format));
         let (outcome, code) = match &result {
             Ok(()) => ("done", 0),
             Err(failure) => (failure.kind(), failure.exit_code()),
@@ -253,13 +253,6 @@ fn tell_end(stage: &'static str, outcome: &'static str, exit_code: u8, format: L
     }
 }
 
-fn tell(summary: &Summary, format: Format) -> Result<(), Failure> {
-    match summary.render(format) {
-        Some(text) => outcome::print(text.as_bytes()),
-        None => Ok(()),
-    }
-}
-
 fn tell_failure(failure: &Failure) -> u8 {
     logging::write_line(&format!("error: {failure}"));
     failure.exit_code()
@@ -275,23 +268,4 @@ fn withhold_panics(stage: &'static str, confidence: Confidence) {
         };
         let _ = writeln!(io::stderr(), "{}: bug at {place}: {message}", binary_name(stage));
     }));
-}
-
-/// `name version commit` of the running binary, for manifests. Takes a stage's name or that of its binary.
-pub fn binary(stage: &str) -> String {
-    format!("{} {}", binary_name(stage), version())
-}
-
-pub(crate) fn binary_name(stage: &str) -> String {
-    if stage.starts_with("doppel") { stage.to_string() } else { format!("doppel-{stage}") }
-}
-
-/// Version, and commit where it was known to the build.
-pub(crate) fn version() -> &'static str {
-    const VERSION: &str = env!("CARGO_PKG_VERSION");
-    static WITH_COMMIT: std::sync::OnceLock<String> = std::sync::OnceLock::new();
-    match option_env!("DOPPEL_BUILD_COMMIT") {
-        Some(commit) => WITH_COMMIT.get_or_init(|| format!("{VERSION} {commit}")),
-        None => VERSION,
-    }
 }

@@ -232,12 +232,12 @@ fn resource(stage: &str) -> Resource {
     let declares = |name: &str| {
         declared.split(',').filter_map(|pair| pair.split_once('=')).any(|(declared, _)| declared.trim() == name)
     };
-    let mut builder = Resource::builder().with_attribute(KeyValue::new("service.version", crate::shell::version()));
+    let mut builder = Resource::builder().with_attribute(KeyValue::new("service.version", crate::binary::version()));
     if !declares("service.instance.id") {
         builder = builder.with_attribute(KeyValue::new("service.instance.id", uuid::Uuid::new_v4().to_string()));
     }
     if set("OTEL_SERVICE_NAME").is_none() && !declares("service.name") {
-        builder = builder.with_service_name(crate::shell::binary_name(stage));
+        builder = builder.with_service_name(crate::binary::binary_name(stage));
     }
     builder.build()
 }

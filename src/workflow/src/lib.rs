@@ -26,6 +26,7 @@ pub mod yaml;
 pub use finding::{Finding, Findings, Position};
 pub use machine::Machine;
 pub use plan::{Job, Plan};
+pub use process::Stop;
 pub use run::{Event, JobReport, Observer, Options, Report, State, run};
 
 /// Parses, checks and expands the workflow in `text` with `parameters` given on the command line.

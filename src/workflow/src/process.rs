@@ -12,7 +12,17 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
 use crate::retry::Outcome;
-use crate::run::Stop;
+
+/// Whether to stop, from weak to strong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stop {
+    /// Go on.
+    No,
+    /// End all jobs: SIGTERM, then SIGKILL after the grace.
+    Gently,
+    /// SIGKILL now.
+    Kill,
+}
 
 /// How long output may still come after the process itself has ended (from a child of its own that left the group).
 const DRAIN: Duration = Duration::from_millis(500);

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use crate::machine::Machine;
 use crate::plan::{Job, Plan};
-use crate::process::Attempt;
+use crate::process::{Attempt, Stop};
 use crate::retry::Outcome;
 
 /// Lines kept of what a job last said.
@@ -32,17 +32,6 @@ pub struct Options {
     pub logs: PathBuf,
     /// Folders that are searched for a command before `PATH`.
     pub programs: Vec<PathBuf>,
-}
-
-/// Whether to stop, from weak to strong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Stop {
-    /// Go on.
-    No,
-    /// End all jobs: SIGTERM, then SIGKILL after the grace.
-    Gently,
-    /// SIGKILL now.
-    Kill,
 }
 
 /// What happens while a plan runs.

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use workflow::run::{Stop, program_of};
+use workflow::Stop;
+use workflow::run::program_of;
 use workflow::{Event, Machine, Observer, Options, Plan, Report, State};
 
 /// A workflow of shell commands: `(name, fields of the task, fields of the template, script)`.
