@@ -128,6 +128,10 @@ unsafe fn store<T: Copy>(values: [T; WIDTH], to: *mut T, count: usize) {
 pub(super) unsafe fn interleave<E: Element, const G: usize>(rows: Rows<*const E>, columns: usize, out: *mut E) {
     // SAFETY: by the caller's contract.
     unsafe {
+        if G == 1 {
+            // The compiler does not see by itself that this is a copy.
+            return store(load(rows.first, columns), out, columns);
+        }
         let rows: [_; G] = std::array::from_fn(|row| load(rows.first.add(row * rows.stride), columns));
         let groups: [[E; G]; WIDTH] = std::array::from_fn(|column| rows.map(|row| row[column]));
         store(groups, out.cast(), columns);
