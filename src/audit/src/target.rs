@@ -6,7 +6,7 @@ use crate::parts::Parts;
 
 /// Training that canaries take part in.
 pub(crate) trait Target {
-    /// What is attacked.
+    /// The parts of its step.
     fn parts(&self) -> &Parts;
     /// Number of canaries.
     fn canaries(&self) -> usize;

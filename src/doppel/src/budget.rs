@@ -140,9 +140,10 @@ pub async fn show(args: BudgetShowArgs) -> Result<Summary, Failure> {
     for corpus in &corpora {
         match statement(&root, corpus).await {
             Ok(statement) => statements.push(statement),
-            Err(failure @ Failure::Transient(_)) => return Err(failure),
-            // A ledger that is broken does not hide the others.
-            Err(failure) => failures.push(failure),
+            // A ledger that is broken does not hide the others. What is wrong with the root is told once.
+            Err(failure @ (Failure::Input(_) | Failure::Usage(_))) if failures.contains(&failure) => {}
+            Err(failure @ (Failure::Input(_) | Failure::Usage(_))) => failures.push(failure),
+            Err(failure) => return Err(failure),
         }
     }
     if let (Some(file), Some(statement)) = (&args.plot, statements.first()) {
@@ -158,14 +159,14 @@ pub async fn show(args: BudgetShowArgs) -> Result<Summary, Failure> {
         _ => json!(list),
     };
     let summary = Summary { text, json };
-    let Some(first) = failures.first() else {
+    let Some(code) = failures.iter().map(Failure::exit_code).min() else {
         return Ok(summary);
     };
     if !statements.is_empty() {
         summary.print(args.format)?;
     }
     let told: Vec<String> = failures.iter().map(ToString::to_string).collect();
-    Err(Failure::coded(first.exit_code(), told.join("\n")))
+    Err(Failure::coded(code, told.join("\n")))
 }
 
 async fn statement(root: &PrivateRoot, corpus: &str) -> Result<Statement, Failure> {
@@ -461,6 +462,7 @@ mod tests {
             assert!(row.contains(part), "expected {part:?} in:\n{text}");
         }
         let json = statement.json();
+        assert_eq!(json["remaining"].as_f64(), Some(0.0));
         assert_eq!((json["exceeded"].as_f64(), json["entries"].as_array().map(Vec::len)), (Some(by), Some(1)));
         let budgets = json["budgets"].as_array().unwrap();
         assert_eq!((&budgets[0]["epsilon"], &budgets[1]["sequence"]), (&json!(8.0), &json!(3)));

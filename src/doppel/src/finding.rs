@@ -72,6 +72,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_finding_of_many_tasks_is_told_once() {
+        let finding = || Finding::usage("no `x`".into());
+        let found = [("train", finding()), ("embed", finding()), ("train", finding())];
+        let told: Vec<String> = merged(found.into_iter()).into_iter().map(|finding| finding.message).collect();
+        assert_eq!(told, ["train, embed: no `x`"]);
+    }
+
+    #[test]
     fn the_verdict_is_what_a_person_must_mend_first() {
         assert!(verdict(&[]).is_ok());
         let finding = |code| Finding { message: format!("code {code}"), code };

@@ -72,8 +72,8 @@ fn named(text: &str) -> Result<(String, Option<i64>), Failure> {
         ([], _) | (_, true) => Err(Failure::Usage(format!(
             "{text}: expected TABLE or TABLE@VERSION, such as runs/demo/selected, demo/selected@1 or corpora/chats"
         ))),
-        (["runs" | "corpora", _, ..] | [_], _) => Ok((parts.join("/"), version.flatten())),
-        _ => Ok((layout::run(&parts.join("/")), version.flatten())),
+        ([layout::RUNS | layout::CORPORA, _, ..] | [_], _) => Ok((parts.join("/"), version.flatten())),
+        ([run, rest @ ..], _) => Ok((layout::of_run(run, &rest.join("/")), version.flatten())),
     }
 }
 

@@ -9,7 +9,7 @@ use stage::{Failure, Format, Summary, Verbosity};
 
 use crate::budget::up;
 use crate::table::{duration, table};
-use crate::values::{count, delta, positive};
+use crate::values::{delta, positive};
 
 /// Tell which settings fit a privacy budget and a number of records.
 ///
@@ -55,6 +55,12 @@ pub struct PlanArgs {
     /// Which flags shape the log.
     #[command(flatten)]
     pub verbosity: Verbosity,
+}
+
+/// A number of things that are there.
+fn count(text: &str) -> Result<u64, String> {
+    let value = text.parse().ok().filter(|value| *value > 0);
+    value.ok_or_else(|| "expected a whole number above 0".to_owned())
 }
 
 /// Makes the table.

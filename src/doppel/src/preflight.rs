@@ -277,11 +277,8 @@ mod tests {
     use crate::invocation::tests::job;
 
     #[test]
-    fn a_finding_of_many_tasks_is_told_once() {
-        let finding = || Finding::usage(gist("error: no `x`\n\nUsage: y\n\nFor more information, try '--help'.\n"));
-        let found = [("train", finding()), ("embed", finding()), ("train", finding())];
-        let told: Vec<String> = merged(found.into_iter()).into_iter().map(|finding| finding.message).collect();
-        assert_eq!(told, ["train, embed: no `x`\nUsage: y"]);
+    fn what_a_stage_says_every_time_is_left_out() {
+        assert_eq!(gist("error: no `x`\n\nUsage: y\n\nFor more information, try '--help'.\n"), "no `x`\nUsage: y");
     }
 
     #[tokio::test]

@@ -242,16 +242,21 @@ fn beside(stage: &Stage) -> Beside {
     };
     let (run, corpus) = (&claim.run, claim.config["corpus"].as_str().unwrap_or_default());
     let item = |name: &str, path: String| Item { name: name.to_owned(), path, version: None };
-    let compared = match stage.kind.name {
-        "train" | "train-baseline" => vec![item("loss", layout::loss(run, stage.kind.name))],
+    // Checkpoints, and what votes are bound to.
+    let working = layout::working(run, stage.kind.name);
+    let (own, compared) = match stage.kind.name {
+        "train" | "train-baseline" => (working, vec![item("loss", layout::loss(run, stage.kind.name))]),
         "vote" => {
-            [layout::COMPARISON, layout::COMPARISON_BINS].map(|name| item(name, layout::of_run(run, name))).to_vec()
+            let names = [layout::COMPARISON, layout::COMPARISON_BINS];
+            (working, names.map(|name| item(name, layout::of_run(run, name))).to_vec())
         }
-        "partition" => vec![item("terms", layout::terms(corpus)), item("counts", layout::partition_counts(run))],
-        _ => Vec::new(),
+        "partition" => {
+            let (terms, counts) = (item("terms", layout::terms(corpus)), layout::partition_counts(run));
+            (layout::owner(corpus), vec![terms, item("counts", counts)])
+        }
+        _ => (working, Vec::new()),
     };
-    let own = [layout::working(run, stage.kind.name), layout::owner(corpus)];
-    let hidden = own.into_iter().chain(compared.iter().map(|item| item.path.clone())).collect();
+    let hidden = std::iter::once(own).chain(compared.iter().map(|item| item.path.clone())).collect();
     Beside { hidden, compared }
 }
 

@@ -1,4 +1,4 @@
-//! Plain tables for standard output.
+//! Tables, times and digests as text for standard output.
 
 /// Rows under headings, in columns two blanks apart; the columns in `right` are set flush right.
 pub fn table(headings: &[&str], rows: &[Vec<String>], right: &[usize]) -> String {

@@ -14,12 +14,6 @@ pub fn positive(text: &str) -> Result<f64, String> {
     value.ok_or_else(|| "expected a number above 0, such as 8".to_owned())
 }
 
-/// A number of things that are there.
-pub fn count(text: &str) -> Result<u64, String> {
-    let value = text.parse().ok().filter(|value| *value > 0);
-    value.ok_or_else(|| "expected a whole number above 0".to_owned())
-}
-
 /// A δ: a probability.
 pub fn delta(text: &str) -> Result<f64, String> {
     let value = text.parse().ok().filter(|value| privacy::accounting::DELTAS.contains(value));

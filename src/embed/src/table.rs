@@ -19,7 +19,7 @@ use crate::failure;
 const CHUNK_ROWS: usize = 2048;
 
 impl Of {
-    /// Columns to read, and the ones that go along: id and text first.
+    /// Columns to read: id and text first, then those that go along.
     pub(crate) fn columns(self) -> &'static [&'static str] {
         match self {
             Of::Synthetic => &["id", "text"],

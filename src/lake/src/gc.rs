@@ -17,7 +17,6 @@ use serde::Deserialize;
 
 use crate::files::decoded;
 use crate::layout::{self, run_of};
-use crate::manifest::DROPPED;
 use crate::store::Stored;
 use crate::{LakeError, Zone};
 
@@ -134,7 +133,7 @@ pub struct Plan {
 /// When `run` last wrote to `zone`; `None` where nothing of it is left but the mark that it is dropped.
 pub async fn last_write<Z: Zone>(zone: &Z, run: &str) -> Result<Option<DateTime<Utc>>, LakeError> {
     let objects = zone.store().list_stored(&layout::run(run)).await?;
-    Ok(objects.iter().filter(|object| !object.path.ends_with(DROPPED)).map(|object| object.modified).max())
+    Ok(objects.iter().filter(|object| !object.path.ends_with(layout::DROPPED)).map(|object| object.modified).max())
 }
 
 /// Looks what can go from `zone`; removes nothing.
@@ -215,9 +214,14 @@ fn inside<'a>(objects: &'a [Stored], folder: &str) -> &'a [Stored] {
     &objects[place(&first)..place(&end)]
 }
 
+/// The folders that `path` lies in, from the outermost one, and itself.
+fn ancestors(path: &str) -> impl Iterator<Item = &str> {
+    path.match_indices('/').map(|(end, _)| &path[..end]).chain([path])
+}
+
 /// The table that the object at `path` is part of.
 fn table_of<'a>(path: &str, tables: &BTreeSet<&'a str>) -> Option<&'a str> {
-    path.match_indices('/').find_map(|(end, _)| tables.get(&path[..end]).copied())
+    ancestors(path).find_map(|folder| tables.get(folder).copied())
 }
 
 /// Plans the removal of dropped runs; returns the tables of theirs that stay.
@@ -228,16 +232,18 @@ fn drop_runs<'a>(
     plan: &mut Plan,
 ) -> BTreeSet<&'a str> {
     let mut stay = BTreeSet::new();
+    let mut pins: HashMap<&str, &Pin> = HashMap::new();
+    for pin in &retained.pins {
+        pins.entry(pin.path.trim_end_matches('/')).or_insert(pin);
+    }
     for run in objects.chunk_by(|a, b| run_of(&a.path) == run_of(&b.path)) {
         let Some(name) = run_of(&run[0].path) else { continue };
         let mut kept = BTreeMap::new();
         let mut going = Vec::new();
-        for object in run.iter().filter(|object| object.path != layout::of_run(name, DROPPED)) {
+        for object in run.iter().filter(|object| object.path != layout::dropped(name)) {
             let table = table_of(&object.path, tables);
-            let pin = retained.pins.iter().find(|pin| {
-                // What a table is part of is never a folder that somebody named.
-                within(table.unwrap_or(&object.path), &pin.path)
-            });
+            // What a table is part of is never a folder that somebody named.
+            let pin = ancestors(table.unwrap_or(&object.path)).find_map(|folder| pins.get(folder).copied());
             match pin {
                 Some(pin) => {
                     kept.insert(pin.path.clone(), pin);

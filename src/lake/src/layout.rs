@@ -5,38 +5,44 @@
 //!         CORPUS.terms.json    what it promises, and
 //!         CORPUS.owner.json    the run that wrote it                          private
 //! keys/, ledger/CORPUS/        the noise key, and what was spent              private
-//! runs/RUN/stages/             claims and manifests
-//!          synthetic, …        results, each under its own name
+//! runs/RUN/stages/             claims and manifests, in the zone of the stage
+//!          dropped.json        mark of a run that was let go of
+//!          adapter, synthetic, selected, …                                    release
 //!          embeddings          of synthetic text, or of a corpus              release, or private
+//!          comparison, comparison_bins, partition-counts.json                 private
 //!          STAGE/              what a stage keeps for itself                  private
 //! reruns/RUN/                  what reruns of a run write                     private
 //! ```
 
+/// Folder of all corpora.
+pub const CORPORA: &str = "corpora";
 /// Folder of all runs.
 pub const RUNS: &str = "runs";
 /// Folder of what reruns write, by run, private.
 pub const RERUNS: &str = "reruns";
 /// Folder of a run's claims and manifests.
 pub(crate) const STAGES: &str = "stages";
+/// Marks a run whose results were removed while its claims stay on record; in the run's folder.
+pub(crate) const DROPPED: &str = "dropped.json";
 
 /// Table of a corpus.
 pub fn corpus(corpus: &str) -> String {
-    format!("corpora/{corpus}")
+    format!("{CORPORA}/{corpus}")
 }
 
 /// What a corpus promises: [`crate::CorpusTerms`].
 pub fn terms(corpus: &str) -> String {
-    format!("corpora/{corpus}.terms.json")
+    format!("{CORPORA}/{corpus}.terms.json")
 }
 
 /// The run that wrote a corpus.
 pub fn owner(corpus: &str) -> String {
-    format!("corpora/{corpus}.owner.json")
+    format!("{CORPORA}/{corpus}.owner.json")
 }
 
 /// Whether `path` is a corpus, or of one.
 pub fn is_of_corpus(path: &str) -> bool {
-    path.starts_with("corpora/")
+    path.strip_prefix(CORPORA).is_some_and(|rest| rest.starts_with('/'))
 }
 
 /// Folder of a run.
@@ -57,6 +63,11 @@ pub fn run_of(path: &str) -> Option<&str> {
 /// Folder of a run's claims and manifests.
 pub fn stages(run: &str) -> String {
     of_run(run, STAGES)
+}
+
+/// The mark of a run that was dropped.
+pub(crate) fn dropped(run: &str) -> String {
+    of_run(run, DROPPED)
 }
 
 /// Folder of a run's adapter.

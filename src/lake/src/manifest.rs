@@ -109,9 +109,6 @@ pub struct RunHandle<Z: Zone> {
 /// How many objects are read at a time: a run of many shards has a claim and a manifest for each.
 const PARALLEL_READS: usize = 16;
 
-/// Marks a run whose results were removed while its claims stay on record; in the run's folder.
-pub(crate) const DROPPED: &str = "dropped.json";
-
 /// Closes `run` for good: no stage begins under its id again.
 ///
 /// A run id never means two things. Where the ledger names the run, its reservation stands and its noise is keyed by its
@@ -120,13 +117,13 @@ pub(crate) const DROPPED: &str = "dropped.json";
 pub async fn close<Z: Zone>(zone: &Z, run: &str) -> Result<(), LakeError> {
     check_name("run id", run)?;
     let mark = format!("{{\"dropped\": \"{}\"}}\n", Utc::now().to_rfc3339());
-    zone.put_if_absent(&layout::of_run(run, DROPPED), mark.into()).await.map(drop)
+    zone.put_if_absent(&layout::dropped(run), mark.into()).await.map(drop)
 }
 
 /// Whether `run` is [closed](close).
 pub async fn is_dropped<Z: Zone>(zone: &Z, run: &str) -> Result<bool, LakeError> {
     check_name("run id", run)?;
-    Ok(read::<Z, Value>(zone, &layout::of_run(run, DROPPED)).await?.is_some())
+    Ok(read::<Z, Value>(zone, &layout::dropped(run)).await?.is_some())
 }
 
 /// Refuses a run that is [closed](close) in `zone`. [`begin`] does so where it claims; a stage that spends also asks the
@@ -138,7 +135,7 @@ pub async fn refuse_dropped<Z: Zone>(zone: &Z, run: &str) -> Result<(), LakeErro
     Err(LakeError::Conflict(format!(
         "{}: run {run} was dropped: its results are removed, and what it was stays on record\n\
          help: choose another --run",
-        zone.url_of(&layout::of_run(run, DROPPED))
+        zone.url_of(&layout::dropped(run))
     )))
 }
 

@@ -1,4 +1,5 @@
-//! The chain of objects: reading it whole, and appending one entry by put-if-absent.
+//! The chain of objects: reading it whole, and appending one entry by put-if-absent; and the noise key, which may be drawn
+//! for as long as no chain has a reservation.
 
 use std::collections::BTreeSet;
 
@@ -10,6 +11,9 @@ use privacy::keyed::NoiseKey;
 use crate::entry::{Body, Entry, Seal};
 use crate::spent::{Budget, Ledger};
 use crate::{LedgerError, key};
+
+/// Folder of all ledgers.
+const FOLDER: &str = "ledger";
 
 /// How many objects are read at a time.
 const PARALLEL_READS: usize = 16;
@@ -154,16 +158,16 @@ fn broken(root: &PrivateRoot, path: &str, problem: &str) -> LedgerError {
 
 /// Corpora that have a ledger below `root`.
 pub async fn corpora(root: &PrivateRoot) -> Result<BTreeSet<String>, LedgerError> {
-    let paths = root.list("ledger").await?;
+    let paths = root.list(FOLDER).await?;
     Ok(paths.iter().filter_map(|path| path.split('/').nth(1)).map(str::to_owned).collect())
 }
 
 fn folder(corpus: &str) -> String {
-    format!("ledger/{corpus}/")
+    format!("{FOLDER}/{corpus}/")
 }
 
 fn path(corpus: &str, sequence: u64) -> String {
-    format!("ledger/{corpus}/{sequence:08}.json")
+    format!("{FOLDER}/{corpus}/{sequence:08}.json")
 }
 
 /// A corpus name becomes a part of object paths.

@@ -83,7 +83,7 @@ pub enum PartitionError {
 
 impl PartitionError {
     /// An input that is not the same at the second reading.
-    pub fn changed(object: &str) -> Self {
+    pub(crate) fn changed(object: &str) -> Self {
         Self::Object {
             object: object.to_owned(),
             problem: "the object changed while it was being read".into(),

@@ -216,8 +216,9 @@ pub(crate) async fn tables_of(root: &ReleaseRoot, run: Option<&str>) -> Result<V
     let tables: BTreeSet<(String, String)> = paths
         .iter()
         .filter_map(|path| {
-            let (table, _) = path.strip_prefix("runs/")?.split_once("/_delta_log/")?;
-            let (run, table) = table.split_once('/')?;
+            let (table, _) = path.split_once("/_delta_log/")?;
+            let run = layout::run_of(table)?;
+            let table = table.strip_prefix(&layout::of_run(run, ""))?;
             (!table.contains('/')).then(|| (run.to_string(), table.to_string()))
         })
         .collect();

@@ -19,7 +19,8 @@ impl Summary {
         Self { text: String::new(), json: serde_json::Value::Null }
     }
 
-    /// Writes it to standard output; for a command that fails beside what it has to tell.
+    /// Writes it to standard output. The shell does so where a command succeeds; one that fails beside what it has to tell
+    /// does it itself.
     pub fn print(&self, format: Format) -> Result<(), Failure> {
         match self.render(format) {
             Some(text) => print(text.as_bytes()),

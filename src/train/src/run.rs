@@ -444,13 +444,14 @@ async fn facts(
 fn summary(args: &Args, config: &Config, already: bool) -> Summary {
     let run = &args.common.run;
     let zone = if matches!(config.mechanism, Mechanism::Private(_)) { "release" } else { "private" };
+    let adapter = layout::adapter(run);
     let text = match already {
-        true => format!("train: run {run} is done already; its adapter is in the {zone} zone at runs/{run}/adapter"),
-        false => format!("train: the adapter is in the {zone} zone at runs/{run}/adapter"),
+        true => format!("train: run {run} is done already; its adapter is in the {zone} zone at {adapter}"),
+        false => format!("train: the adapter is in the {zone} zone at {adapter}"),
     };
     let json = json!({
         "stage": config.mechanism.stage(), "run": run, "already_done": already, "zone": zone,
-        "adapter": layout::adapter(run),
+        "adapter": adapter,
     });
     Summary { text, json }
 }

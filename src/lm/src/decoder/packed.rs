@@ -21,6 +21,7 @@ pub(crate) struct Weights<E> {
     pub(crate) frequencies: Vec<f32>,
 }
 
+/// The same of a layer.
 pub(crate) struct LayerWeights<E> {
     pub(crate) input_norm: Vec<f32>,
     pub(crate) qkv: Matrix<E>,
