@@ -35,6 +35,20 @@ macro_rules! avx512 {
                 #[target_feature(enable = $features)]
                 unsafe fn tile<const R: usize, const C: usize, const S: usize>(of: &Operands<$element>) {
                     let Operands { x, strip, groups, start, end } = *of;
+                    // What the sums meet at the end is fetched while they are computed: rows far apart, which the processor
+                    // would not guess.
+                    if let End::Rounded { out, plus, .. } = end {
+                        const LINE: usize = 64 / size_of::<$element>();
+                        for row in 0..R {
+                            for column in (0..16 * C).step_by(LINE) {
+                                let at = row * out.stride + column;
+                                _mm_prefetch::<_MM_HINT_T0>(out.first.wrapping_add(at).cast());
+                                if let Some(plus) = plus {
+                                    _mm_prefetch::<_MM_HINT_T0>(plus.wrapping_add(at).cast());
+                                }
+                            }
+                        }
+                    }
                     // SAFETY: the pointers are good for these offsets by the contract of `Avx512::tile`.
                     unsafe {
                         let mut sums = match start {
@@ -55,6 +69,15 @@ macro_rules! avx512 {
                                 }
                             }
                         }
+                        let biases: Option<[_; C]> = match end {
+                            End::Rounded { columns, bias: Some(bias), .. } => {
+                                Some(std::array::from_fn(|part| match columns.saturating_sub(16 * part) {
+                                    0 => _mm512_setzero_ps(),
+                                    left => $lanes::widen(bias.add(16 * part), left),
+                                }))
+                            }
+                            _ => None,
+                        };
                         for (row, sums) in sums.into_iter().enumerate() {
                             for (part, sum) in sums.into_iter().enumerate() {
                                 let at = 16 * part;
@@ -62,10 +85,10 @@ macro_rules! avx512 {
                                     End::Kept(rows) => {
                                         _mm512_storeu_ps(rows.first.add(row * rows.stride + at), sum);
                                     }
-                                    End::Rounded { out, columns, bias, plus } if at < columns => {
+                                    End::Rounded { out, columns, plus, .. } if at < columns => {
                                         let (first, left) = (row * out.stride + at, columns - at);
-                                        let sum = match bias {
-                                            Some(bias) => _mm512_add_ps(sum, $lanes::widen(bias.add(at), left)),
+                                        let sum = match &biases {
+                                            Some(biases) => _mm512_add_ps(sum, biases[part]),
                                             None => sum,
                                         };
                                         let sum = match plus {
@@ -114,12 +137,16 @@ pub(super) fn block(_: usize) -> usize {
     BLOCK
 }
 
-/// [`super::Factor::tile`].
+/// [`super::Factor::tile`] of all rows at once.
 pub(super) unsafe fn tile<E: Avx512>(rows: usize, columns: usize, of: &Operands<E>) -> usize {
-    let (count, tile) = largest::<E, COLUMNS>(rows, columns);
-    // SAFETY: the caller keeps the contract.
-    unsafe { tile(of) };
-    count
+    let mut done = 0;
+    while done < rows {
+        let (count, tile) = largest::<E, COLUMNS>(rows - done, columns);
+        // SAFETY: the caller keeps the contract, for every row.
+        unsafe { tile(&of.from(done)) };
+        done += count;
+    }
+    rows
 }
 
 /// The largest tile for at most so many rows, of which the first `columns` of a strip `S` wide are wanted, and its rows.
