@@ -199,7 +199,7 @@ impl<Z: Zone> Stage<'_, Z> {
             of: self.of,
             shard: args.shard.unwrap_or(Shard::WHOLE),
             transaction: stage::transaction(&args.common.run, self.name, args.shard),
-            batch_tokens: args.batch_tokens,
+            batch_tokens: args.batch_tokens.unwrap_or_else(|| open.encoder.usual_tokens()),
         };
         table::embed(&work, &open.encoder, &meter).await?;
         let version = work.output.version().await?;

@@ -111,6 +111,15 @@ impl Encoder {
         &self.digest
     }
 
+    /// Padded tokens of a batch where nobody says: on CPU so few that what one layer gives is still in the caches when the
+    /// next one reads it.
+    pub fn usual_tokens(&self) -> usize {
+        match self.compute.device.is_cuda() {
+            true => 4096,
+            false => 1024,
+        }
+    }
+
     /// One f32 vector per text, in order; batches by length of at most `batch_tokens` padded tokens.
     pub fn embed(&self, texts: &[&str], batch_tokens: usize) -> Result<Vec<Vec<f32>>, LmError> {
         let lowered: Vec<String>;
@@ -119,20 +128,22 @@ impl Encoder {
             lowered = texts.iter().map(|text| text.to_lowercase()).collect();
             texts = lowered.iter().map(String::as_str).collect();
         }
-        let ids = self.tokenizer.encode_batch(&texts, true)?;
-        let lengths: Vec<usize> = ids.iter().map(Vec::len).collect();
-        let batches = batches(&lengths, self.padding(), batch_tokens);
         let encoder = Shared::new(self);
         let found = workers::fold(
             self.compute.device,
-            batches,
+            self.shares(&texts, batch_tokens),
             || Ok(Vec::new()),
-            |vectors, batch| {
-                let rows: Vec<&[i64]> = batch.iter().map(|&index| ids[index].as_slice()).collect();
-                let flat = encoder.get().forward(&rows)?.f_to_device(Device::Cpu)?.f_reshape([-1i64])?;
-                let flat = Vec::<f32>::try_from(flat)?;
-                let each = batch.iter().zip(flat.chunks_exact(encoder.get().dimension));
-                vectors.extend(each.map(|(&index, vector)| (index, vector.to_vec())));
+            |vectors, share| {
+                let encoder = encoder.get();
+                let ids = encoder.read(&share.iter().map(|&index| texts[index]).collect::<Vec<_>>())?;
+                let lengths: Vec<usize> = ids.iter().map(Vec::len).collect();
+                for batch in batches(&lengths, encoder.padding(), batch_tokens) {
+                    let rows: Vec<&[i64]> = batch.iter().map(|&place| ids[place].as_slice()).collect();
+                    let flat = encoder.forward(&rows)?.f_to_device(Device::Cpu)?.f_reshape([-1i64])?;
+                    let flat = Vec::<f32>::try_from(flat)?;
+                    let each = batch.iter().zip(flat.chunks_exact(encoder.dimension));
+                    vectors.extend(each.map(|(&place, vector)| (share[place], vector.to_vec())));
+                }
                 Ok(())
             },
         )?;
@@ -141,6 +152,30 @@ impl Encoder {
             vectors[index] = vector;
         }
         Ok(vectors)
+    }
+
+    /// Indices of the texts that a worker reads and computes together. On CPU, of about a batch by what texts have in bytes:
+    /// a worker reads its own while others compute, since reading is mostly taking memory, for which readers would wait for
+    /// each other. On another device, all.
+    fn shares(&self, texts: &[&str], batch_tokens: usize) -> Vec<Vec<usize>> {
+        // A token has more bytes than this, on average, in most languages.
+        const BYTES: usize = 3;
+        match self.compute.device {
+            Device::Cpu => {
+                let most = self.tokenizer.limit().unwrap_or(usize::MAX);
+                let lengths: Vec<usize> = texts.iter().map(|text| (text.len() / BYTES).clamp(1, most)).collect();
+                batches(&lengths, self.padding(), batch_tokens)
+            }
+            _ => vec![(0..texts.len()).collect()],
+        }
+    }
+
+    /// Token ids of each text.
+    fn read(&self, texts: &[&str]) -> Result<Vec<Vec<i64>>, LmError> {
+        match self.compute.device {
+            Device::Cpu => texts.iter().map(|text| self.tokenizer.encode_start(text, true)).collect(),
+            _ => self.tokenizer.encode_batch(texts, true),
+        }
     }
 
     /// How texts are padded: by what computes all that mixes the tokens of one text with those of another.

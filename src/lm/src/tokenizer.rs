@@ -118,10 +118,25 @@ impl Tokenizer {
         Ok(self)
     }
 
+    /// Tokens that texts are cut at, if they are.
+    pub(crate) fn limit(&self) -> Option<usize> {
+        self.limit
+    }
+
     /// Token ids of `text`; `special` adds the model's own begin/end tokens and parses special tokens in the text.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<i64>, LmError> {
         let encoding = self.reading(special).encode_fast(text, special).map_err(failed)?;
         Ok(ids(&encoding))
+    }
+
+    /// The same, sooner: where texts are cut, what lies far behind the cut is not looked at.
+    pub(crate) fn encode_start(&self, text: &str, special: bool) -> Result<Vec<i64>, LmError> {
+        let start = self.start(text);
+        let ids = self.encode(start, special)?;
+        match start.len() < text.len() && Some(ids.len()) < self.limit {
+            true => self.encode(text, special),
+            false => Ok(ids),
+        }
     }
 
     /// Many texts, on several threads. Where texts are cut, what lies far behind the cut is not looked at.

@@ -71,6 +71,7 @@ fn what_lies_behind_the_cut_changes_nothing() {
         assert!(cut > 30, "{cut}");
         for (text, ids) in texts.iter().zip(tokenizer.encode_batch(&texts, true).unwrap()) {
             assert_eq!(ids, tokenizer.encode(text, true).unwrap(), "{limit} tokens of {text:?}");
+            assert_eq!(ids, tokenizer.encode_start(text, true).unwrap(), "{limit} tokens of {text:?}");
         }
     }
 }
