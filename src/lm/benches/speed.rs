@@ -1,7 +1,7 @@
 //! Rates of sampling and embedding on a real model and real texts; `tests/bench/compare.py` calls it beside the peers.
 //!
 //!     cargo bench -p lm -- sample MODEL --dtype=bf16 --count=256 --batch=64
-//!     cargo bench -p lm -- embed ENCODER TEXTS --count=1024 --tokens=4096
+//!     cargo bench -p lm -- embed ENCODER TEXTS --count=1024 --tokens=1024
 //!     cargo bench -p lm -- load MODEL
 //!
 //! MODEL and ENCODER are folders as the stages take them, TEXTS a file with a JSON array of strings. `--tokens` is what a
@@ -36,8 +36,9 @@ struct Args {
     dtype: String,
     #[arg(long, default_value_t = 256)]
     count: usize,
-    #[arg(long, default_value_t = 4096)]
-    tokens: usize,
+    /// As `doppel-embed` does where it is not given.
+    #[arg(long)]
+    tokens: Option<usize>,
     #[arg(long, default_value_t = 64)]
     batch: usize,
     /// Cargo adds it.
@@ -92,10 +93,12 @@ fn sample(args: &Args, checkpoint: &Checkpoint, decoder: &Decoder) -> Outcome {
 fn embed(args: &Args, encoder: &Encoder, folder: &Path) -> Outcome {
     let texts = args.texts()?;
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-    encoder.embed(&texts[..texts.len().min(32)], args.tokens)?;
+    let tokens = args.tokens.unwrap_or_else(|| encoder.usual_tokens());
+    let flops = 2.0 * encoder_parameters(folder)? * mean_tokens(folder, &texts)?;
+    encoder.embed(&texts[..texts.len().min(32)], tokens)?;
     let clock = Clock::start();
-    encoder.embed(&texts, args.tokens)?;
-    clock.report(texts.len() as f64, "texts/s", 2.0 * encoder_parameters(folder)? * mean_tokens(folder, &texts)?)
+    encoder.embed(&texts, tokens)?;
+    clock.report(texts.len() as f64, "texts/s", flops)
 }
 
 /// Parameters that multiply each token: all but the norms, which are few, and an embedding that is not the output's.

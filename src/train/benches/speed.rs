@@ -77,10 +77,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let tokens = args.tokens.unwrap_or_else(|| usual_tokens(&decoder));
     let limits = Limits { block_length: args.length, micro_batch_tokens: tokens };
     let mut steps = Steps::new(&decoder, Training::new(lora), units.len() as f64, args.no_dp)?;
-    // The longest examples, a micro-batch for each worker: libraries set themselves up, and memory is taken once.
+    // The longest examples: libraries set themselves up, and memory is taken once. So many that the first micro-batches are
+    // whole, which become smaller when fewer than two for each worker are left.
     let mut longest = units.clone();
     longest.sort_by_key(|unit| std::cmp::Reverse(unit.examples[0].tokens.len()));
-    let count = workers(&decoder) * tokens.div_ceil(args.length);
+    let count = 2 * workers(&decoder) * tokens.div_ceil(args.length);
     steps.take(&longest[..count.min(longest.len())], limits)?;
     let (wall, processor) = (Instant::now(), processor_time());
     steps.take(&units, limits)?;
