@@ -4,9 +4,13 @@
 //! training step. All arithmetic is in float32, whatever the elements are. One thread: whoever calls has split the work
 //! already (see [`crate::workers`]).
 
+mod lanes;
+
 use std::ops::Range;
 
 use half::bf16;
+
+use lanes::{LANES, larger};
 
 /// What a tensor of the compute kind holds.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
@@ -147,8 +151,6 @@ pub(crate) struct Heads {
     pub(crate) width: usize,
 }
 
-const LANES: usize = 32;
-
 /// Sum of f over the columns of equally long `rows`, in a fixed order, with `LANES` partial sums.
 #[inline(always)]
 pub(crate) fn sum<T: Copy, const N: usize>(rows: [&[T]; N], f: impl Fn([T; N]) -> f32) -> f32 {
@@ -166,7 +168,7 @@ pub(crate) fn sum<T: Copy, const N: usize>(rows: [&[T]; N], f: impl Fn([T; N]) -
         }
     }
     let tail: f32 = (0..rows[0].len() % LANES).map(|at| f(parts.map(|(_, rest)| rest[at]))).sum();
-    reduced(partial, |a, b| a + b) + tail
+    lanes::sum(&partial) + tail
 }
 
 #[inline(always)]
@@ -182,21 +184,6 @@ fn squares_body(rows: &[f32], sums: &mut [f64]) {
         }
         *sum = partial.iter().sum::<f64>() + rest.iter().map(|x| f64::from(x * x)).sum::<f64>();
     }
-}
-
-/// All lanes as one, by halves: one after the other, each would wait for the one before.
-#[inline(always)]
-fn reduced(lanes: [f32; LANES], both: impl Fn(f32, f32) -> f32) -> f32 {
-    // Out of the compiler's sight, or it makes pairs of the lanes here and then in the loop that they come from.
-    let mut lanes = std::hint::black_box(lanes);
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            lanes[lane] = both(lanes[lane], lanes[lane + width]);
-        }
-        width /= 2;
-    }
-    lanes[0]
 }
 
 #[inline(always)]
@@ -351,27 +338,29 @@ fn cross_entropy_body<E: Element>(logits: &mut [E], vocab: usize, labels: &[i64]
 fn softmax_body<E: Element>(scores: &mut [f32], weights: &mut [E], width: usize, scale: f32, visible: &[usize]) {
     let rows = scores.chunks_exact_mut(width).zip(weights.chunks_exact_mut(width));
     for ((scores, weights), &seen) in rows.zip(visible) {
-        // Whole vectors, for speed; what is not seen counts nothing.
-        let whole = seen.next_multiple_of(LANES);
-        let scores = &mut scores[..whole];
-        scores[seen..].fill(f32::NEG_INFINITY);
-        let best = -largest(scores) * scale;
+        let (near, far) = weights.split_at_mut(seen.next_multiple_of(LANES));
+        let scores = &mut scores.as_chunks_mut::<LANES>().0[..near.len() / LANES];
+        let mut best = [f32::NEG_INFINITY; LANES];
+        for (block, scores) in scores.iter().enumerate() {
+            for ((best, score), bits) in best.iter_mut().zip(scores).zip(shown(seen - block * LANES)) {
+                let score = score.to_bits() & bits | f32::NEG_INFINITY.to_bits() & !bits;
+                *best = larger(*best, f32::from_bits(score));
+            }
+        }
+        let best = -lanes::largest(&best) * scale;
         let mut total = [0f32; LANES];
-        for scores in scores.as_chunks_mut::<LANES>().0 {
+        for (block, scores) in scores.iter_mut().enumerate() {
             let mut weights = [0f32; LANES];
-            for (weight, score) in weights.iter_mut().zip(&*scores) {
-                *weight = exp(score.mul_add(scale, best));
+            for ((weight, score), bits) in weights.iter_mut().zip(&*scores).zip(shown(seen - block * LANES)) {
+                *weight = f32::from_bits(exp(score.mul_add(scale, best)).to_bits() & bits);
             }
             for (total, weight) in total.iter_mut().zip(weights) {
                 *total += weight;
             }
             *scores = weights;
         }
-        // What is not seen was e⁻⁸⁷, beside a largest of 1 in the total.
-        scores[seen..].fill(0.0);
-        let inverse = 1.0 / reduced(total, |a, b| a + b);
-        let (near, far) = weights.split_at_mut(whole);
-        for (weight, score) in near.iter_mut().zip(&*scores) {
+        let inverse = 1.0 / lanes::sum(&total);
+        for (weight, score) in near.iter_mut().zip(scores.as_flattened()) {
             *weight = E::narrow(score * inverse);
         }
         far.fill(E::narrow(0.0));
@@ -389,21 +378,39 @@ fn softmax_backward_body<E: Element>(
 ) {
     let rows = gradient.chunks_exact_mut(width).zip(weights.chunks_exact_mut(width));
     for ((gradient, weights), &seen) in rows.zip(visible) {
-        let whole = seen.next_multiple_of(LANES);
-        let (gradient, weights) = (&mut gradient[..whole], &mut weights[..whole]);
-        // Whatever was computed for what is not seen.
-        gradient[seen..].fill(0.0);
+        let blocks = gradient.as_chunks_mut::<LANES>().0.iter_mut().zip(weights.as_chunks_mut::<LANES>().0);
         let mut mean = [0f32; LANES];
-        for (gradient, weights) in gradient.as_chunks::<LANES>().0.iter().zip(weights.as_chunks::<LANES>().0) {
-            for ((mean, gradient), weight) in mean.iter_mut().zip(gradient).zip(weights) {
+        for (block, (gradient, weights)) in blocks.take(seen.div_ceil(LANES)).enumerate() {
+            // Whatever was computed for what is not seen.
+            for (gradient, bits) in gradient.iter_mut().zip(shown(seen - block * LANES)) {
+                *gradient = f32::from_bits(gradient.to_bits() & bits);
+            }
+            for ((mean, gradient), weight) in mean.iter_mut().zip(&*gradient).zip(&*weights) {
                 *mean += gradient * weight.wide();
             }
         }
-        let mean = reduced(mean, |a, b| a + b);
-        for (weight, gradient) in weights.iter_mut().zip(&*gradient) {
+        let mean = lanes::sum(&mean);
+        let whole = seen.next_multiple_of(LANES);
+        for (weight, gradient) in weights[..whole].iter_mut().zip(&*gradient) {
             *weight = E::narrow(weight.wide() * (gradient - mean) * scale);
         }
     }
+}
+
+/// All bits of the first `count` lanes, none of the others. To clear what is not seen by these in registers is several times
+/// as fast as to write there: a vector that was written in parts cannot be read until it has reached the cache.
+#[inline(always)]
+fn shown(count: usize) -> &'static [u32; LANES] {
+    const BITS: [u32; 2 * LANES] = {
+        let mut bits = [0; 2 * LANES];
+        let mut lane = 0;
+        while lane < LANES {
+            bits[lane] = u32::MAX;
+            lane += 1;
+        }
+        bits
+    };
+    BITS[LANES - count.min(LANES)..].first_chunk().unwrap_or(&[0; LANES])
 }
 
 /// Scores of which [`mass`] gives one sum.
@@ -438,7 +445,7 @@ fn mass_above_body<E: Element>(scores: &[E], inverse: f32, floor: f32, best: f32
             }
         }
     }
-    *out = reduced(total, |a, b| a + b) + rest.iter().map(weight).sum::<f32>();
+    *out = lanes::sum(&total) + rest.iter().map(weight).sum::<f32>();
 }
 
 /// The largest of a row.
@@ -446,13 +453,12 @@ fn mass_above_body<E: Element>(scores: &[E], inverse: f32, floor: f32, best: f32
 pub(crate) fn largest<E: Element>(row: &[E]) -> f32 {
     let mut best = [f32::NEG_INFINITY; LANES];
     let (blocks, rest) = row.as_chunks::<LANES>();
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
     for block in blocks {
         for (best, value) in best.iter_mut().zip(block) {
             *best = larger(*best, value.wide());
         }
     }
-    rest.iter().map(|value| value.wide()).fold(reduced(best, larger), larger)
+    rest.iter().map(|value| value.wide()).fold(lanes::largest(&best), larger)
 }
 
 #[inline(always)]
