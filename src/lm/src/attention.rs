@@ -74,6 +74,19 @@ struct Block<'a> {
 }
 
 impl Block<'_> {
+    /// Positions within the block, and how many keys any of them sees: as many neighbours as need about as many, so that
+    /// of causal scores little more than what is seen is computed.
+    fn runs(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
+        // Rows and columns of AMX's tiles.
+        const STEP: usize = 32;
+        let mut first = 0;
+        self.visible.chunk_by(|one, other| one.div_ceil(STEP) == other.div_ceil(STEP)).map(move |run| {
+            let rows = first..first + run.len();
+            first = rows.end;
+            (rows, run.iter().copied().max().unwrap_or_default())
+        })
+    }
+
     /// How many keys of each panel any of the positions sees.
     fn panels(&self) -> impl Iterator<Item = usize> + use<> {
         let most = self.most;
@@ -163,12 +176,17 @@ fn scale(width: usize) -> f32 {
     1.0 / (width as f32).sqrt()
 }
 
-/// Products of rows with the panels of the positions that a block sees, into the rows of its scores.
+/// Products of rows with the panels of the positions that a block sees, into the rows of its scores: what a row does not see
+/// may stay as it is.
 fn score<E: Factor>(rows: View<'_, E>, panels: &[E], block: &Block<'_>, scores: &mut [f32]) {
-    let panels = panels.chunks_exact(rows.width() * COLUMNS).zip(block.panels());
-    for (index, (panel, columns)) in panels.enumerate() {
-        let sums = Sums::Kept { rows: &mut scores[index * COLUMNS..], stride: block.seen, fresh: true };
-        multiply(rows, (panel, columns), sums);
+    for (run, most) in block.runs() {
+        let scores = &mut scores[run.start * block.seen..];
+        let rows = rows.part(run, 0..rows.width());
+        let panels = panels.chunks_exact(rows.width() * COLUMNS).zip((0..most).step_by(COLUMNS));
+        for (panel, first) in panels {
+            let sums = Sums::Kept { rows: &mut scores[first..], stride: block.seen, fresh: true };
+            multiply(rows, (panel, COLUMNS.min(most - first)), sums);
+        }
     }
 }
 
@@ -247,16 +265,18 @@ impl<E: Factor> Work<E> {
         width: usize,
         out: &mut [E],
     ) {
-        let most = block.most.next_multiple_of(E::GROUP).min(length);
-        let weights = View::new(&self.weights, block.seen, 0..block.rows.len(), 0..most);
+        let weights = View::new(&self.weights, block.seen, 0..block.rows.len(), 0..block.seen);
         let panels = match side {
             Side::Keys => &self.keys_by_position,
             Side::Values => &self.values,
         };
-        let out = &mut out[block.rows.start * width..block.rows.end * width];
-        for (panel, first) in panels.chunks_exact(length * COLUMNS).zip(columns.clone().step_by(COLUMNS)) {
-            let sums = Sums::Rounded { so_far: None, plus: Plus::NOTHING, out, width, first };
-            multiply(weights, (panel, COLUMNS.min(columns.end - first)), sums);
+        for (run, most) in block.runs() {
+            let out = &mut out[(block.rows.start + run.start) * width..(block.rows.start + run.end) * width];
+            let weights = weights.part(run, 0..most.next_multiple_of(E::GROUP));
+            for (panel, first) in panels.chunks_exact(length * COLUMNS).zip(columns.clone().step_by(COLUMNS)) {
+                let sums = Sums::Rounded { so_far: None, plus: Plus::NOTHING, out, width, first };
+                multiply(weights, (panel, COLUMNS.min(columns.end - first)), sums);
+            }
         }
     }
 

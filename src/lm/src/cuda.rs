@@ -322,7 +322,7 @@ mod tests {
             let mut first = 0;
             for length in lengths {
                 let part = |whole: &Tensor| whole.narrow(1, first, length).to_kind(Kind::Float);
-                let attention = ops::Attention::forward(part(&joint), &config).unwrap();
+                let attention = ops::Attention::forward(&part(&joint), &config).unwrap();
                 let expected = attention.backward(&part(&gradient)).unwrap();
                 let difference = largest_difference(&part(&found), &expected);
                 assert!(difference < 0.02, "{length}: {difference}");

@@ -369,9 +369,8 @@ impl Batch {
         let place = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(decoder.compute.device);
         let (tokens, positions) = (place(&tokens)?.f_unsqueeze(0)?, place(&positions)?);
         let (device, kind) = (decoder.compute.device, decoder.compute.kind);
-        let lengths = groups.iter().flat_map(|group: &Group| (0..group.examples).map(|_| group.length));
         let at_once = cuda::has_attention(device, kind, decoder.config.head_dim);
-        let sequences = at_once.then(|| Sequences::new(lengths, device)).transpose()?;
+        let sequences = at_once.then(|| Sequences::new(lengths(&groups), device)).transpose()?;
         let sums = groups.clone();
         Ok(Self {
             tokens,
@@ -392,10 +391,20 @@ impl Batch {
         Self { sums, ..self }
     }
 
+    /// Padded length of each example.
+    fn lengths(&self) -> Vec<usize> {
+        lengths(&self.groups).map(|length| length as usize).collect()
+    }
+
     /// Number of tokens, padding included.
     fn length(&self) -> i64 {
         self.groups.iter().map(Group::tokens).sum()
     }
+}
+
+/// The padded length of each example.
+fn lengths(groups: &[Group]) -> impl Iterator<Item = i64> {
+    groups.iter().flat_map(|group| (0..group.examples).map(|_| group.length))
 }
 
 /// The place of each example's first token.

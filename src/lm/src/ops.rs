@@ -34,11 +34,13 @@ macro_rules! on_cpu {
 
 // Behind the macro, which they use.
 mod attention;
+mod feed_forward;
 mod linear;
 
 use linear::added;
 
-pub(crate) use attention::{Attention, Text, attend, attend_padded, thirds};
+pub(crate) use attention::{Attention, Text, attend, attend_causal, attend_causal_backward, attend_padded, thirds};
+pub(crate) use feed_forward::FeedForward;
 pub(crate) use linear::{Frozen, linear, linear_gelu, linear_onto, matmul, matmul_onto, multiplies_all, outer};
 
 /// `[rows]` f64: Σ x² of each row of `[rows, n]` f32, squares in float32. On CPU a row's sum is the same bits whatever rows

@@ -312,7 +312,7 @@ impl<'a, E> View<'a, E> {
         self.width
     }
 
-    fn part(self, rows: Range<usize>, columns: Range<usize>) -> Self {
+    pub(crate) fn part(self, rows: Range<usize>, columns: Range<usize>) -> Self {
         assert!(rows.end <= self.rows && columns.end <= self.width);
         Self::new(self.values, self.stride, rows, columns)
     }
@@ -386,6 +386,14 @@ pub(crate) struct Packed {
 }
 
 impl Packed {
+    pub(crate) fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    pub(crate) fn outputs(&self) -> usize {
+        self.outputs
+    }
+
     /// Packs a weight; `None` where all that is packed would take more than an eighth of the machine's memory.
     pub(crate) fn new<E: Factor>(weight: Weight<'_, E>) -> Option<Self> {
         let (inputs, outputs) = (weight.inputs(), weight.outputs());

@@ -9,8 +9,10 @@ use crate::{LmError, cuda, ops};
 
 /// What attention's gradient needs.
 pub(super) enum Attention {
+    /// The joined heads, for our kernel.
+    Own(Tensor),
+    Cuda(cuda::Attention),
     Groups(Vec<ops::Attention>),
-    Whole(cuda::Attention),
 }
 
 impl Attention {
@@ -19,19 +21,23 @@ impl Attention {
         if let Some(sequences) = &batch.sequences {
             let whole = cuda::Attention::forward(joint, config, sequences)?;
             let output = whole.output()?;
-            return Ok((Self::Whole(whole), output));
+            return Ok((Self::Cuda(whole), output));
         }
-        let groups = batch.groups.iter().map(|group| ops::Attention::forward(group.of(&joint)?, config));
+        if let Some(output) = ops::attend_causal(&joint, config, &batch.lengths())? {
+            return Ok((Self::Own(joint), output));
+        }
+        let groups = batch.groups.iter().map(|group| ops::Attention::forward(&group.of(&joint)?, config));
         let groups = groups.collect::<Result<Vec<_>, LmError>>()?;
         let output = joined(groups.iter().map(|group| Ok(group.output.shallow_clone())))?;
         Ok((Self::Groups(groups), output))
     }
 
     /// Gradient of the joined heads, of which the output's is `gradient`.
-    pub(super) fn backward(self, gradient: &Tensor, batch: &Batch) -> Result<Tensor, LmError> {
+    pub(super) fn backward(self, gradient: &Tensor, config: &DecoderConfig, batch: &Batch) -> Result<Tensor, LmError> {
         match (self, &batch.sequences) {
-            (Self::Whole(whole), Some(sequences)) => whole.backward(gradient, sequences),
-            (Self::Whole(_), None) => Err(LmError::Malformed("attention of another batch".into())),
+            (Self::Own(joint), _) => ops::attend_causal_backward(gradient, &joint, config, &batch.lengths()),
+            (Self::Cuda(whole), Some(sequences)) => whole.backward(gradient, sequences),
+            (Self::Cuda(_), None) => Err(LmError::Malformed("attention of another batch".into())),
             (Self::Groups(attention), _) => {
                 let groups = batch.groups.iter().zip(attention);
                 joined(groups.map(|(group, attention)| attention.backward(&group.of(gradient)?)))

@@ -14,7 +14,7 @@ use crate::checkpoint::DecoderConfig;
 use crate::cuda;
 use crate::decoder::layer::rows_of;
 use crate::decoder::{Adapters, Decoder, Layer};
-use crate::ops::{self, Frozen};
+use crate::ops::{self, FeedForward, Frozen};
 use crate::rope::Angles;
 
 /// Padded tokens × layers above which, on CPU, a layer keeps its input alone and its inside is computed again on the way
@@ -54,6 +54,13 @@ enum Kept {
 
 /// The inside of a layer that its backward pass reads.
 struct Inside {
+    first: Half,
+    /// `[1, T, 2 · inner]`.
+    gate_up: Tensor,
+}
+
+/// The inside of a layer up to attention's residual.
+struct Half {
     /// Input `[1, T, D]`.
     input: Tensor,
     /// What A of the adapters makes of it after the norm, `[1, T, R]`.
@@ -65,8 +72,6 @@ struct Inside {
     o_low: Option<Tensor>,
     /// After attention's residual: `[1, T, D]`.
     middle: Tensor,
-    /// `[1, T, 2 · inner]`.
-    gate_up: Tensor,
 }
 
 impl<'a> Tape<'a> {
@@ -83,8 +88,7 @@ impl<'a> Tape<'a> {
         let mut layers = Vec::with_capacity(decoder.layers.len());
         for index in 0..decoder.layers.len() {
             let context = model.layer(index);
-            let inside = context.inside(&hidden)?;
-            let next = context.output(&inside)?;
+            let (inside, next) = context.forward(&hidden)?;
             layers.push(if keep { Kept::All(Box::new(inside)) } else { Kept::Input(hidden) });
             hidden = next;
         }
@@ -134,7 +138,7 @@ pub(super) fn output(
     let mut hidden = decoder.embed(&batch.tokens)?;
     for index in 0..decoder.layers.len() {
         let context = model.layer(index);
-        hidden = context.output(&context.inside(&hidden)?)?;
+        hidden = context.forward(&hidden)?.1;
     }
     Ok(hidden)
 }
@@ -177,8 +181,21 @@ struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// The layer up to the gate and up products.
+    /// The layer's inside and its output.
+    fn forward(&self, input: &Tensor) -> Result<(Inside, Tensor), LmError> {
+        let first = self.half(input)?;
+        let (gate_up, output) = self.feed_forward().forward(&self.post_norm(&first)?, &first.middle)?;
+        Ok((Inside { first, gate_up }, output))
+    }
+
+    /// The inside alone.
     fn inside(&self, input: &Tensor) -> Result<Inside, LmError> {
+        let first = self.half(input)?;
+        let gate_up = ops::linear(&self.post_norm(&first)?, &self.layer.gate_up, None, None)?;
+        Ok(Inside { first, gate_up })
+    }
+
+    fn half(&self, input: &Tensor) -> Result<Half, LmError> {
         let epsilon = self.config.rms_norm_eps;
         let normed = ops::rms_norm(input, &self.layer.input_norm, epsilon)?;
         let mut qkv = ops::linear(&normed, &self.layer.qkv, self.layer.qkv_bias.as_ref(), None)?;
@@ -197,15 +214,15 @@ impl Context<'_> {
             middle = ops::linear_onto(middle, &low, &factors.b)?;
             o_low = Some(low);
         }
-        let normed = ops::rms_norm(&middle, &self.layer.post_norm, epsilon)?;
-        let gate_up = ops::linear(&normed, &self.layer.gate_up, None, None)?;
-        Ok(Inside { input: input.shallow_clone(), qkv_low, attention, attended, o_low, middle, gate_up })
+        Ok(Half { input: input.shallow_clone(), qkv_low, attention, attended, o_low, middle })
     }
 
-    /// The layer from there on: its output.
-    fn output(&self, inside: &Inside) -> Result<Tensor, LmError> {
-        let inner = ops::swiglu(&inside.gate_up)?;
-        ops::linear(&inner, &self.layer.down, None, Some(&inside.middle))
+    fn post_norm(&self, first: &Half) -> Result<Tensor, LmError> {
+        ops::rms_norm(&first.middle, &self.layer.post_norm, self.config.rms_norm_eps)
+    }
+
+    fn feed_forward(&self) -> FeedForward<'_> {
+        FeedForward { gate_up: &self.layer.gate_up, down: &self.layer.down }
     }
 
     /// `(gradient of the layer's input, gradients of its adapter tensors)`. The first layer's input gradient is not
@@ -219,13 +236,9 @@ impl Context<'_> {
         scale: f64,
     ) -> Result<(Option<Tensor>, Vec<Tensor>), LmError> {
         let epsilon = self.config.rms_norm_eps;
-        let Inside { input, qkv_low, attention, attended, o_low, middle, gate_up } = inside;
+        let Inside { first: Half { input, qkv_low, attention, attended, o_low, middle }, gate_up } = inside;
         // Feed-forward: ∂middle = ∂out + norm'(W_guᵀ · swiglu'(W_dᵀ · ∂out)).
-        let inner = ops::matmul(&gradient, &self.layer.down, None)?;
-        let joint = ops::swiglu_backward(&inner, &gate_up)?;
-        drop((inner, gate_up));
-        let normed = ops::matmul(&joint, &self.layer.gate_up, None)?;
-        drop(joint);
+        let normed = self.feed_forward().backward(&gradient, gate_up)?;
         let upper = ops::rms_norm_backward(&normed, &middle, &self.layer.post_norm, epsilon, Some(&gradient))?;
         drop((normed, middle, gradient));
         // Output projection.
@@ -240,7 +253,7 @@ impl Context<'_> {
         let of_attended = added_to(through, &upper, &self.layer.o)?;
         drop(attended);
         // Attention and rotation.
-        let joint = ops::rotate(attention.backward(&of_attended, self.batch)?, self.config, back)?;
+        let joint = ops::rotate(attention.backward(&of_attended, self.config, self.batch)?, self.config, back)?;
         // Input projections.
         let normed = ops::rms_norm(&input, &self.layer.input_norm, epsilon)?;
         let mut qkv_gradients = None;
@@ -300,7 +313,11 @@ impl Context<'_> {
         scale: f64,
     ) -> Result<Vec<Tensor>, LmError> {
         let rank = lora.config.rank;
-        let finish = |tensor: &Tensor, factor: f64| tensor.f_to_kind(Kind::Float).and_then(|t| t.f_mul_scalar(factor));
+        let finish = |tensor: Tensor, factor: f64| -> Result<Tensor, LmError> {
+            let mut whole = Tensor::f_empty(tensor.size(), (Kind::Float, tensor.device()))?;
+            whole.f_copy_(&tensor)?;
+            Ok(whole.f_mul_scalar_(factor)?)
+        };
         let mut tensors = Vec::new();
         for (position, target) in lora.config.targets.iter().enumerate() {
             let (joint, column) = match target {
@@ -313,9 +330,9 @@ impl Context<'_> {
                 _ => rows_of(*target, self.config),
             };
             // The scale of LoRA is in the joined B, so it is in ∂A already; ∂B still lacks it.
-            tensors.push(finish(&a.f_narrow(1, column, rank)?, scale)?);
+            tensors.push(finish(a.f_narrow(1, column, rank)?, scale)?);
             let block = b.f_narrow(1, first, rows)?.f_narrow(2, column, rank)?;
-            tensors.push(finish(&block, scale * lora.config.scale())?);
+            tensors.push(finish(block, scale * lora.config.scale())?);
         }
         Ok(tensors)
     }

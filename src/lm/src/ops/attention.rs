@@ -9,23 +9,17 @@ use super::{values, values_mut};
 use crate::LmError;
 use crate::attention::{Heads, Sequence, Work};
 use crate::checkpoint::DecoderConfig;
-use crate::kernels::Element;
 use crate::products::Factor;
 
-/// Causal attention and what its gradient needs.
+/// Causal attention by libtorch, of sequences of one length, and what its gradient needs.
 pub(crate) struct Attention {
-    /// Queries, keys and values, `[batch, length, (heads + 2 · key-value heads) · head_dim]`.
-    joint: Tensor,
-    heads: Heads,
     /// `[batch, length, heads · head_dim]`.
     pub(crate) output: Tensor,
     way: Way,
 }
 
-/// How attention is computed.
+/// How libtorch computes attention.
 enum Way {
-    /// Our kernel.
-    Own,
     /// libtorch's kernel for CPU: its q, k, v and output, `[batch, heads, length, head_dim]`, and the row-wise log of the sum
     /// of exponentials that it gave.
     Flash([Tensor; 4], Tensor),
@@ -35,26 +29,15 @@ enum Way {
 
 impl Attention {
     /// Attention of a group's joined heads `[batch, length, (heads + 2 · key-value heads) · head_dim]`.
-    pub(crate) fn forward(joint: Tensor, config: &DecoderConfig) -> Result<Self, LmError> {
-        let heads =
-            Heads { queries: config.heads as usize, keys: config.kv_heads as usize, width: config.head_dim as usize };
-        on_cpu!(joint, E => {
-            let length = joint.size3()?.1;
-            if can_attend::<E>(length, heads) {
-                let visible: Vec<usize> = (1..=length as usize).collect();
-                let joint = joint.f_contiguous()?;
-                let output = own_forward::<E>(&joint, heads, &visible)?;
-                return Ok(Self { joint, heads, output, way: Way::Own });
-            }
-        }, {});
-        let (q, k, v) = split_heads(&joint, config)?;
+    pub(crate) fn forward(joint: &Tensor, config: &DecoderConfig) -> Result<Self, LmError> {
+        let (q, k, v) = split_heads(joint, config)?;
         match joint.device() {
-            Device::Cpu => Self::by_flash(joint, heads, q, k, v),
-            _ => Self::by_autograd(joint, heads, q, k, v),
+            Device::Cpu => Self::by_flash(q, k, v),
+            _ => Self::by_autograd(q, k, v),
         }
     }
 
-    fn by_flash(joint: Tensor, heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
+    fn by_flash(q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
         let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
         let (output, normaliser) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
             &q,
@@ -66,11 +49,11 @@ impl Attention {
             None,
         )?;
         let way = Way::Flash([q, k, v, output.shallow_clone()], normaliser);
-        Ok(Self { joint, heads, output: join_heads(&output)?, way })
+        Ok(Self { output: join_heads(&output)?, way })
     }
 
     /// Autograd over this one operation: its kernels differ by device, kind and head width.
-    fn by_autograd(joint: Tensor, heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
+    fn by_autograd(q: Tensor, k: Tensor, v: Tensor) -> Result<Self, LmError> {
         let leaf = |tensor: Tensor| tensor.f_detach()?.f_set_requires_grad(true);
         let (q, k, v) = (leaf(q)?, leaf(k)?, leaf(v)?);
         let output = tch::with_grad(|| -> Result<Tensor, LmError> {
@@ -78,7 +61,7 @@ impl Attention {
             let none = None::<&Tensor>;
             Ok(Tensor::f_scaled_dot_product_attention(&q, &wide_k, &wide_v, none, 0.0, true, None, false)?)
         })?;
-        Ok(Self { joint, heads, output: join_heads(&output.detach())?, way: Way::Autograd([q, k, v, output]) })
+        Ok(Self { output: join_heads(&output.detach())?, way: Way::Autograd([q, k, v, output]) })
     }
 
     /// The output alone, where no gradient is wanted.
@@ -89,17 +72,15 @@ impl Attention {
 
     /// Gradient of the joined heads, of which the output's gradient is `gradient` `[batch, length, heads · head_dim]`.
     pub(crate) fn backward(self, gradient: &Tensor) -> Result<Tensor, LmError> {
-        let Self { joint, heads, way, .. } = self;
-        let (batch, length, width) = joint.size3()?;
-        let apart = |rows: &Tensor| -> Result<Tensor, LmError> {
-            Ok(rows.f_reshape([batch, length, -1, heads.width as i64])?.f_transpose(1, 2)?)
+        let (batch, length, _) = gradient.size3()?;
+        let apart = |q: &Tensor| -> Result<Tensor, LmError> {
+            Ok(gradient.f_reshape([batch, length, -1, q.size4()?.3])?.f_transpose(1, 2)?)
         };
-        let (q, k, v) = match way {
-            Way::Own => return own_backward(gradient, &joint, heads),
+        let (q, k, v) = match self.way {
             Way::Flash([q, k, v, output], normaliser) => {
                 let (wide_k, wide_v) = (repeated(&k, &q)?, repeated(&v, &q)?);
                 let (of_q, of_k, of_v) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward(
-                    &apart(gradient)?,
+                    &apart(&q)?,
                     &q,
                     &wide_k,
                     &wide_v,
@@ -113,7 +94,7 @@ impl Attention {
                 (of_q, summed(&of_k, &k)?, summed(&of_v, &v)?)
             }
             Way::Autograd([q, k, v, output]) => {
-                let gradient = apart(gradient)?;
+                let gradient = apart(&q)?;
                 let objective = tch::with_grad(|| output.f_mul(&gradient)?.f_sum(Kind::Float))?;
                 let found = Tensor::f_run_backward(&[objective], &[&q, &k, &v], false, false)?;
                 match <[Tensor; 3]>::try_from(found) {
@@ -123,8 +104,48 @@ impl Attention {
             }
         };
         let joint = Tensor::f_cat(&[q.f_transpose(1, 2)?, k.f_transpose(1, 2)?, v.f_transpose(1, 2)?], 2)?;
-        Ok(joint.f_reshape([batch, length, width])?)
+        Ok(joint.f_reshape([batch, length, -1])?)
     }
+}
+
+/// Causal attention of sequences one behind the other by our kernel, where that can compute it: joined heads `[1, tokens,
+/// (heads + 2 · key-value heads) · head_dim]` to `[1, tokens, heads · head_dim]`. The lengths must make up all tokens.
+pub(crate) fn attend_causal(
+    joint: &Tensor,
+    config: &DecoderConfig,
+    lengths: &[usize],
+) -> Result<Option<Tensor>, LmError> {
+    on_cpu!(joint, E => {
+        own_forward::<E>(joint, heads_of(config), lengths.iter().map(|&length| (1..=length).collect()))
+    }, Ok(None))
+}
+
+/// Gradient of the joined heads, of which that of what [`attend_causal`] gave is `gradient`.
+pub(crate) fn attend_causal_backward(
+    gradient: &Tensor,
+    joint: &Tensor,
+    config: &DecoderConfig,
+    lengths: &[usize],
+) -> Result<Tensor, LmError> {
+    on_cpu!(joint, E => {
+        let (heads, gradient, joint) = (heads_of(config), gradient.f_contiguous()?, joint.f_contiguous()?);
+        let mut out = joint.f_empty_like()?;
+        let (mut rows, mut gradients) = (values::<E>(&joint)?, values::<E>(&gradient)?);
+        let (mut outs, mut work) = (values_mut::<E>(&mut out)?, Work::new());
+        for &length in lengths {
+            let (own_rows, own_gradients, own_outs);
+            (own_rows, rows) = rows.split_at(length * heads.row());
+            (own_gradients, gradients) = gradients.split_at(length * heads.out());
+            (own_outs, outs) = outs.split_at_mut(length * heads.row());
+            let visible: Vec<usize> = (1..=length).collect();
+            Sequence { rows: own_rows, heads, visible: &visible }.backward(own_gradients, &mut work, own_outs);
+        }
+        Ok(out)
+    }, Err(LmError::Malformed("attention by our kernel on another device than the CPU".into())))
+}
+
+fn heads_of(config: &DecoderConfig) -> Heads {
+    Heads { queries: config.heads as usize, keys: config.kv_heads as usize, width: config.head_dim as usize }
 }
 
 /// A text among others, one behind the other.
@@ -139,25 +160,12 @@ pub(crate) struct Text {
 /// Attention of each text to its own tokens, by our kernel where that can compute it: joined heads `[tokens, 3 · heads ·
 /// head_dim]` to `[tokens, heads · head_dim]`. The texts must make up all tokens.
 pub(crate) fn attend(joint: &Tensor, heads: i64, texts: &[Text]) -> Result<Option<Tensor>, LmError> {
-    let (tokens, width) = joint.size2()?;
+    let (_, width) = joint.size2()?;
     let count = heads as usize;
     let heads = Heads { queries: count, keys: count, width: width as usize / 3 / count };
-    let lengths = texts.iter().map(|text| text.length);
-    assert!(heads.row() == width as usize && lengths.sum::<usize>() == tokens as usize);
+    assert!(heads.row() == width as usize);
     on_cpu!(joint, E => {
-        if !texts.iter().all(|text| can_attend::<E>(text.length as i64, heads)) {
-            return Ok(None);
-        }
-        let joint = joint.f_contiguous()?;
-        let mut out = Tensor::f_empty([tokens, heads.out() as i64], (E::KIND, Device::Cpu))?;
-        let (mut rows, mut outs, mut work) = (values::<E>(&joint)?, values_mut(&mut out)?, Work::new());
-        for text in texts {
-            let (own_rows, own_outs);
-            (own_rows, rows) = rows.split_at(text.length * heads.row());
-            (own_outs, outs) = outs.split_at_mut(text.length * heads.out());
-            Sequence { rows: own_rows, heads, visible: &vec![text.own; text.length] }.forward(&mut work, own_outs);
-        }
-        Ok(Some(out))
+        own_forward::<E>(joint, heads, texts.iter().map(|text| vec![text.own; text.length]))
     }, Ok(None))
 }
 
@@ -175,40 +183,31 @@ pub(crate) fn thirds(joint: &Tensor, heads: i64) -> Result<[Tensor; 3], LmError>
     Ok([part(0)?, part(1)?, part(2)?])
 }
 
-/// Whether our kernel can have such sequences.
-fn can_attend<E: Factor>(length: i64, heads: Heads) -> bool {
-    multiplies::<E>(length) && multiplies::<E>(heads.width as i64)
-}
-
-/// What our kernel gives for sequences `[batch, length, row of heads]`, which all see what `visible` says.
-fn own_forward<E: Factor>(joint: &Tensor, heads: Heads, visible: &[usize]) -> Result<Tensor, LmError> {
-    let (batch, length, _) = joint.size3()?;
-    let mut out = Tensor::f_empty([batch, length, heads.out() as i64], (E::KIND, Device::Cpu))?;
-    let mut work = Work::new();
-    let rows = values::<E>(joint)?.chunks_exact(length as usize * heads.row());
-    let outs = values_mut(&mut out)?.chunks_exact_mut(length as usize * heads.out());
-    for (rows, out) in rows.zip(outs) {
-        Sequence { rows, heads, visible }.forward(&mut work, out);
+/// What our kernel gives for sequences one behind the other, whose positions see as many keys as each says, if it can compute
+/// all of them: joined heads `[…, tokens, row of heads]` to `[…, tokens, heads · head_dim]`.
+fn own_forward<E: Factor>(
+    joint: &Tensor,
+    heads: Heads,
+    sequences: impl Iterator<Item = Vec<usize>> + Clone,
+) -> Result<Option<Tensor>, LmError> {
+    let mut lengths = sequences.clone().map(|visible| visible.len() as i64);
+    if !multiplies::<E>(heads.width as i64) || !lengths.all(multiplies::<E>) {
+        return Ok(None);
     }
-    Ok(out)
-}
-
-/// Gradient of what [`Attention::forward`] had from our kernel.
-fn own_backward(gradient: &Tensor, joint: &Tensor, heads: Heads) -> Result<Tensor, LmError> {
-    on_cpu!(joint, E => {
-        let length = joint.size3()?.1 as usize;
-        let gradient = gradient.f_contiguous()?;
-        let mut out = joint.f_empty_like()?;
-        let mut work = Work::new();
-        let visible: Vec<usize> = (1..=length).collect();
-        let rows = values::<E>(joint)?.chunks_exact(length * heads.row());
-        let gradients = values::<E>(&gradient)?.chunks_exact(length * heads.out());
-        let outs = values_mut::<E>(&mut out)?.chunks_exact_mut(length * heads.row());
-        for ((rows, gradient), out) in rows.zip(gradients).zip(outs) {
-            Sequence { rows, heads, visible: &visible }.backward(gradient, &mut work, out);
-        }
-        Ok(out)
-    }, Err(LmError::Malformed("attention by our kernel on another device than the CPU".into())))
+    let joint = joint.f_contiguous()?;
+    let mut shape = joint.size();
+    shape.pop();
+    shape.push(heads.out() as i64);
+    let mut out = Tensor::f_empty(shape, (E::KIND, Device::Cpu))?;
+    let (mut rows, mut outs, mut work) = (values::<E>(&joint)?, values_mut(&mut out)?, Work::new());
+    for visible in sequences {
+        let (own_rows, own_outs);
+        (own_rows, rows) = rows.split_at(visible.len() * heads.row());
+        (own_outs, outs) = outs.split_at_mut(visible.len() * heads.out());
+        Sequence { rows: own_rows, heads, visible: &visible }.forward(&mut work, own_outs);
+    }
+    assert!(rows.is_empty());
+    Ok(Some(out))
 }
 
 /// Key-value heads, one for each query head.
@@ -249,17 +248,27 @@ mod tests {
                 let joint = wave(1, &[2, length, width]).to_kind(kind);
                 let gradient = wave(9, &[2, length, config.heads * config.head_dim]).to_kind(kind);
                 tch::no_grad(|| {
-                    let one = Attention::forward(joint.copy(), &config).unwrap();
-                    let wide = joint.to_kind(Kind::Double);
-                    let (q, k, v) = split_heads(&wide, &config).unwrap();
-                    let other = Attention::by_autograd(wide, one.heads, q, k, v).unwrap();
+                    let one = Attention::forward(&joint, &config).unwrap();
+                    let (q, k, v) = split_heads(&joint.to_kind(Kind::Double), &config).unwrap();
+                    let other = Attention::by_autograd(q, k, v).unwrap();
                     let close = |one: &Tensor, other: &Tensor| {
                         let difference = largest_difference(&one.to_kind(Kind::Double), other);
                         assert!(difference < tolerance, "{kind:?} {name} {length}: {difference}");
                     };
                     close(&one.output, &other.output);
-                    let found = one.backward(&gradient).unwrap();
-                    close(&found, &other.backward(&gradient.to_kind(Kind::Double)).unwrap());
+                    let expected = other.output.copy();
+                    let gradients = other.backward(&gradient.to_kind(Kind::Double)).unwrap();
+                    close(&one.backward(&gradient).unwrap(), &gradients);
+                    // Ours, of one sequence behind the other.
+                    let flat = |whole: &Tensor| whole.flatten(0, 1).unsqueeze(0);
+                    let (joint, lengths) = (flat(&joint), [length as usize; 2]);
+                    let Some(found) = attend_causal(&joint, &config, &lengths).unwrap() else {
+                        assert!(!products::is_supported() || kind == Kind::BFloat16 && length % 2 == 1);
+                        return;
+                    };
+                    close(&found, &flat(&expected));
+                    let found = attend_causal_backward(&flat(&gradient), &joint, &config, &lengths).unwrap();
+                    close(&found, &flat(&gradients));
                 });
             }
         }

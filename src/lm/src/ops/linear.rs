@@ -44,6 +44,17 @@ impl From<Tensor> for Frozen {
     }
 }
 
+impl Frozen {
+    /// It packed for our products, as [`Factored::packed`], where they can have so many inputs.
+    pub(super) fn own<E: Factor>(&self, turned: bool) -> Result<Option<&Packed>, LmError> {
+        let (outputs, inputs) = self.size2()?;
+        match multiplies::<E>(if turned { inputs } else { outputs }) {
+            true => self.packed::<E>(turned),
+            false => Ok(None),
+        }
+    }
+}
+
 impl Deref for Frozen {
     type Target = Tensor;
 
