@@ -144,7 +144,7 @@ unsafe fn all<U: Unit>(rows: usize, columns: usize, of: &Operands<bf16>) -> usiz
                 strip: of.strip.add(2 * PAIRS * times * SQUARE),
                 groups: rest,
                 start: Some(sums.read()),
-                end: of.end,
+                ..of
             };
             waiting = Some(Finish { rows: here, columns, left });
         }
@@ -373,7 +373,7 @@ mod tests {
 
     /// A [`Tile`] of one row.
     unsafe fn row(of: &Operands<bf16>) {
-        let Operands { x, strip, groups, start, end } = *of;
+        let Operands { x, strip, groups, start, end, .. } = *of;
         // SAFETY: the caller's rows.
         let sum = |column: usize| unsafe {
             let start = start.map_or(0.0, |rows| *rows.first.add(column));
@@ -422,6 +422,7 @@ mod tests {
                     groups,
                     start: begins.then_some(Rows { first: start.as_ptr(), stride: SQUARE }),
                     end: into_kept,
+                    next: Rows { first: std::ptr::null(), stride: 0 },
                 };
                 for end in [into_kept, into_rounded] {
                     // SAFETY: arrays need no instructions; rows, strip and room are there.

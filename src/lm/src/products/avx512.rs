@@ -34,7 +34,7 @@ macro_rules! avx512 {
             unsafe fn tile<const R: usize, const C: usize, const S: usize>(of: &Operands<Self>) {
                 #[target_feature(enable = $features)]
                 unsafe fn tile<const R: usize, const C: usize, const S: usize>(of: &Operands<$element>) {
-                    let Operands { x, strip, groups, start, end } = *of;
+                    let Operands { x, strip, groups, start, end, next } = *of;
                     // What the sums meet at the end is fetched while they are computed: rows far apart, which the processor
                     // would not guess.
                     if let End::Rounded { out, plus, .. } = end {
@@ -59,6 +59,7 @@ macro_rules! avx512 {
                             }),
                         };
                         for group in 0..groups {
+                            Operands::<$element>::fetch(next, R, groups, group);
                             let weights = strip.add(group * $group * S);
                             let weights: [_; C] =
                                 std::array::from_fn(|part| $lanes::load(weights.add(16 * $group * part)));

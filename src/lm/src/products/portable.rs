@@ -50,7 +50,7 @@ pub(super) unsafe fn tile<E: Split<G>, const G: usize>(rows: usize, of: &Operand
 /// As there; the CPU has the instructions.
 #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma"))]
 unsafe fn sums<E: Split<G>, const R: usize, const G: usize>(of: &Operands<E>) {
-    let Operands { x, strip, groups, start, end } = *of;
+    let Operands { x, strip, groups, start, end, next } = *of;
     // SAFETY: the pointers are good for these offsets by the caller's contract.
     unsafe {
         let mut sums = match start {
@@ -60,6 +60,7 @@ unsafe fn sums<E: Split<G>, const R: usize, const G: usize>(of: &Operands<E>) {
             }
         };
         for group in 0..groups {
+            Operands::<E>::fetch(next, R, groups, group);
             let weights = strip.add(G * WIDTH * group).cast::<[u32; WIDTH]>().read_unaligned();
             for (row, sums) in sums.iter_mut().enumerate() {
                 let inputs = E::split(x.first.add(row * x.stride + G * group).cast::<u32>().read_unaligned());
