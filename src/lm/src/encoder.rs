@@ -204,7 +204,8 @@ impl Encoder {
 }
 
 /// Token ids of texts, one text behind the other, each padded on the right by its own length alone: so that a text's vector
-/// does not depend on its company, on CPU bit for bit. Votes depend on vectors, and one more record must not move others'.
+/// does not depend on its company, on a CPU with AVX2 bit for bit. Votes depend on vectors, and one more record must not
+/// move others'.
 pub(crate) struct Batch {
     /// `[tokens]` i64.
     ids: Tensor,

@@ -7,12 +7,12 @@
 //! autograd and finite differences of the plain forward pass in [`crate::decoder`].
 //!
 //! Examples stand one behind the other in one long row of tokens, so that the products with frozen weights are few and
-//! large; attention and the gradients of the factors are computed by groups of one length. Each example is padded on the
-//! right. Attention is causal, so padding is never seen by a real token; its own gradient is zero because it has no
-//! labels. Hence an example's loss and gradient do not depend on its company other than by rounding; and since each is
-//! padded by its own length alone, and a row of a product does not depend on how many rows there are, not by rounding
-//! either: on CPU, bit for bit. Without that, a neighbour's length would move a gradient in bf16 by some percent, and one
-//! more privacy unit in the batch would move everybody's.
+//! large; the gradients of the factors, and attention by libtorch, are computed by groups of one length. Each example
+//! is padded on the right. Attention is causal, so padding is never seen by a real token; its own gradient is zero
+//! because it has no labels. Hence an example's loss and gradient do not depend on its company other than by rounding;
+//! and since each is padded by its own length alone, and a row of a product does not depend on how many rows there are,
+//! not by rounding either: on a CPU with AVX2, bit for bit. Without that, a neighbour's length would move a gradient in
+//! bf16 by some percent, and one more privacy unit in the batch would move everybody's.
 
 mod attention;
 mod backward;

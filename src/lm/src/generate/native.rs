@@ -1,9 +1,10 @@
 //! The decoder for sampling on CPU, without libtorch.
 //!
-//! A step of sampling multiplies a few dozen rows by every weight. libtorch repacks each weight for each product and waits
-//! for its threads after each of some thousand small operations; here weights are packed once, as the instructions want
-//! them, and a worker takes its sequences through the whole step alone. A row is summed in the same order whatever rows
-//! are beside it, so that a sequence is bit for bit the same in any company.
+//! A step of sampling multiplies a few dozen rows by every weight. libtorch repacks each weight for each product and
+//! waits for its threads after each of some thousand small operations; here they were packed once
+//! ([`crate::decoder::packed`]), as the instructions want them, and a worker takes its sequences through the whole step
+//! alone. A row is summed in the same order whatever rows are beside it, so that a sequence is bit for bit the same in
+//! any company.
 //!
 //! The residual stream and everything elementwise are float32; the inputs of products and the cache are of the compute
 //! kind.

@@ -1,5 +1,4 @@
-//! Attention of a batch's examples, each by itself: all in one call where the device has a kernel for that, else group by
-//! group.
+//! Attention of a batch's examples, each by itself: all in one call where there is a kernel for that, else group by group.
 
 use tch::Tensor;
 
