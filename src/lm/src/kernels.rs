@@ -4,12 +4,14 @@
 //! training step. All arithmetic is in float32, whatever the elements are. One thread: whoever calls has split the work
 //! already (see [`crate::workers`]).
 
+mod cross_entropy;
 mod lanes;
 
 use std::ops::Range;
 
 use half::bf16;
 
+pub(crate) use cross_entropy::{cross_entropy, drawn_cross_entropy};
 use lanes::{LANES, larger};
 
 /// What a tensor of the compute kind holds.
@@ -113,10 +115,6 @@ kernels! {
     );
     /// GELU, by the error function, of some columns of rows `width` wide, in place.
     fn gelu / gelu_body<E: Element>(rows: &mut [E], width: usize, columns: Range<usize>);
-    /// Cross-entropy of rows of logits as wide as `vocab`; each row becomes its gradient.
-    fn cross_entropy / cross_entropy_body<E: Element>(
-        logits: &mut [E], vocab: usize, labels: &[i64], losses: &mut [f32],
-    );
     /// Σ x² of each of as many rows as there are sums, squares in float32 and their sum in float64.
     fn squares / squares_body(rows: &[f32], sums: &mut [f64]);
     /// Softmax of rows of `scale` · scores, each `width` wide, which is whole vectors. Of each row as many are seen as
@@ -312,26 +310,6 @@ fn polynomial<const N: usize>(factors: &[f32; N], x: f32) -> f32 {
         sum = sum.mul_add(x, factors[place]);
     }
     sum
-}
-
-#[inline(always)]
-fn cross_entropy_body<E: Element>(logits: &mut [E], vocab: usize, labels: &[i64], losses: &mut [f32]) {
-    let mut powers = vec![0f32; vocab];
-    for ((row, label), loss) in logits.chunks_exact_mut(vocab).zip(labels).zip(losses) {
-        let best = largest(row);
-        for (power, value) in powers.iter_mut().zip(&*row) {
-            *power = exp(value.wide() - best);
-        }
-        let total = sum([&powers], |[power]| power);
-        let wanted = row[*label as usize].wide();
-        *loss = best + total.ln() - wanted;
-        let inverse = 1.0 / total;
-        for (value, power) in row.iter_mut().zip(&powers) {
-            *value = E::narrow(power * inverse);
-        }
-        // From the unrounded probability: near 1 the rounded one has lost what matters.
-        row[*label as usize] = E::narrow(exp(wanted - best) * inverse - 1.0);
-    }
 }
 
 #[inline(always)]
@@ -577,9 +555,11 @@ mod tests {
             let (mut best, mut parts) = (0.0, [0.0]);
             mass(&row, 1.0, &mut best, &mut parts);
             assert!(parts[0].is_nan(), "{at}");
-            let mut losses = [0.0];
+            let (mut losses, mut gradient) = ([0.0], [0.0]);
             cross_entropy(&mut row.clone(), seen, &[1], &mut losses);
             assert!(losses[0].is_nan(), "{at}");
+            drawn_cross_entropy(&row, &vec![1.0; seen], &[1], &mut losses, &mut gradient);
+            assert!(losses[0].is_nan() && gradient[0].is_nan(), "{at}");
         }
         // What is not seen may be anything.
         let mut scores = [0.5; LANES];

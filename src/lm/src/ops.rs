@@ -148,9 +148,28 @@ pub(crate) fn swiglu_backward(gradient: &Tensor, gate_up: &Tensor) -> Result<Ten
     })
 }
 
+/// `([rows] f32 losses, [rows, hidden])`: cross-entropy of each row of logits `[rows, vocab]`, which are x · outputᵀ, and
+/// its gradient with respect to x. The logits are used up.
+///
+/// In bf16 on CPU, tokens of little probability are drawn by lot ([`kernels::drawn_cross_entropy`]); elsewhere the product
+/// is whole.
+pub(crate) fn cross_entropy(logits: Tensor, labels: &Tensor, output: &Frozen) -> Result<(Tensor, Tensor), LmError> {
+    if logits.device() != Device::Cpu || logits.kind() != Kind::BFloat16 {
+        let (losses, gradient) = whole_cross_entropy(logits, labels)?;
+        return Ok((losses, matmul(&gradient, output, None)?));
+    }
+    let (logits, vocabulary) = (logits.f_contiguous()?, output.f_contiguous()?);
+    let labels = Vec::<i64>::try_from(labels)?;
+    let mut losses = vec![0f32; labels.len()];
+    let mut gradient = Tensor::f_empty([logits.size2()?.0, output.size2()?.1], (Kind::BFloat16, Device::Cpu))?;
+    let (logits, vocabulary, out) = (values(&logits)?, values(&vocabulary)?, values_mut(&mut gradient)?);
+    kernels::drawn_cross_entropy::<bf16>(logits, vocabulary, &labels, &mut losses, out);
+    Ok((Tensor::f_from_slice(&losses)?, gradient))
+}
+
 /// `([rows] f32 losses, [rows, vocab])`: cross-entropy of each row of logits, and its gradient with respect to them. The
 /// logits are used up.
-pub(crate) fn cross_entropy(logits: Tensor, labels: &Tensor) -> Result<(Tensor, Tensor), LmError> {
+fn whole_cross_entropy(logits: Tensor, labels: &Tensor) -> Result<(Tensor, Tensor), LmError> {
     let (rows, vocab) = logits.size2()?;
     on_cpu!(logits, E => {
         let mut logits = logits.f_contiguous()?;
@@ -263,7 +282,7 @@ mod tests {
         check(&[&[33, 45], &[33, 2 * 45]], |x| vec![swiglu_backward(&x[0], &(&x[1] * 6.0)).unwrap()]);
         check(&[&[9, 131]], |x| {
             let (losses, gradient) =
-                cross_entropy(&x[0] * 9.0, &Tensor::arange(9, (Kind::Int64, Device::Cpu))).unwrap();
+                whole_cross_entropy(&x[0] * 9.0, &Tensor::arange(9, (Kind::Int64, Device::Cpu))).unwrap();
             vec![losses, gradient]
         });
     }
@@ -279,6 +298,46 @@ mod tests {
         }
         assert_eq!(squares(&x.narrow(0, 0, 0)).unwrap().size(), [0]);
         assert_eq!(squares(&x.narrow(1, 0, 0)).unwrap(), Tensor::zeros([5], (Kind::Double, Device::Cpu)));
+    }
+
+    #[test]
+    fn what_lots_move_is_little_and_nothing_on_average() {
+        // Rows of one distribution. What is added to all logits of a row gives it other lots; eighths, so that bf16 rounds
+        // no sum.
+        const ROWS: i64 = 2048;
+        let (vocab, shifts) = (9001, 16);
+        let logits = (wave(1, &[vocab]) * 40.0).round() / 8.0;
+        let logits = logits + Tensor::arange(ROWS, (Kind::Float, Device::Cpu)).remainder(shifts).unsqueeze(1) / 8.0;
+        let labels = Tensor::arange(ROWS, (Kind::Int64, Device::Cpu)).floor_divide_scalar(shifts);
+        // Rows of the vocabulary that have much in common, so that leaving any out would be seen.
+        let vocabulary = (wave(2, &[vocab, 16]) + 0.5).to_kind(Kind::BFloat16);
+        let [found, expected] = [Kind::BFloat16, Kind::Double].map(|kind| {
+            let (losses, gradient) =
+                cross_entropy(logits.to_kind(kind), &labels, &vocabulary.to_kind(kind).into()).unwrap();
+            (losses.to_kind(Kind::Double), gradient.to_kind(Kind::Double))
+        });
+        assert!(largest_difference(&found.0, &expected.0) < 1e-5);
+        let norm = |tensor: &Tensor| tensor.norm().double_value(&[]);
+        let error = &found.1 - &expected.1;
+        let moved = norm(&error) / norm(&expected.1);
+        assert!((0.003..0.03).contains(&moved), "{moved}");
+        // The squares of independent errors add up as the square of their sum does: the quotient is 1, give or take its half,
+        // and every thousandth of a row that was left out would add some hundred.
+        let together = norm(&error.sum_dim_intlist(0, false, Kind::Double)) / norm(&error);
+        assert!(together < 2.0, "{together}");
+    }
+
+    #[test]
+    fn lots_of_a_row_do_not_depend_on_its_company() {
+        let logits = (wave(1, &[40, 5000]) * 9.0).to_kind(Kind::BFloat16);
+        let labels = Tensor::arange(40, (Kind::Int64, Device::Cpu));
+        let vocabulary: Frozen = wave(2, &[5000, 70]).to_kind(Kind::BFloat16).into();
+        let (losses, gradient) = cross_entropy(logits.copy(), &labels, &vocabulary).unwrap();
+        for row in [0, 7, 39] {
+            let part = |tensor: &Tensor| tensor.narrow(0, row, 1);
+            let alone = cross_entropy(part(&logits), &part(&labels), &vocabulary).unwrap();
+            assert_eq!(alone, (part(&losses), part(&gradient)));
+        }
     }
 
     #[test]

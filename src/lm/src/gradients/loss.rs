@@ -22,12 +22,8 @@ pub(super) fn with_gradient(decoder: &Decoder, hidden: &Tensor, batch: &Batch) -
     let rows = Rows::new(decoder, hidden, batch)?;
     let normed_gradient = Tensor::f_empty_like(&rows.normed)?;
     let losses = rows.chunks(decoder, |chunk, labels, first| {
-        let (losses, gradient) = ops::cross_entropy(chunk, labels)?;
-        normed_gradient.f_narrow(0, first, gradient.size()[0])?.f_copy_(&ops::matmul(
-            &gradient,
-            &decoder.output,
-            None,
-        )?)?;
+        let (losses, gradient) = ops::cross_entropy(chunk, labels, &decoder.output)?;
+        normed_gradient.f_narrow(0, first, gradient.size()[0])?.f_copy_(&gradient)?;
         Ok(losses)
     })?;
     let gradient =

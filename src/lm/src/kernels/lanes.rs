@@ -28,6 +28,21 @@ pub(super) fn largest(lanes: &[f32; LANES]) -> f32 {
     halved(lanes, larger)
 }
 
+/// Bit by bit, whether the sign of the lane is set.
+#[inline(always)]
+pub(super) fn signs(lanes: &[f32; LANES]) -> u32 {
+    #[cfg(target_arch = "x86_64")]
+    if std::is_x86_feature_detected!("avx") {
+        // SAFETY: the CPU has the instructions.
+        return unsafe { avx::signs(lanes) };
+    }
+    plain_signs(lanes)
+}
+
+fn plain_signs(lanes: &[f32; LANES]) -> u32 {
+    lanes.iter().rev().fold(0, |bits, lane| bits << 1 | lane.to_bits() >> 31)
+}
+
 /// `b` where it is larger, else `a`.
 #[inline(always)]
 pub(super) fn larger(a: f32, b: f32) -> f32 {
@@ -68,6 +83,16 @@ mod avx {
 
     #[inline]
     #[target_feature(enable = "avx")]
+    pub(super) fn signs(lanes: &[f32; LANES]) -> u32 {
+        [24, 16, 8, 0].into_iter().fold(0, |bits, at| {
+            // SAFETY: eight lanes from each place on.
+            let lanes = unsafe { _mm256_loadu_ps(lanes[at..].as_ptr()) };
+            bits << 8 | _mm256_movemask_ps(lanes) as u32
+        })
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
     fn halved(
         lanes: &[f32; LANES],
         eight: impl Fn(__m256, __m256) -> __m256,
@@ -87,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lanes_are_joined_in_one_order_everywhere() {
+    fn lanes_are_joined_alike_everywhere() {
         for seed in 0..100u32 {
             let mut lanes: [f32; LANES] =
                 std::array::from_fn(|lane| ((seed * 7919 + lane as u32 * 104_729) % 1000) as f32 / 7.0 - 70.0);
@@ -96,6 +121,7 @@ mod tests {
             }
             assert_eq!(sum(&lanes).to_bits(), halved(&lanes, |a, b| a + b).to_bits());
             assert_eq!(largest(&lanes).to_bits(), halved(&lanes, larger).to_bits());
+            assert_eq!(signs(&lanes), plain_signs(&lanes));
         }
     }
 }
