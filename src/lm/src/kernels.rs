@@ -318,24 +318,28 @@ fn softmax_body<E: Element>(scores: &mut [f32], weights: &mut [E], width: usize,
     for ((scores, weights), &seen) in rows.zip(visible) {
         let (near, far) = weights.split_at_mut(seen.next_multiple_of(LANES));
         let scores = &mut scores.as_chunks_mut::<LANES>().0[..near.len() / LANES];
+        // Only the last vector has lanes that are not seen: without their bits, the others are compared by one instruction.
+        let (whole, last) = scores.split_at_mut(seen / LANES);
+        let bits = shown(seen % LANES);
         let mut best = [f32::NEG_INFINITY; LANES];
-        for (block, scores) in scores.iter().enumerate() {
-            for ((best, score), bits) in best.iter_mut().zip(scores).zip(shown(seen - block * LANES)) {
+        for scores in &*whole {
+            for (best, score) in best.iter_mut().zip(scores) {
+                *best = larger(*best, *score);
+            }
+        }
+        for scores in &*last {
+            for ((best, score), bits) in best.iter_mut().zip(scores).zip(bits) {
                 let score = score.to_bits() & bits | f32::NEG_INFINITY.to_bits() & !bits;
                 *best = larger(*best, f32::from_bits(score));
             }
         }
         let best = -lanes::largest(&best) * scale;
         let mut total = [0f32; LANES];
-        for (block, scores) in scores.iter_mut().enumerate() {
-            let mut weights = [0f32; LANES];
-            for ((weight, score), bits) in weights.iter_mut().zip(&*scores).zip(shown(seen - block * LANES)) {
-                *weight = f32::from_bits(exp(score.mul_add(scale, best)).to_bits() & bits);
-            }
-            for (total, weight) in total.iter_mut().zip(weights) {
-                *total += weight;
-            }
-            *scores = weights;
+        for scores in whole {
+            weigh(scores, &[u32::MAX; LANES], scale, best, &mut total);
+        }
+        for scores in last {
+            weigh(scores, bits, scale, best, &mut total);
         }
         let inverse = 1.0 / lanes::sum(&total);
         for (weight, score) in near.iter_mut().zip(scores.as_flattened()) {
@@ -343,6 +347,19 @@ fn softmax_body<E: Element>(scores: &mut [f32], weights: &mut [E], width: usize,
         }
         far.fill(E::narrow(0.0));
     }
+}
+
+/// Makes weights of scores, exp(`scale` · score + `best`) where `bits` are set and 0 elsewhere, and adds them to `total`.
+#[inline(always)]
+fn weigh(scores: &mut [f32; LANES], bits: &[u32; LANES], scale: f32, best: f32, total: &mut [f32; LANES]) {
+    let mut weights = [0f32; LANES];
+    for ((weight, score), bits) in weights.iter_mut().zip(&*scores).zip(bits) {
+        *weight = f32::from_bits(exp(score.mul_add(scale, best)).to_bits() & bits);
+    }
+    for (total, weight) in total.iter_mut().zip(weights) {
+        *total += weight;
+    }
+    *scores = weights;
 }
 
 /// With p the weights and g their gradient: ∂s = scale · p · (g − Σ g·p).
