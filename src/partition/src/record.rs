@@ -79,6 +79,9 @@ pub const REDACTED: &str = "redacted";
 /// See [`REDACTED`].
 pub const MODERATION: &str = "openai_moderation";
 
+/// What is found where a row has two fields of one name: nobody can say which one is meant.
+pub const TWICE: &str = "given twice";
+
 impl Layout {
     /// Finds the layout of an input whose columns `has` tells; `Err` lists what was looked for.
     pub fn resolve(config: &Config, has: impl Fn(&str) -> bool) -> Result<Self, String> {

@@ -8,7 +8,7 @@ use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use crate::record::{FieldProblem, Layout, MODERATION, REDACTED, Record, Speaker, TurnFields};
+use crate::record::{FieldProblem, Layout, MODERATION, REDACTED, Record, Speaker, TWICE, TurnFields};
 
 /// Why a record could not be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,6 +92,13 @@ impl<'de> Scalar<'de> {
 }
 
 const NULL: &str = "null";
+
+/// Reads the value of a key into its place.
+fn put<'de, A: MapAccess<'de>>(object: &mut A, place: &mut Scalar<'de>) -> Result<(), A::Error> {
+    let value = object.next_value_seed(ScalarSeed)?;
+    *place = if let Scalar::Missing = place { value } else { Scalar::Other(TWICE) };
+    Ok(())
+}
 
 /// Accepts any value; implements the [`Visitor`] methods by which scalars and others arrive.
 macro_rules! visit_scalars {
@@ -275,9 +282,9 @@ impl<'de> Visitor<'de> for TurnSeed {
         let (mut role, mut content) = (Scalar::Missing, Scalar::Missing);
         while let Some(key) = object.next_key_seed(KeySeed)? {
             if key == self.0.role {
-                role = object.next_value_seed(ScalarSeed)?;
+                put(&mut object, &mut role)?;
             } else if key == self.0.content {
-                content = object.next_value_seed(ScalarSeed)?;
+                put(&mut object, &mut content)?;
             } else {
                 object.next_value::<IgnoredAny>()?;
             }
@@ -335,7 +342,7 @@ struct RawRecord<'de> {
     unit: Scalar<'de>,
     language: Scalar<'de>,
     redacted: Scalar<'de>,
-    moderation: Moderation,
+    moderation: Option<Moderation>,
 }
 
 impl RawRecord<'_> {
@@ -363,7 +370,7 @@ impl RawRecord<'_> {
             absent if absent.is_absent() => false,
             other => return Err(FieldProblem::new(REDACTED, other.kind(), "a truth value")),
         };
-        Ok(Record { source, text, language, redacted, flagged: self.moderation? })
+        Ok(Record { source, text, language, redacted, flagged: self.moderation.unwrap_or(Ok(false))? })
     }
 }
 
@@ -386,22 +393,28 @@ impl<'de> Visitor<'de> for RecordSeed<'_> {
             unit: Scalar::Missing,
             language: Scalar::Missing,
             redacted: Scalar::Missing,
-            moderation: Ok(false),
+            moderation: None,
         };
         while let Some(key) = object.next_key_seed(KeySeed)? {
             if key == layout.body {
-                raw.body = match layout.turns {
+                let body = match layout.turns {
                     Some(fields) => object.next_value_seed(BodySeed(layout, fields))?,
                     None => Body::Scalar(object.next_value_seed(ScalarSeed)?),
                 };
+                let first = matches!(raw.body, Body::Scalar(Scalar::Missing));
+                raw.body = if first { body } else { Body::Scalar(Scalar::Other(TWICE)) };
             } else if layout.unit.as_deref() == Some(&*key) {
-                raw.unit = object.next_value_seed(ScalarSeed)?;
+                put(&mut object, &mut raw.unit)?;
             } else if layout.language.as_deref() == Some(&*key) {
-                raw.language = object.next_value_seed(ScalarSeed)?;
+                put(&mut object, &mut raw.language)?;
             } else if key == REDACTED {
-                raw.redacted = object.next_value_seed(ScalarSeed)?;
+                put(&mut object, &mut raw.redacted)?;
             } else if key == MODERATION {
-                raw.moderation = object.next_value_seed(ModerationSeed)?;
+                let moderation = object.next_value_seed(ModerationSeed)?;
+                raw.moderation = match raw.moderation {
+                    None => Some(moderation),
+                    Some(_) => Some(no_moderation(Scalar::Other(TWICE))),
+                };
             } else {
                 object.next_value::<IgnoredAny>()?;
             }

@@ -71,6 +71,26 @@ fn problems_name_field_and_type_and_nothing_else() {
 }
 
 #[test]
+fn which_of_two_is_meant_is_not_guessed() {
+    let layout = layout("m", Some(OPENAI));
+    let check = |json: &str, field: &str| {
+        let problem = problem(json, &layout);
+        assert_eq!((problem.field.as_str(), problem.found), (field, "given twice"), "{json}");
+    };
+    check(r#"{"id":"1","id":"2","m":[]}"#, "id");
+    check(r#"{"id":"1","m":[],"m":[]}"#, "m");
+    check(r#"{"id":"1","m":[],"redacted":true,"redacted":false}"#, "redacted");
+    check(r#"{"id":"1","m":[],"redacted":null,"redacted":true}"#, "redacted");
+    check(r#"{"id":"1","m":[],"language":"English","language":null}"#, "language");
+    check(r#"{"id":"1","m":[],"openai_moderation":[],"openai_moderation":null}"#, "openai_moderation");
+    check(r#"{"id":"1","m":[],"openai_moderation":[{"flagged":true,"flagged":false}]}"#, "openai_moderation[].flagged");
+    check(r#"{"id":"1","m":[{"role":"user","role":"system","content":"a"}]}"#, "m[0].role");
+    check(r#"{"id":"1","m":[{"role":"user","content":"a","content":"b"}]}"#, "m[0].content");
+    // Of what nobody reads there may be any number.
+    record(r#"{"id":"1","m":[],"x":1,"x":2}"#, &layout);
+}
+
+#[test]
 fn absent_marks_mean_unmarked() {
     let json = r#"{"id":1,"m":[],"redacted":null,"openai_moderation":null,"language":null}"#;
     let record = record(json, &layout("m", Some(OPENAI)));

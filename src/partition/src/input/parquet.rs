@@ -28,7 +28,7 @@ use tokio::sync::mpsc;
 use super::{Batch, Content, Event, Stop, field, no_layout};
 use crate::config::Config;
 use crate::error::PartitionError;
-use crate::record::{FieldProblem, Layout, MODERATION, REDACTED, Record, Speaker};
+use crate::record::{FieldProblem, Layout, MODERATION, REDACTED, Record, Speaker, TWICE};
 
 /// Rows of a batch: with long conversations, some megabytes.
 const BATCH_ROWS: usize = 256;
@@ -364,7 +364,7 @@ fn find_body(array: &ArrayRef, layout: &Layout) -> Result<Body, FieldProblem> {
     let turns = values.as_struct_opt().ok_or_else(|| refuse("a list of other values"))?.clone();
     let part = |name: &str| {
         let field = format!("{}[].{name}", layout.body);
-        let array = turns.column_by_name(name).ok_or_else(|| FieldProblem::new(&field, "missing", "a string"))?;
+        let array = only(&turns, name).map_err(|found| FieldProblem::new(&field, found, "a string"))?;
         strings(array, &field)
     };
     let (role, content) = (part(fields.role)?, part(fields.content)?);
@@ -375,8 +375,20 @@ fn find_flags(array: &ArrayRef) -> Result<(Lists, BooleanArray), FieldProblem> {
     let refuse = |found| FieldProblem::new(MODERATION, found, "a list of structs with a truth value `flagged`");
     let (lists, values) = Lists::new(array).ok_or_else(|| refuse(kind(array.data_type())))?;
     let turns = values.as_struct_opt().ok_or_else(|| refuse("a list of other values"))?;
-    let flags = turns.column_by_name("flagged").ok_or_else(|| refuse("a list of structs without it"))?;
-    Ok((lists, booleans(flags, &format!("{MODERATION}[].flagged"))?))
+    let field = format!("{MODERATION}[].flagged");
+    let flags = only(turns, "flagged").map_err(|found| FieldProblem::new(&field, found, "a truth value"))?;
+    Ok((lists, booleans(flags, &field)?))
+}
+
+/// The one field of that name; `Err` is what there was instead.
+fn only<'a>(structs: &'a StructArray, name: &str) -> Result<&'a ArrayRef, &'static str> {
+    let fields = structs.fields().iter().zip(structs.columns());
+    let mut named = fields.filter(|(field, _)| field.name() == name).map(|(_, array)| array);
+    match (named.next(), named.next()) {
+        (Some(array), None) => Ok(array),
+        (Some(_), Some(_)) => Err(TWICE),
+        (None, _) => Err("missing"),
+    }
 }
 
 fn strings(array: &ArrayRef, field: &str) -> Result<StringArray, FieldProblem> {
